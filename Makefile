@@ -1,0 +1,43 @@
+# Every target sets up what it needs: a fresh machine needs Python 3.11, gcc and make.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+NATIVE := $(shell find kernels -name '*.pyx' -o -name '*.pxd' -o -name '*.h' -o -name '*.c' -o -name '*.cu' -o -name '*.cpp')
+
+.PHONY: install demo test test-all verify_m1 bench lint clean
+
+install: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml setup.py constraints.txt $(NATIVE)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: install  ## train the embedded task and print the result (about three minutes on two cores)
+	$(BIN)/rlhf train
+
+test: install  ## everything but the tests marked slow
+	$(BIN)/python -m pytest verification/ -m "not slow"
+
+test-all: install  ## everything
+	$(BIN)/python -m pytest verification/
+
+verify_m1: install  ## determinism
+	$(BIN)/python -m pytest verification/ -m "m1 and not slow"
+
+bench: install  ## the benchmarks, ours beside torch's
+	$(BIN)/python -m pytest verification/benchmarks --benchmark-only
+
+lint: install  ## ruff and mypy
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find kernels rlhf_core verification -name __pycache__ -prune -exec rm -rf {} +
+	find kernels -name '*.so' -delete
+	find kernels -name '_*.c' -path '*/cpu/*' -delete

@@ -1,0 +1,19 @@
+"""Native kernels for RLHF: GAE, token log-probabilities, sampling and whitening.
+
+Each function has one signature and several backends; `reference` is obvious torch code and defines the meaning, the
+others are fast and give the same bits on every x86-64 processor and for any number of threads.
+"""
+
+from rlhf_kernels.api import SampledTokens, gae, sample_tokens, token_logprobs, whiten
+from rlhf_kernels.dispatch import BackendUnavailableError, KernelFallbackWarning, available_backends
+
+__all__ = [
+    "BackendUnavailableError",
+    "KernelFallbackWarning",
+    "SampledTokens",
+    "available_backends",
+    "gae",
+    "sample_tokens",
+    "token_logprobs",
+    "whiten",
+]

@@ -1,0 +1,87 @@
+/* Sixteen float32 lanes: the one vector type of every CPU kernel.
+ *
+ * Each instruction set spells the same sixteen lanes in its own registers (one of 512 bits, two of 256, four of 128), and
+ * every operation below is correctly rounded, so a kernel written with them gives the same bits on all of them. Which
+ * spelling is used is decided by the compiler flags of the translation unit (see unit.c).
+ *
+ * max(a, b) is (a > b) ? a : b in each lane: b where either is NaN, as x86 does it.
+ */
+#ifndef RLHF_LANES_H
+#define RLHF_LANES_H
+
+#include <stdint.h>
+#include <string.h>
+
+#define LANES 16
+#define INLINE static inline __attribute__((always_inline, unused))
+#define NOT_INLINE static __attribute__((noinline, unused)) /* long and seldom needed: copies would only cost space */
+
+#if defined(__AVX512F__)
+#include "lanes_avx512.h"
+#elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+#include "lanes_avx2.h"
+#else
+#include "lanes_portable.h"
+#endif
+
+enum element_type { F32 = 0, BF16 = 1, F16 = 2 };
+
+INLINE int element_bytes(enum element_type type) { return type == F32 ? 4 : 2; }
+
+INLINE const void *element_at(const void *base, int64_t index, enum element_type type) {
+    return (const char *)base + index * element_bytes(type);
+}
+
+/* `type` is a constant wherever this is inlined, so the branches vanish. */
+INLINE lanes lanes_load_as(const void *from, enum element_type type) {
+    if (type == F32) return lanes_load((const float *)from);
+    if (type == BF16) return lanes_load_bf16((const uint16_t *)from);
+    return lanes_load_f16((const uint16_t *)from);
+}
+
+INLINE void lanes_store_as(void *to, lanes x, enum element_type type) {
+    if (type == F32) lanes_store((float *)to, x);
+    else if (type == BF16) lanes_store_bf16((uint16_t *)to, x);
+    else lanes_store_f16((uint16_t *)to, x);
+}
+
+/* The first `count` elements, the other lanes hold -inf: the neutral element of a maximum and of a sum of exponentials. */
+NOT_INLINE lanes lanes_load_some(const void *from, int64_t count, enum element_type type) {
+    static const uint16_t minus_infinity[3] = {0, 0xFF80, 0xFC00};
+    if (type == F32) {
+        float padded[LANES];
+        for (int i = 0; i < LANES; i++) padded[i] = -__builtin_inff();
+        memcpy(padded, from, (size_t)count * sizeof(float));
+        return lanes_load(padded);
+    }
+    uint16_t padded[LANES];
+    for (int i = 0; i < LANES; i++) padded[i] = minus_infinity[type];
+    memcpy(padded, from, (size_t)count * sizeof(uint16_t));
+    return lanes_load_as(padded, type);
+}
+
+INLINE float element_load(const void *from, enum element_type type) {
+    float widened[LANES];
+    lanes_store(widened, lanes_load_some(from, 1, type));
+    return widened[0];
+}
+
+/* Fixed tree: lane i meets lane i + 8, then i + 4, i + 2, i + 1; float64 from the first step on. */
+INLINE double lanes_sum(lanes x) {
+    float v[LANES];
+    double d[8];
+    lanes_store(v, x);
+    for (int i = 0; i < 8; i++) d[i] = (double)v[i] + (double)v[i + 8];
+    for (int i = 0; i < 4; i++) d[i] += d[i + 4];
+    return (d[0] + d[2]) + (d[1] + d[3]);
+}
+
+INLINE float lanes_largest(lanes x) {
+    float v[LANES];
+    lanes_store(v, x);
+    for (int half = LANES / 2; half > 0; half /= 2)
+        for (int i = 0; i < half; i++) v[i] = v[i] > v[i + half] ? v[i] : v[i + half];
+    return v[0];
+}
+
+#endif

@@ -1,0 +1,68 @@
+/* Sixteen lanes in two 256-bit registers: lanes 0-7 and 8-15. See lanes.h. */
+#include <immintrin.h>
+
+typedef struct {
+    __m256 low, high;
+} lanes;
+
+INLINE lanes lanes_pair(__m256 low, __m256 high) { return (lanes){low, high}; }
+INLINE lanes lanes_set(float x) { return lanes_pair(_mm256_set1_ps(x), _mm256_set1_ps(x)); }
+INLINE lanes lanes_load(const float *p) { return lanes_pair(_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)); }
+INLINE void lanes_store(float *p, lanes x) {
+    _mm256_storeu_ps(p, x.low);
+    _mm256_storeu_ps(p + 8, x.high);
+}
+INLINE void lanes_stream(float *p, lanes x) {
+    _mm256_stream_ps(p, x.low);
+    _mm256_stream_ps(p + 8, x.high);
+}
+INLINE lanes lanes_add(lanes a, lanes b) {
+    return lanes_pair(_mm256_add_ps(a.low, b.low), _mm256_add_ps(a.high, b.high));
+}
+INLINE lanes lanes_sub(lanes a, lanes b) {
+    return lanes_pair(_mm256_sub_ps(a.low, b.low), _mm256_sub_ps(a.high, b.high));
+}
+INLINE lanes lanes_mul(lanes a, lanes b) {
+    return lanes_pair(_mm256_mul_ps(a.low, b.low), _mm256_mul_ps(a.high, b.high));
+}
+INLINE lanes lanes_fma(lanes a, lanes b, lanes c) {
+    return lanes_pair(_mm256_fmadd_ps(a.low, b.low, c.low), _mm256_fmadd_ps(a.high, b.high, c.high));
+}
+INLINE lanes lanes_max(lanes a, lanes b) {
+    return lanes_pair(_mm256_max_ps(a.low, b.low), _mm256_max_ps(a.high, b.high));
+}
+
+INLINE __m256 half_exponent_from_low_bits(__m256 x) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(x), 23));
+}
+/* The low nine bits of each lane moved up to sign and exponent. */
+INLINE lanes lanes_exponent_from_low_bits(lanes x) {
+    return lanes_pair(half_exponent_from_low_bits(x.low), half_exponent_from_low_bits(x.high));
+}
+
+INLINE __m256 half_load_bf16(const uint16_t *p) {
+    __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
+}
+INLINE lanes lanes_load_bf16(const uint16_t *p) { return lanes_pair(half_load_bf16(p), half_load_bf16(p + 8)); }
+INLINE lanes lanes_load_f16(const uint16_t *p) {
+    return lanes_pair(_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p)),
+                      _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(p + 8))));
+}
+
+INLINE __m256i half_round_to_bf16(__m256 x) {
+    __m256i bits = _mm256_castps_si256(x);
+    __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    return _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7FFF))), 16);
+}
+/* To nearest, ties to even. A NaN must not be rounded up into infinity, but the kernels write NaN rows themselves. */
+INLINE void lanes_store_bf16(uint16_t *p, lanes x) {
+    /* packus works within 128-bit halves: put the four quarters back in order. */
+    __m256i packed = _mm256_packus_epi32(half_round_to_bf16(x.low), half_round_to_bf16(x.high));
+    _mm256_storeu_si256((__m256i *)p, _mm256_permute4x64_epi64(packed, 0xD8));
+}
+INLINE void lanes_store_f16(uint16_t *p, lanes x) {
+    const int nearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+    _mm_storeu_si128((__m128i *)p, _mm256_cvtps_ph(x.low, nearest));
+    _mm_storeu_si128((__m128i *)(p + 8), _mm256_cvtps_ph(x.high, nearest));
+}

@@ -1,0 +1,36 @@
+/* Sixteen lanes in one 512-bit register. See lanes.h. */
+#include <immintrin.h>
+
+typedef __m512 lanes;
+
+INLINE lanes lanes_set(float x) { return _mm512_set1_ps(x); }
+INLINE lanes lanes_load(const float *p) { return _mm512_loadu_ps(p); }
+INLINE void lanes_store(float *p, lanes x) { _mm512_storeu_ps(p, x); }
+INLINE void lanes_stream(float *p, lanes x) { _mm512_stream_ps(p, x); }
+INLINE lanes lanes_add(lanes a, lanes b) { return _mm512_add_ps(a, b); }
+INLINE lanes lanes_sub(lanes a, lanes b) { return _mm512_sub_ps(a, b); }
+INLINE lanes lanes_mul(lanes a, lanes b) { return _mm512_mul_ps(a, b); }
+INLINE lanes lanes_fma(lanes a, lanes b, lanes c) { return _mm512_fmadd_ps(a, b, c); }
+INLINE lanes lanes_max(lanes a, lanes b) { return _mm512_max_ps(a, b); }
+
+/* The low nine bits of each lane moved up to sign and exponent. */
+INLINE lanes lanes_exponent_from_low_bits(lanes x) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(x), 23));
+}
+
+INLINE lanes lanes_load_bf16(const uint16_t *p) {
+    __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+}
+INLINE lanes lanes_load_f16(const uint16_t *p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p)); }
+
+/* To nearest, ties to even. A NaN must not be rounded up into infinity, but the kernels write NaN rows themselves. */
+INLINE void lanes_store_bf16(uint16_t *p, lanes x) {
+    __m512i bits = _mm512_castps_si512(x);
+    __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF)));
+    _mm256_storeu_si256((__m256i *)p, _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
+}
+INLINE void lanes_store_f16(uint16_t *p, lanes x) {
+    _mm256_storeu_si256((__m256i *)p, _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}

@@ -1,0 +1,138 @@
+/* Sixteen lanes in four 128-bit vectors of the compiler's own vector extension: SSE2, and any other processor.
+ *
+ * Where the processor has no fused multiply-add, it is computed through float64. See lanes.h.
+ */
+typedef float quarter __attribute__((vector_size(16)));
+typedef int32_t quarter_bits __attribute__((vector_size(16)));
+typedef float float_pair __attribute__((vector_size(8)));
+typedef double double_pair __attribute__((vector_size(16)));
+typedef int64_t double_bits __attribute__((vector_size(16)));
+
+typedef struct {
+    quarter q[4];
+} lanes;
+
+#define EACH_QUARTER(expression)                         \
+    lanes result;                                        \
+    for (int i = 0; i < 4; i++) result.q[i] = expression; \
+    return result
+
+INLINE quarter quarter_load(const float *p) {
+    quarter x;
+    memcpy(&x, p, sizeof x);
+    return x;
+}
+INLINE lanes lanes_set(float x) { EACH_QUARTER(((quarter){x, x, x, x})); }
+INLINE lanes lanes_load(const float *p) { EACH_QUARTER(quarter_load(p + 4 * i)); }
+INLINE void lanes_store(float *p, lanes x) { memcpy(p, &x, sizeof x); }
+INLINE void lanes_stream(float *p, lanes x) { lanes_store(p, x); }
+INLINE lanes lanes_add(lanes a, lanes b) { EACH_QUARTER(a.q[i] + b.q[i]); }
+INLINE lanes lanes_sub(lanes a, lanes b) { EACH_QUARTER(a.q[i] - b.q[i]); }
+INLINE lanes lanes_mul(lanes a, lanes b) { EACH_QUARTER(a.q[i] * b.q[i]); }
+
+INLINE quarter quarter_max(quarter a, quarter b) {
+    quarter_bits take_a = a > b;
+    return (quarter)((take_a & (quarter_bits)a) | (~take_a & (quarter_bits)b));
+}
+INLINE lanes lanes_max(lanes a, lanes b) { EACH_QUARTER(quarter_max(a.q[i], b.q[i])); }
+
+/* The low nine bits of each lane moved up to sign and exponent. */
+INLINE lanes lanes_exponent_from_low_bits(lanes x) {
+    EACH_QUARTER((quarter)(quarter_bits)((quarter_bits)x.q[i] << 23));
+}
+
+#if defined(__FP_FAST_FMAF)
+INLINE quarter quarter_fma(quarter a, quarter b, quarter c) {
+    quarter r;
+    for (int i = 0; i < 4; i++) r[i] = __builtin_fmaf(a[i], b[i], c[i]);
+    return r;
+}
+#else
+/* The float64 product of two float32 numbers is exact, so only the addition rounds. It is rounded to odd: a sum that is
+ * not exact takes the neighbour whose last bit is 1. The second rounding, to float32, then gives what one rounding would
+ * (Boldo and Melquiond 2008, "Emulation of a FMA and correctly rounded sums: proved algorithms using rounding to odd"). */
+INLINE double_pair pair_fma_to_odd(double_pair a, double_pair b, double_pair c) {
+    double_pair product = a * b;
+    double_pair sum = product + c;
+    double_pair back = sum - product;
+    double_pair error = (product - (sum - back)) + (c - back); /* exact: Knuth's two-sum */
+    double_bits up = error > 0.0;
+    double_bits down = error < 0.0; /* neither for NaN, so infinities stay */
+    double_bits negative = sum < 0.0;
+    double_bits bits = (double_bits)sum;
+    double_bits even = (bits & 1) - 1;               /* all ones where the last bit is 0 */
+    double_bits away_from_zero = (up & ~negative) | (down & negative);
+    double_bits step = (away_from_zero & 1) | ((up | down) & ~away_from_zero);
+    return (double_pair)(bits + (step & even));
+}
+NOT_INLINE quarter quarter_fma(quarter a, quarter b, quarter c) {
+    quarter r;
+    for (int i = 0; i < 4; i += 2) {
+        double_pair sum = pair_fma_to_odd((double_pair){a[i], a[i + 1]}, (double_pair){b[i], b[i + 1]},
+                                          (double_pair){c[i], c[i + 1]});
+        r[i] = (float)sum[0];
+        r[i + 1] = (float)sum[1];
+    }
+    return r;
+}
+#endif
+INLINE lanes lanes_fma(lanes a, lanes b, lanes c) { EACH_QUARTER(quarter_fma(a.q[i], b.q[i], c.q[i])); }
+
+INLINE float float_from_bits(uint32_t bits) {
+    float x;
+    memcpy(&x, &bits, sizeof x);
+    return x;
+}
+INLINE uint32_t bits_from_float(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    return bits;
+}
+
+INLINE float float_from_f16(uint16_t half) {
+    uint32_t sign = (uint32_t)(half & 0x8000) << 16;
+    uint32_t magnitude = half & 0x7FFF;
+    if (magnitude >= 0x7C00) return float_from_bits(sign | 0x7F800000 | (magnitude & 0x3FF) << 13);
+    if (magnitude >= 0x0400) return float_from_bits(sign | ((magnitude << 13) + (112u << 23)));
+    /* subnormal: an integer multiple of 2^-24, exact in float32 */
+    return float_from_bits(sign | bits_from_float((float)magnitude * 0x1p-24f));
+}
+
+INLINE uint16_t f16_from_float(float x) {
+    uint32_t bits = bits_from_float(x);
+    uint16_t sign = (uint16_t)(bits >> 16 & 0x8000);
+    uint32_t magnitude = bits & 0x7FFFFFFF;
+    if (magnitude > 0x7F800000) return (uint16_t)(sign | 0x7E00 | (magnitude >> 13 & 0x3FF));
+    if (magnitude >= 0x477FF000) return sign | 0x7C00; /* 65520 and above round to infinity */
+    if (magnitude < 0x38800000) {                      /* below 2^-14: count multiples of 2^-24, rounded to even */
+        float count = float_from_bits(magnitude) * 0x1p24f + 0x1.8p23f;
+        return (uint16_t)(sign | (bits_from_float(count) & 0x7FF));
+    }
+    uint32_t rounded = magnitude + 0xFFF + (magnitude >> 13 & 1);
+    return (uint16_t)(sign | ((rounded - (112u << 23)) >> 13));
+}
+
+NOT_INLINE lanes lanes_load_bf16(const uint16_t *p) {
+    float wide[LANES];
+    for (int i = 0; i < LANES; i++) wide[i] = float_from_bits((uint32_t)p[i] << 16);
+    return lanes_load(wide);
+}
+NOT_INLINE lanes lanes_load_f16(const uint16_t *p) {
+    float wide[LANES];
+    for (int i = 0; i < LANES; i++) wide[i] = float_from_f16(p[i]);
+    return lanes_load(wide);
+}
+/* To nearest, ties to even. A NaN must not be rounded up into infinity, but the kernels write NaN rows themselves. */
+NOT_INLINE void lanes_store_bf16(uint16_t *p, lanes x) {
+    float wide[LANES];
+    lanes_store(wide, x);
+    for (int i = 0; i < LANES; i++) {
+        uint32_t bits = bits_from_float(wide[i]);
+        p[i] = (uint16_t)((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
+    }
+}
+NOT_INLINE void lanes_store_f16(uint16_t *p, lanes x) {
+    float wide[LANES];
+    lanes_store(wide, x);
+    for (int i = 0; i < LANES; i++) p[i] = f16_from_float(wide[i]);
+}

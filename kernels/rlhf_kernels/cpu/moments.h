@@ -1,0 +1,115 @@
+/* One read of a row of logits: its maximum, Σ 2^t and Σ t 2^t for t = (x - maximum) * scale, block by block.
+ *
+ * Online normaliser: Milakov and Gimelshein 2018, arXiv 1805.02867, algorithm 3, with a block instead of an element as
+ * its step. Inside a block the sums run in 2 x 16 float32 lanes, an element's lane being its position in the block;
+ * blocks are joined in float64. The order of every addition is therefore fixed by the length of the row alone.
+ */
+#ifndef RLHF_MOMENTS_H
+#define RLHF_MOMENTS_H
+
+#include "arithmetic.h"
+
+/* 8 KiB of float32: a block stays in the first-level cache between its two passes. Part of the numerics: changing it
+ * changes bits. */
+#define BLOCK 2048
+
+typedef struct {
+    float largest;   /* -inf for a row without a number above it */
+    double sum;      /* >= 1, or NaN */
+    double weighted; /* <= 0 */
+} moments;
+
+/* What `sample` keeps of each block: its sum, in units of 2^((reference - largest) * scale). */
+typedef struct {
+    float reference;
+    double sum;
+} block_record;
+
+INLINE float block_largest(const void *x, int64_t n, enum element_type type) {
+    const int64_t step = 4 * LANES;
+    lanes a = lanes_set(-__builtin_inff()), b = a, c = a, d = a;
+    int64_t i = 0;
+    for (; i + step <= n; i += step) {
+        /* the accumulator is the second operand, so that a NaN is passed over: the sums will show it */
+        a = lanes_max(lanes_load_as(element_at(x, i, type), type), a);
+        b = lanes_max(lanes_load_as(element_at(x, i + LANES, type), type), b);
+        c = lanes_max(lanes_load_as(element_at(x, i + 2 * LANES, type), type), c);
+        d = lanes_max(lanes_load_as(element_at(x, i + 3 * LANES, type), type), d);
+    }
+    for (; i + LANES <= n; i += LANES) a = lanes_max(lanes_load_as(element_at(x, i, type), type), a);
+    if (i < n) b = lanes_max(lanes_load_some(element_at(x, i, type), n - i, type), b);
+    return lanes_largest(lanes_max(lanes_max(a, b), lanes_max(c, d)));
+}
+
+typedef struct {
+    lanes sum, weighted;
+} lane_sums;
+
+INLINE lane_sums lane_sums_add(lane_sums s, lanes x, lanes reference, lanes scale, int weighted) {
+    lanes t = lanes_clamp_exponent(lanes_mul(lanes_sub(x, reference), scale));
+    lanes e = lanes_exp2(t);
+    s.sum = lanes_add(s.sum, e);
+    if (weighted) s.weighted = lanes_fma(e, t, s.weighted);
+    return s;
+}
+
+INLINE void block_sums(const void *x, int64_t n, enum element_type type, float reference, float scale, int weighted,
+                       double *sum, double *weighted_sum) {
+    const lanes ref = lanes_set(reference), by = lanes_set(scale);
+    lane_sums even = {lanes_set(0.0f), lanes_set(0.0f)}, odd = even;
+    int64_t i = 0;
+    for (; i + 2 * LANES <= n; i += 2 * LANES) {
+        /* fetch the next block while this one is computed */
+        __builtin_prefetch(element_at(x, i + BLOCK, type), 0, 3);
+        if (type == F32) __builtin_prefetch(element_at(x, i + BLOCK + LANES, type), 0, 3);
+        even = lane_sums_add(even, lanes_load_as(element_at(x, i, type), type), ref, by, weighted);
+        odd = lane_sums_add(odd, lanes_load_as(element_at(x, i + LANES, type), type), ref, by, weighted);
+    }
+    if (i + LANES <= n) {
+        even = lane_sums_add(even, lanes_load_as(element_at(x, i, type), type), ref, by, weighted);
+        i += LANES;
+    }
+    if (i < n) odd = lane_sums_add(odd, lanes_load_some(element_at(x, i, type), n - i, type), ref, by, weighted);
+    *sum = lanes_sum(lanes_add(even.sum, odd.sum));
+    *weighted_sum = weighted ? lanes_sum(lanes_add(even.weighted, odd.weighted)) : 0.0;
+}
+
+/* `records`, where not NULL, takes one record a block. */
+INLINE moments row_moments(const void *row, int64_t vocabulary, enum element_type type, float scale, int weighted,
+                           block_record *records) {
+    moments m = {-__builtin_inff(), 0.0, 0.0};
+    for (int64_t start = 0; start < vocabulary; start += BLOCK) {
+        const void *x = element_at(row, start, type);
+        int64_t n = vocabulary - start < BLOCK ? vocabulary - start : BLOCK;
+        float largest = block_largest(x, n, type);
+        if (largest > m.largest) {
+            double change = ((double)m.largest - (double)largest) * (double)scale; /* -inf for the first block */
+            double factor = double_exp2(change);
+            m.weighted = factor == 0.0 ? 0.0 * m.sum : factor * (m.weighted + change * m.sum);
+            m.sum *= factor;
+            m.largest = largest;
+        }
+        /* Before the first number above -inf any reference will do: -inf adds 0, and NaN adds NaN. */
+        float reference = m.largest == -__builtin_inff() ? 0.0f : m.largest;
+        double sum, weighted_sum;
+        block_sums(x, n, type, reference, scale, weighted, &sum, &weighted_sum);
+        m.sum += sum;
+        m.weighted += weighted_sum;
+        if (records) *records++ = (block_record){reference, sum};
+    }
+    return m;
+}
+
+/* NaN in a row reaches its sum; +inf, or nothing above -inf, shows in the maximum. */
+INLINE int is_distribution(moments m) {
+    return m.largest > -__builtin_inff() && m.largest < __builtin_inff() && m.sum == m.sum;
+}
+
+INLINE float scale_from(double inverse_temperature) { return (float)(LOG2_E * inverse_temperature); }
+
+/* ln softmax(logits / temperature) of one logit, given its row's maximum and log2 of its sum. */
+INLINE float logp_of(float logit, float largest, double log2_sum, double inverse_temperature) {
+    return (float)(((double)logit - (double)largest) * inverse_temperature - log2_sum * LN_2);
+}
+
+#endif

@@ -1,0 +1,49 @@
+/* The table of row kernels that each instruction set fills (unit.c) and the choice between them (isa.c).
+ *
+ * A row kernel works on one row (or one chunk) in one thread; the loops over rows are in the .pyx files. Arguments are
+ * checked there: a kernel trusts its pointers and sizes. `type` is an enum element_type of lanes.h.
+ */
+#ifndef RLHF_ROWS_H
+#define RLHF_ROWS_H
+
+#include <stdint.h>
+
+typedef struct {
+    /* logp[1]; entropy[1] or NULL; statistics[2] = largest logit and log2 of Σ 2^((x - largest) log2(e) / temperature). */
+    void (*logprob_forward)(const void *logits, int64_t vocabulary, int type, int64_t label, double inverse_temperature,
+                            float *logp, float *entropy, float *statistics);
+    /* grad_logits[vocabulary], of the type of the logits. `stream` bypasses the cache. */
+    void (*logprob_backward)(const void *logits, int64_t vocabulary, int type, int64_t label,
+                             double inverse_temperature, const float *statistics, float entropy, float grad_logp,
+                             float grad_entropy, int stream, void *grad_logits);
+    /* 0; -1 where the row is no distribution; -2 where memory is short. */
+    int (*sample)(const void *logits, int64_t vocabulary, int type, double uniform, double inverse_temperature,
+                  int64_t top_k, double top_p, int64_t *id, float *logp, float *filtered_logp);
+    void (*gae_float)(const float *rewards, const float *values, const uint8_t *mask, int64_t tokens, double bootstrap,
+                      double gamma, double lam, float *advantages, float *returns);
+    void (*gae_double)(const double *rewards, const double *values, const uint8_t *mask, int64_t tokens,
+                       double bootstrap, double gamma, double lam, double *advantages, double *returns);
+    /* Sums over the masked elements of a chunk: count and Σ x, then Σ (x - mean)². */
+    void (*sum_float)(const float *x, const uint8_t *mask, int64_t n, int64_t *count, double *sum);
+    void (*sum_double)(const double *x, const uint8_t *mask, int64_t n, int64_t *count, double *sum);
+    double (*squares_float)(const float *x, const uint8_t *mask, int64_t n, double mean);
+    double (*squares_double)(const double *x, const uint8_t *mask, int64_t n, double mean);
+    void (*scale_float)(const float *x, const uint8_t *mask, int64_t n, double mean, double scale, double shift,
+                        float *out);
+    void (*scale_double)(const double *x, const uint8_t *mask, int64_t n, double mean, double scale, double shift,
+                         double *out);
+} row_kernels;
+
+enum instruction_set { PORTABLE = 0, AVX2 = 1, AVX512 = 2 };
+
+/* The best set that this processor and operating system have. */
+int best_instruction_set(void);
+
+/* The kernels of a set that the processor has. */
+const row_kernels *kernels_for(int instruction_set);
+
+/* Rounding to nearest and no flushing of subnormals in the calling thread, whatever its owner set; and back. */
+uint32_t enter_default_rounding(void);
+void leave_default_rounding(uint32_t saved);
+
+#endif

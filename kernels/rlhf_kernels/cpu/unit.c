@@ -1,0 +1,22 @@
+/* All row kernels for one instruction set: setup.py compiles this file once for each, with its flags and -DUNIT_KERNELS. */
+#include "rows.h"
+
+#include "gae.h"
+#include "logprob.h"
+#include "sampling.h"
+#include "whiten.h"
+
+extern const row_kernels UNIT_KERNELS;
+const row_kernels UNIT_KERNELS = {
+    .logprob_forward = logprob_forward,
+    .logprob_backward = logprob_backward,
+    .sample = sample,
+    .gae_float = gae_float,
+    .gae_double = gae_double,
+    .sum_float = sum_float,
+    .sum_double = sum_double,
+    .squares_float = squares_float,
+    .squares_double = squares_double,
+    .scale_float = scale_float,
+    .scale_double = scale_double,
+};

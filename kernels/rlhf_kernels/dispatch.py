@@ -1,0 +1,100 @@
+"""Which backend runs a call: `auto` picks the fastest that is there, an explicit one that is missing raises."""
+
+import importlib
+import os
+import warnings
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+Backend = Literal["auto", "reference", "cython", "cuda"]
+BACKENDS: tuple[str, ...] = get_args(Backend)
+ENVIRONMENT_VARIABLE = "RLHF_KERNELS_BACKEND"
+
+_REMEDY = {
+    "cython": "build it with `pip install -e .` (a C compiler is needed)",
+    "cuda": "build it with `RLHF_KERNELS_CUDA=1 pip install -e .` (needs the CUDA toolkit)",
+}
+_NATIVE_FOR_DEVICE = {"cpu": "cython", "cuda": "cuda"}
+
+
+class BackendUnavailableError(RuntimeError):
+    """A backend was asked for by name and is not built, or cannot work on these tensors."""
+
+
+class KernelFallbackWarning(UserWarning):
+    """`auto` found no native kernel for a device and uses the slow reference code instead."""
+
+
+def _try_import(module: str) -> str | None:
+    """None when the compiled module loads, else why it does not."""
+    try:
+        importlib.import_module(module)
+    except ImportError as error:
+        return str(error)
+    return None
+
+
+_WHY_MISSING: dict[str, str | None] = {
+    "reference": None,
+    "cython": _try_import("rlhf_kernels.cpu.launch"),
+    "cuda": "the CUDA extension is not built",
+}
+_warned: set[str] = set()
+
+
+def available_backends() -> tuple[str, ...]:
+    """The backends that can be named explicitly in this installation."""
+    return tuple(name for name, reason in _WHY_MISSING.items() if reason is None)
+
+
+def choose_backend(backend: str, tensor: Tensor, native_dtypes: tuple[torch.dtype, ...]) -> str:
+    """The backend that runs this call: `reference`, `cython` or `cuda`.
+
+    Args:
+        backend: what the caller asked for. `auto` yields to the environment variable RLHF_KERNELS_BACKEND.
+        tensor: the argument whose device and dtype decide.
+        native_dtypes: what the native kernel takes; `auto` sends any other dtype to the reference.
+
+    Raises:
+        ValueError: no such backend.
+        BackendUnavailableError: a backend that is not built, or is for another device.
+        TypeError: a native backend was named and does not take this dtype.
+    """
+    asked = os.environ.get(ENVIRONMENT_VARIABLE, "auto") if backend == "auto" else backend
+    if asked not in BACKENDS:
+        raise ValueError(f"backend is {asked!r}; choose one of {', '.join(BACKENDS)}")
+    if asked == "reference":
+        return asked
+    native = _NATIVE_FOR_DEVICE.get(tensor.device.type)
+    if asked == "auto":
+        return _choose_automatically(native, tensor, native_dtypes)
+    if (reason := _WHY_MISSING[asked]) is not None:
+        raise BackendUnavailableError(f"backend {asked!r} is not available ({reason}); {_REMEDY[asked]}")
+    if asked != native:
+        raise BackendUnavailableError(
+            f"backend {asked!r} cannot run on a tensor on {tensor.device}; use backend='auto'"
+        )
+    if tensor.dtype not in native_dtypes:
+        names = ", ".join(str(dtype) for dtype in native_dtypes)
+        raise TypeError(f"backend {asked!r} takes {names}, got {tensor.dtype}; backend='reference' takes it")
+    return asked
+
+
+def _choose_automatically(native: str | None, tensor: Tensor, native_dtypes: tuple[torch.dtype, ...]) -> str:
+    if tensor.dtype not in native_dtypes:
+        return "reference"
+    if native is not None and _WHY_MISSING[native] is None:
+        return native
+    _warn_once(tensor.device.type, native)
+    return "reference"
+
+
+def _warn_once(device: str, native: str | None) -> None:
+    if device in _warned:
+        return
+    _warned.add(device)
+    remedy = f"{_WHY_MISSING[native]}; {_REMEDY[native]}" if native else f"there is no native kernel for {device}"
+    message = f"rlhf_kernels runs its slow reference code on {device}: {remedy}"
+    warnings.warn(message, KernelFallbackWarning, stacklevel=5)

@@ -1,0 +1,127 @@
+"""Registration of the native kernels with torch: schema, shapes without data, gradient.
+
+So they are ordinary operators `torch.ops.rlhf_kernels.*`: autograd, `torch.library.opcheck` and `torch.compile` know
+them. Which native code runs is torch's own dispatch by device. The reference needs none of this: it is torch code.
+"""
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+_LIBRARY = torch.library.Library("rlhf_kernels", "DEF")
+_SCHEMAS = (
+    "gae(Tensor rewards, Tensor values, Tensor mask, Tensor? bootstrap, float gamma, float lam) -> (Tensor, Tensor)",
+    "token_logprobs(Tensor logits, Tensor labels, float temperature, bool with_entropy, int? ignore_index)"
+    " -> (Tensor, Tensor, Tensor)",
+    "token_logprobs_backward(Tensor logits, Tensor labels, Tensor statistics, Tensor entropy, Tensor? grad_logp,"
+    " Tensor? grad_entropy, float temperature, int? ignore_index) -> Tensor",
+    "sample_tokens(Tensor logits, Tensor uniforms, float temperature, int top_k, float top_p)"
+    " -> (Tensor, Tensor, Tensor)",
+    "whiten(Tensor x, Tensor mask, bool shift_mean) -> Tensor",
+)
+for _schema in _SCHEMAS:
+    _LIBRARY.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
+
+
+def gae(
+    rewards: Tensor, values: Tensor, mask: Tensor, bootstrap: Tensor | None, gamma: float, lam: float
+) -> tuple[Tensor, Tensor]:
+    """See `rlhf_kernels.gae`."""
+    return cast("tuple[Tensor, Tensor]", torch.ops.rlhf_kernels.gae(rewards, values, mask, bootstrap, gamma, lam))
+
+
+def token_logprobs(
+    logits: Tensor, labels: Tensor, temperature: float, with_entropy: bool, ignore_index: int | None
+) -> tuple[Tensor, Tensor]:
+    """See `rlhf_kernels.token_logprobs`; the entropy is an empty tensor where it was not asked for."""
+    logp, entropy, _ = torch.ops.rlhf_kernels.token_logprobs(logits, labels, temperature, with_entropy, ignore_index)
+    return logp, entropy
+
+
+def sample_tokens(
+    logits: Tensor, uniforms: Tensor, temperature: float, top_k: int, top_p: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `rlhf_kernels.sample_tokens`."""
+    drawn = torch.ops.rlhf_kernels.sample_tokens(logits, uniforms, temperature, top_k, top_p)
+    return cast("tuple[Tensor, Tensor, Tensor]", drawn)
+
+
+def whiten(x: Tensor, mask: Tensor, shift_mean: bool) -> Tensor:
+    """See `rlhf_kernels.whiten`."""
+    return cast("Tensor", torch.ops.rlhf_kernels.whiten(x, mask, shift_mean))
+
+
+@torch.library.register_fake("rlhf_kernels::gae", lib=_LIBRARY)
+def _gae_shapes(
+    rewards: Tensor, values: Tensor, mask: Tensor, bootstrap: Tensor | None, gamma: float, lam: float
+) -> tuple[Tensor, Tensor]:
+    return rewards.new_empty(rewards.shape), rewards.new_empty(rewards.shape)
+
+
+@torch.library.register_fake("rlhf_kernels::token_logprobs", lib=_LIBRARY)
+def _token_logprobs_shapes(
+    logits: Tensor, labels: Tensor, temperature: float, with_entropy: bool, ignore_index: int | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    shape = labels.shape
+    logp = logits.new_empty(shape, dtype=torch.float32)
+    entropy = logits.new_empty(shape if with_entropy else (0,), dtype=torch.float32)
+    return logp, entropy, logits.new_empty((*shape, 2), dtype=torch.float32)
+
+
+@torch.library.register_fake("rlhf_kernels::token_logprobs_backward", lib=_LIBRARY)
+def _token_logprobs_backward_shapes(
+    logits: Tensor,
+    labels: Tensor,
+    statistics: Tensor,
+    entropy: Tensor,
+    grad_logp: Tensor | None,
+    grad_entropy: Tensor | None,
+    temperature: float,
+    ignore_index: int | None,
+) -> Tensor:
+    return logits.new_empty(logits.shape)
+
+
+@torch.library.register_fake("rlhf_kernels::sample_tokens", lib=_LIBRARY)
+def _sample_tokens_shapes(
+    logits: Tensor, uniforms: Tensor, temperature: float, top_k: int, top_p: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    shape = uniforms.shape
+    ids = logits.new_empty(shape, dtype=torch.int64)
+    return ids, logits.new_empty(shape, dtype=torch.float32), logits.new_empty(shape, dtype=torch.float32)
+
+
+@torch.library.register_fake("rlhf_kernels::whiten", lib=_LIBRARY)
+def _whiten_shapes(x: Tensor, mask: Tensor, shift_mean: bool) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    logits, labels, ctx.temperature, _, ctx.ignore_index = inputs
+    _, entropy, statistics = output
+    ctx.mark_non_differentiable(statistics)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(logits, labels, statistics, entropy)
+
+
+def _token_logprobs_gradient(
+    ctx: Any, grad_logp: Tensor | None, grad_entropy: Tensor | None, _: Tensor | None
+) -> tuple[Tensor | None, None, None, None, None]:
+    logits, labels, statistics, entropy = ctx.saved_tensors
+    if grad_logp is None and grad_entropy is None:
+        return None, None, None, None, None
+    grad_logits = torch.ops.rlhf_kernels.token_logprobs_backward(
+        logits, labels, statistics, entropy, grad_logp, grad_entropy, ctx.temperature, ctx.ignore_index
+    )
+    return grad_logits, None, None, None, None
+
+
+torch.library.register_autograd(
+    "rlhf_kernels::token_logprobs", _token_logprobs_gradient, setup_context=_save_for_backward, lib=_LIBRARY
+)
+
+
+def register_kernel(name: str, function: Any, dispatch_key: str) -> None:
+    """Let `function` run the operator `name` for tensors of a device (`CPU`, `CUDA`)."""
+    _LIBRARY.impl(name, function, dispatch_key)

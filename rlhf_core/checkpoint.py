@@ -1,0 +1,151 @@
+"""Folders that are there whole or not at all, and whose damage is noticed.
+
+A folder is written beside its place, synced and renamed. ``manifest.json`` in it has the SHA-256 of every other file,
+so a truncated, changed or missing file is named before anything is loaded.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from rlhf_core.runlog import sync_folder
+
+MANIFEST = "manifest.json"
+_STEP_FOLDER = re.compile(r"step_(\d{6,})")
+
+
+def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
+    """Let ``write`` fill a new folder, then put it in place of ``folder`` at once.
+
+    Raises:
+        OSError: the disk is full or read-only; what was there before stays.
+    """
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        write(partial)
+        files = sorted(path for path in partial.rglob("*") if path.is_file())
+        manifest = {path.relative_to(partial).as_posix(): sha256(path) for path in files}
+        (partial / MANIFEST).write_text(json.dumps(manifest, sort_keys=True, indent=2) + "\n", encoding="utf-8")
+        for path in (*files, partial / MANIFEST):
+            _sync(path)
+        for path in sorted(partial.rglob("*")):
+            if path.is_dir():
+                sync_folder(path)
+        sync_folder(partial)
+        if folder.exists():
+            shutil.rmtree(folder)
+        partial.rename(folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    sync_folder(folder.parent)
+
+
+def check_folder(folder: Path) -> None:
+    """Compare every file with the manifest.
+
+    Raises:
+        ValueError: a file is missing, was changed, or is not in the manifest; the message names it.
+    """
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder}: no readable {MANIFEST} ({error})") from None
+    if not isinstance(manifest, dict):
+        raise ValueError(f"{folder}: {MANIFEST} is not a table of files")
+    for name, digest in sorted(manifest.items()):
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder}: {name} is missing")
+        if sha256(folder / name) != digest:
+            raise ValueError(f"{folder}: {name} does not have the SHA-256 of the manifest; it was damaged or changed")
+
+
+def is_sound(folder: Path) -> bool:
+    """Return whether ``folder`` exists and agrees with its manifest."""
+    try:
+        check_folder(folder)
+    except ValueError:
+        return False
+    return True
+
+
+def step_folder(checkpoints: Path, step: int) -> Path:
+    """Return the folder of a step's checkpoint."""
+    return checkpoints / f"step_{step:06d}"
+
+
+def steps(checkpoints: Path) -> list[tuple[int, Path]]:
+    """Return the checkpoints as (step, folder), oldest first."""
+    names = [(match, path) for path in checkpoints.glob("step_*") if (match := _STEP_FOLDER.fullmatch(path.name))]
+    return sorted((int(match.group(1)), path) for match, path in names)
+
+
+def newest_sound(checkpoints: Path, report: Callable[[str], None]) -> Path | None:
+    """Return the newest checkpoint that agrees with its manifest; ``report`` hears of each damaged one passed over."""
+    for _, folder in reversed(steps(checkpoints)):
+        try:
+            check_folder(folder)
+        except ValueError as error:
+            report(f"checkpoint passed over: {error}")
+            continue
+        return folder
+    return None
+
+
+def prune(checkpoints: Path, keep: int) -> None:
+    """Remove all but the newest ``keep`` checkpoints; the first, with step 0, always stays."""
+    later = [folder for step, folder in steps(checkpoints) if step > 0]
+    for folder in later[:-keep]:
+        shutil.rmtree(folder)
+
+
+def sha256(path: Path) -> str:
+    """Return the SHA-256 of a file as hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def save_optimizer(optimizer: torch.optim.Optimizer, names: Mapping[torch.Tensor, str], path: Path) -> None:
+    """Save an optimizer's per-parameter tensors, keyed ``<state>/<parameter name>``.
+
+    Learning rates are not saved: the schedule gives them from the step.
+    """
+    tensors = {
+        f"{key}/{names[parameter]}": value.detach().cpu().contiguous()
+        for parameter, state in optimizer.state.items()
+        for key, value in state.items()
+    }
+    save_file(tensors, path)
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, names: Mapping[torch.Tensor, str], path: Path) -> None:
+    """Load what :func:`save_optimizer` saved.
+
+    Raises:
+        ValueError: a tensor belongs to no parameter.
+    """
+    by_name = {name: parameter for parameter, name in names.items()}
+    for full_name, value in load_file(path).items():
+        key, _, name = full_name.partition("/")
+        if name not in by_name:
+            raise ValueError(f"{path}: state {full_name!r} belongs to no parameter of this model")
+        parameter = by_name[name]
+        # Adam's step counts live where torch put them: on the parameter's device for fused kernels.
+        optimizer.state[parameter][key] = value.to(parameter.device)

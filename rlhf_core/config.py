@@ -1,0 +1,348 @@
+"""The configuration of a training run: frozen dataclasses, from which the command line is derived.
+
+What decides the numbers of a run stands here and nothing else: the run's name and folder do not, so two runs of one
+configuration under two names have the same ``config.json`` and the same logs.
+"""
+
+import dataclasses
+import json
+import os
+import tomllib
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from rlhf_core.numerics import Numerics
+
+
+def default_seed() -> int:
+    """Return ``SEED`` from the environment, or 0.
+
+    Raises:
+        ValueError: ``SEED`` is not a whole number.
+    """
+    text = os.environ.get("SEED", "0")
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError(f"SEED in the environment is {text!r}; give a whole number, as in SEED=7") from None
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def _require_positive(owner: object, *names: str) -> None:
+    for name in names:
+        value = getattr(owner, name)
+        _require(value > 0, f"{name} is {value}; it must be greater than 0")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which language model is trained."""
+
+    path: str | None = None
+    """A causal language model to start from: a hub name or a folder. None builds one from the fields below."""
+    architecture: Literal["llama", "gpt2"] = "llama"
+    """Shape of a model that is built: Llama (RMS norm, rotary positions, gated MLP) or GPT-2."""
+    layers: int = 3
+    """Transformer blocks."""
+    hidden_size: int = 96
+    """Width of the residual stream."""
+    heads: int = 4
+    """Attention heads; they divide hidden_size."""
+    context: int = 64
+    """Longest sequence, prompt and response together, in tokens."""
+    vocabulary: int = 2048
+    """Size of the byte-pair vocabulary trained on --data; the embedded task has its own words."""
+    value: Literal["shared", "separate"] = "separate"
+    """Value model: a head on the policy's trunk, or a network of its own that starts from the same weights."""
+    attention: Literal["eager", "sdpa"] = "eager"
+    """Attention code of transformers; eager is the one whose bits are the same on every processor."""
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "layers", "hidden_size", "heads", "context", "vocabulary")
+        _require(
+            self.hidden_size % (2 * self.heads) == 0,
+            f"hidden_size {self.hidden_size} does not divide into {self.heads} heads of an even width; "
+            f"take a multiple of {2 * self.heads}",
+        )
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """Supervised language modelling before PPO; skipped for a model that was loaded, unless steps are asked for."""
+
+    steps: int | None = None
+    """Optimizer steps. None takes the task's own number, and 0 for a model that was loaded."""
+    batch_size: int = 32
+    """Sentences a step."""
+    learning_rate: float = 3e-3
+    """Peak of AdamW's rate: linear warm-up over a twentieth of the steps, then linearly down to a tenth."""
+
+    def __post_init__(self) -> None:
+        _require(self.steps is None or self.steps >= 0, f"pretrain.steps is {self.steps}; it must be 0 or more")
+        _require_positive(self, "batch_size", "learning_rate")
+
+
+@dataclass(frozen=True)
+class ClassifierConfig:
+    """The reward model and the evaluator trained on labelled sentences (only with --data)."""
+
+    steps: int = 300
+    """Optimizer steps of each."""
+    batch_size: int = 32
+    """Sentences a step."""
+    learning_rate: float = 1e-3
+    """Peak of AdamW's rate, with the schedule of pre-training."""
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "steps", "batch_size", "learning_rate")
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How completions are drawn."""
+
+    max_new_tokens: int = 20
+    """Longest response in tokens, the end-of-sequence token included."""
+    temperature: float = 1.0
+    """The policy is softmax(logits / temperature), in the sampler and in the loss alike."""
+    top_k: int = 0
+    """Draw from the k likeliest tokens; 0 draws from all."""
+    top_p: float = 1.0
+    """Draw from the smallest set of likeliest tokens that holds this probability; 1 draws from all."""
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "max_new_tokens", "temperature")
+        _require(self.top_k >= 0, f"top_k is {self.top_k}; it must be 0 (off) or more")
+        _require(0 < self.top_p <= 1, f"top_p is {self.top_p}; it must lie in (0, 1]")
+
+
+@dataclass(frozen=True)
+class PPOConfig:
+    """Proximal policy optimisation for language models."""
+
+    steps: int = 60
+    """PPO steps: one rollout and its updates each."""
+    batch_size: int = 64
+    """Prompts, and so completions, a step."""
+    minibatch_size: int = 16
+    """Completions an optimizer step; divides batch_size."""
+    micro_batch_size: int = 16
+    """Completions a forward pass; divides minibatch_size. Changes memory, not the result."""
+    epochs: int = 4
+    """Passes over each rollout."""
+    learning_rate: float = 3e-4
+    """AdamW's rate at the first step."""
+    schedule: Literal["linear", "constant"] = "linear"
+    """The rate falls linearly to zero over the run, or stays."""
+    adam_beta2: float = 0.99
+    """AdamW's second decay; the first is 0.9."""
+    adam_eps: float = 1e-8
+    """AdamW's epsilon."""
+    weight_decay: float = 0.0
+    """AdamW's decoupled weight decay."""
+    max_grad_norm: float = 1.0
+    """Gradients of a longer total norm are scaled down to it."""
+    gamma: float = 1.0
+    """Discount of GAE."""
+    lam: float = 0.95
+    """λ of GAE."""
+    clip_range: float = 0.2
+    """ε of the clipped ratio."""
+    value_clip_range: float = 0.2
+    """How far a value may move from the rollout's before its loss is clipped."""
+    value_coef: float = 0.5
+    """Weight of the value loss."""
+    whiten_advantages: bool = True
+    """Advantages of a step are shifted and scaled to mean 0 and variance 1 over the mask."""
+    whiten_rewards: bool = False
+    """Rewards of a step are scaled to variance 1 over the mask; their mean stays."""
+    kl_coef: float = 0.05
+    """Weight of the per-token KL penalty (its start, when kl_control is adaptive)."""
+    kl_control: Literal["adaptive", "fixed"] = "adaptive"
+    """Whether the coefficient follows kl_target."""
+    kl_target: float = 6.0
+    """KL per sequence, in nats, that the adaptive coefficient steers to."""
+    kl_horizon: int = 2000
+    """Completions over which the adaptive coefficient reacts."""
+    missing_eos_penalty: float = 0.5
+    """Taken from the score of a response that did not end within max_new_tokens."""
+
+    def __post_init__(self) -> None:
+        _require_positive(
+            self, "steps", "batch_size", "minibatch_size", "micro_batch_size", "epochs", "learning_rate",
+            "adam_eps", "max_grad_norm", "clip_range", "value_clip_range", "kl_target", "kl_horizon",
+        )  # fmt: skip
+        for name in ("weight_decay", "value_coef", "kl_coef", "missing_eos_penalty"):
+            _require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; it must be 0 or more")
+        for name in ("gamma", "lam"):
+            _require(0 <= getattr(self, name) <= 1, f"{name} is {getattr(self, name)}; it must lie in [0, 1]")
+        _require(0 <= self.adam_beta2 < 1, f"adam_beta2 is {self.adam_beta2}; it must lie in [0, 1)")
+        _require_divides("minibatch_size", self.minibatch_size, "batch_size", self.batch_size)
+        _require_divides("micro_batch_size", self.micro_batch_size, "minibatch_size", self.minibatch_size)
+
+
+def _require_divides(part_name: str, part: int, whole_name: str, whole: int) -> None:
+    _require(
+        whole % part == 0,
+        f"{whole_name} {whole} is not divisible by {part_name} {part}; "
+        f"choose {part_name} from {', '.join(str(n) for n in range(1, whole + 1) if whole % n == 0)}",
+    )
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    """What a run keeps."""
+
+    save_every: int = 10
+    """Steps between checkpoints; the last step is always saved."""
+    keep: int = 3
+    """Newest checkpoints that stay."""
+    samples_per_step: int = 4
+    """Rollouts a step that samples.jsonl shows."""
+    evaluation_prompts: int = 128
+    """Held-out prompts on which the policy is judged before and after; 0 leaves that out."""
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "save_every", "keep")
+        for name in ("samples_per_step", "evaluation_prompts"):
+            _require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; it must be 0 or more")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Train a language model with PPO: on the embedded film reviews, or on your own sentences with --data."""
+
+    seed: int = field(default_factory=default_seed)
+    """Seed of everything; SEED in the environment sets the default."""
+    data: str | None = None
+    """Folder with sentences one a line, positive ones in *.pos and negative ones in *.neg. None: the embedded task."""
+    numerics: Numerics = "native"
+    """portable: the same bits on every x86-64 processor, one thread, slower. native: this processor's fastest."""
+    threads: int | None = None
+    """Threads of one operation, whatever OMP_NUM_THREADS says. None: 2, and 1 with portable numerics."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute; auto takes the GPU when there is one."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """bfloat16 runs the models under autocast; weights, log-probs and losses stay float32."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """The language model."""
+    pretrain: PretrainConfig = field(default_factory=PretrainConfig)
+    """Supervised language modelling before PPO."""
+    classifier: ClassifierConfig = field(default_factory=ClassifierConfig)
+    """Reward model and evaluator."""
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    """How completions are drawn."""
+    ppo: PPOConfig = field(default_factory=PPOConfig)
+    """The PPO updates."""
+    log: LogConfig = field(default_factory=LogConfig)
+    """Checkpoints, samples, evaluation."""
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.seed < 2**63, f"seed is {self.seed}; it must lie in [0, 2**63)")
+        _require(self.threads is None or self.threads > 0, f"threads is {self.threads}; it must be greater than 0")
+        if self.numerics == "portable":
+            _require(self.threads in (None, 1), f"threads is {self.threads}; numerics 'portable' runs on 1")
+            _require(self.device != "cuda", "numerics 'portable' runs on the CPU; take --device cpu")
+            _require(self.dtype == "float32", "numerics 'portable' needs --dtype float32")
+            _require(self.model.attention == "eager", "numerics 'portable' needs --model.attention eager")
+
+    @property
+    def resolved_threads(self) -> int:
+        """Threads of one operation."""
+        return self.threads or (1 if self.numerics == "portable" else 2)
+
+
+def to_json(config: TrainConfig) -> str:
+    """Return the configuration as JSON with sorted keys."""
+    return json.dumps(dataclasses.asdict(config), sort_keys=True, indent=2) + "\n"
+
+
+def read_config_file(path: Path, base: TrainConfig) -> TrainConfig:
+    """Return ``base`` with the fields that a TOML file, or a run's ``config.json``, sets.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not TOML or JSON, or it names an unknown option or gives one a value of the wrong type.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no configuration file {str(path)!r}; give a .toml file or a run's config.json")
+    try:
+        text = path.read_text(encoding="utf-8")
+        tree = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+    except (UnicodeDecodeError, json.JSONDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ValueError(f"{path} is not valid {path.suffix.lstrip('.') or 'TOML'}: {error}") from None
+    _require(isinstance(tree, dict), f"{path} holds a {type(tree).__name__}; it must hold a table of options")
+    return _replace(base, tree, str(path), ())
+
+
+def _replace(base: Any, tree: dict[str, Any], source: str, path: tuple[str, ...]) -> Any:
+    known = {item.name: item for item in dataclasses.fields(base)}
+    types_by_name = typing.get_type_hints(type(base))
+    changes: dict[str, Any] = {}
+    for name, value in tree.items():
+        dotted = ".".join((*path, name))
+        _require(name in known, f"{source}: unknown option {dotted!r}; known here: {', '.join(known)}")
+        current = getattr(base, name)
+        if dataclasses.is_dataclass(current):
+            _require(isinstance(value, dict), f"{source}: {dotted} is {value!r}; it must be a table")
+            changes[name] = _replace(current, value, source, (*path, name))
+        else:
+            changes[name] = _checked(value, types_by_name[name], f"{source}: {dotted}")
+    return dataclasses.replace(base, **changes)
+
+
+def _checked(value: Any, wanted: Any, where: str) -> Any:
+    """Return ``value`` when it is of the field's type; an int serves as a float."""
+    if typing.get_origin(wanted) is Literal:
+        choices = typing.get_args(wanted)
+        _require(value in choices, f"{where} is {value!r}; choose from {', '.join(map(str, choices))}")
+        return value
+    accepted = typing.get_args(wanted) if isinstance(wanted, types.UnionType) else (wanted,)
+    if float in accepted and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    names = " or ".join("null" if kind is type(None) else kind.__name__ for kind in accepted)
+    _require(type(value) in accepted, f"{where} is {value!r}; it must be {names}")
+    return value
+
+
+def differences(a: Any, b: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
+    """Return the dotted name and both values of each field in which two configurations differ."""
+    found: list[tuple[str, Any, Any]] = []
+    for item in dataclasses.fields(a):
+        left, right = getattr(a, item.name), getattr(b, item.name)
+        if dataclasses.is_dataclass(left):
+            found += differences(left, right, f"{prefix}{item.name}.")
+        elif left != right:
+            found.append((f"{prefix}{item.name}", left, right))
+    return found
+
+
+def defaults(data: str | None, file: Path | None) -> TrainConfig:
+    """Return what the command line starts from: the defaults of the task, changed by a configuration file."""
+    if file is not None and data is None:
+        data = read_config_file(file, TrainConfig()).data
+    base = TrainConfig() if data is None else for_data(data)
+    return base if file is None else dataclasses.replace(read_config_file(file, base), data=data)
+
+
+def for_data(data: str) -> TrainConfig:
+    """Return the defaults of ``rlhf train --data``: a larger model and vocabulary, a gentler rate."""
+    return TrainConfig(
+        data=data,
+        model=ModelConfig(layers=4, hidden_size=128, heads=4, context=96),
+        sampling=SamplingConfig(max_new_tokens=24),
+        ppo=PPOConfig(steps=60, learning_rate=1e-4, kl_target=8.0),
+    )
+
+
+def check_sources(config: TrainConfig) -> None:
+    """Raise FileNotFoundError when the data folder is missing, before anything is created or loaded."""
+    if config.data is not None and not Path(config.data).is_dir():
+        raise FileNotFoundError(f"no data folder {config.data!r}; give a folder with a *.pos and a *.neg file")

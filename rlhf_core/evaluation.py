@@ -1,0 +1,140 @@
+"""Judging a policy on held-out prompts, before training and after."""
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from scipy import stats
+from transformers import PreTrainedModel
+
+from rlhf_core.config import SamplingConfig
+from rlhf_core.policy import Reference
+from rlhf_core.ppo import autocast
+from rlhf_core.reward import Reward
+from rlhf_core.rollout import sample
+from rlhf_core.seeding import CounterUniforms
+from rlhf_kernels import token_logprobs
+
+CONFIDENCE = 0.95
+RESAMPLES = 10_000
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a policy did on the held-out prompts."""
+
+    rewards: dict[str, np.ndarray]
+    """[N] scores by the reward's name."""
+    kl: np.ndarray
+    """[N] Σ_t log π − log π_ref of each completion, nats."""
+    entropy: float
+    """Mean over response tokens, nats."""
+    distinct_bigrams: float
+    """Distinct bigrams over all bigrams of all completions."""
+    distinct_completions: float
+    """Share of completions that are different from all before."""
+    eos_rate: float
+    """Share of completions that ended."""
+    response_ids: list[list[int]]
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean with its bootstrap confidence interval."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def bootstrap_mean(values: np.ndarray, seed: int) -> Interval:
+    """Return the mean and its 95% interval (Efron's BCa where it exists, else the mean itself).
+
+    Values that are all equal have no spread: the interval is the point.
+    """
+    mean = float(values.mean())
+    if len(values) < 2 or np.ptp(values) == 0:
+        return Interval(mean, mean, mean)
+    result = stats.bootstrap(
+        (values,),
+        np.mean,
+        n_resamples=RESAMPLES,
+        confidence_level=CONFIDENCE,
+        rng=np.random.Generator(np.random.PCG64(seed)),
+    )
+    return Interval(mean, float(result.confidence_interval.low), float(result.confidence_interval.high))
+
+
+@torch.no_grad()
+def evaluate(
+    lm: PreTrainedModel,
+    reference: Reference,
+    prompt_ids: Sequence[Sequence[int]],
+    rewards: Mapping[str, Reward],
+    config: SamplingConfig,
+    *,
+    seed: int,
+    dtype: str,
+    eos_id: int,
+    pad_id: int,
+    batch_size: int = 64,
+    advance: Callable[[int], None] = lambda done: None,
+) -> Evaluation:
+    """Draw a completion for each prompt and judge it.
+
+    The uniforms belong to (seed, prompt), so two policies are compared on the same luck.
+
+    Args:
+        lm: the policy's language model.
+        reference: what the KL is taken against.
+        prompt_ids: the prompts.
+        rewards: judges by name.
+        config: how completions are drawn.
+        seed: the run's seed.
+        dtype: as in training.
+        eos_id: ends a response.
+        pad_id: fills the rest.
+        batch_size: prompts at a time.
+        advance: hears of prompts done.
+    """
+    device = next(lm.parameters()).device
+    judge = Reference(lm) if lm is not reference.lm else reference
+    scores: dict[str, list[torch.Tensor]] = {name: [] for name in rewards}
+    kls, entropies, response_ids, ended = [], [], [], []
+    for start in range(0, len(prompt_ids), batch_size):
+        prompts = prompt_ids[start : start + batch_size]
+        numbers = np.arange(start, start + len(prompts))
+        uniforms = CounterUniforms(seed, "evaluation", 0, numbers, config.max_new_tokens)
+        with autocast(device, dtype):
+            rollout = sample(lm, prompts, uniforms, config, eos_id=eos_id, pad_id=pad_id)
+            logits = [
+                model(rollout.input_ids_BL, rollout.attention_mask_BL, rollout.response_length)
+                for model in (judge, reference)
+            ]
+        mask_BT, ids_BT = rollout.response_mask_BT, rollout.response_ids_BT
+        logprobs_BT, entropies_BT = token_logprobs(logits[0], ids_BT, temperature=config.temperature, with_entropy=True)
+        ref_logprobs_BT = token_logprobs(logits[1], ids_BT, temperature=config.temperature)
+        kls.append(torch.where(mask_BT, logprobs_BT - ref_logprobs_BT, 0.0).sum(dim=1))
+        entropies.append(entropies_BT[mask_BT])
+        response_ids += rollout.response_token_ids()
+        ended.append(rollout.ended_B)
+        for name, reward in rewards.items():
+            scores[name].append(reward(rollout))
+        advance(len(prompts))
+    return Evaluation(
+        rewards={name: torch.cat(parts).double().cpu().numpy() for name, parts in scores.items()},
+        kl=torch.cat(kls).double().cpu().numpy(),
+        entropy=float(torch.cat(entropies).double().mean()),
+        distinct_bigrams=distinct_bigrams(response_ids),
+        distinct_completions=len({tuple(ids) for ids in response_ids}) / len(response_ids),
+        eos_rate=float(torch.cat(ended).double().mean()),
+        response_ids=response_ids,
+    )
+
+
+def distinct_bigrams(rows: Sequence[Sequence[int]]) -> float:
+    """Return the share of distinct bigrams among all bigrams of all rows (distinct-2; Li et al., 2016); 1 for none."""
+    bigrams = [pair for row in rows for pair in itertools.pairwise(row)]
+    return len(set(bigrams)) / len(bigrams) if bigrams else 1.0

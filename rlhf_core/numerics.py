@@ -1,0 +1,74 @@
+"""The environment that decides which instructions torch runs; it must be set before torch is loaded.
+
+``portable`` gives the same bits on every x86-64 processor: torch's plain code path, MKL's code path that is the same
+on all processors, one thread. ``native`` uses the processor's widest instructions and any number of threads; its bits
+belong to one kind of processor, and there too two runs agree.
+"""
+
+import os
+import platform
+import sys
+from pathlib import Path
+from typing import Literal
+
+Numerics = Literal["portable", "native"]
+
+
+def environment(numerics: Numerics, threads: int) -> dict[str, str]:
+    """Return the environment variables that ``numerics`` needs.
+
+    ``OMP_NUM_THREADS`` and its like are always set, so that what the caller's shell says cannot change a result;
+    ``*_DYNAMIC`` is off, so that a busy machine cannot either. cuBLAS needs a fixed workspace to be deterministic.
+    """
+    variables = {
+        "OMP_NUM_THREADS": str(threads),
+        "MKL_NUM_THREADS": str(threads),
+        "OMP_DYNAMIC": "FALSE",
+        "MKL_DYNAMIC": "FALSE",
+        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    if numerics == "portable":
+        return variables | {"ATEN_CPU_CAPABILITY": "default", "MKL_CBWR": "COMPATIBLE"}
+    return variables | {"MKL_CBWR": "AVX512,STRICT" if "avx512f" in cpu_flags() else "AVX2,STRICT"}
+
+
+def apply_environment(numerics: Numerics, threads: int) -> None:
+    """Set the variables of :func:`environment` in this process.
+
+    Raises:
+        RuntimeError: torch is loaded already and read other values; start a new process instead.
+    """
+    wanted = environment(numerics, threads)
+    if numerics == "native":
+        # A narrower path asked for by the caller is the caller's business; it becomes part of the fingerprint.
+        wanted = {name: os.environ.get(name, value) if name == "MKL_CBWR" else value for name, value in wanted.items()}
+    if "torch" in sys.modules:
+        read_once = ("ATEN_CPU_CAPABILITY", "MKL_CBWR")
+        wrong = [name for name in read_once if numerics == "portable" and os.environ.get(name) != wanted[name]]
+        if wrong:
+            settings = " ".join(f"{name}={wanted[name]}" for name in wrong)
+            raise RuntimeError(
+                f"numerics 'portable' must be chosen before torch is imported; start the process with {settings}"
+            )
+    os.environ.update(wanted)
+
+
+def cpu_flags() -> frozenset[str]:
+    """Return the processor's feature flags as Linux lists them; empty where it does not."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return frozenset()
+    flags = next((line for line in lines if line.startswith("flags")), "")
+    return frozenset(flags.partition(":")[2].split())
+
+
+def cpu_name() -> str:
+    """Return the processor's name, or its architecture where the system does not tell."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    named = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    return named or platform.processor() or platform.machine()

@@ -1,0 +1,202 @@
+"""Language models as policies: building, loading, and the forward pass over response positions.
+
+Shape suffixes: B sequences, L positions of prompt and response together, T response positions, V vocabulary, D width.
+"""
+
+import copy
+import inspect
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from rlhf_core.config import ModelConfig
+
+
+def build_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """Build a causal language model of the configured shape, with weights drawn from torch's global generator."""
+    common = {
+        "vocab_size": len(tokenizer),
+        "eos_token_id": tokenizer.eos_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        "tie_word_embeddings": True,
+    }
+    if config.architecture == "llama":
+        shape = AutoConfig.for_model(
+            "llama",
+            hidden_size=config.hidden_size,
+            intermediate_size=round_up(config.hidden_size * 8 // 3, 32),
+            num_hidden_layers=config.layers,
+            num_attention_heads=config.heads,
+            num_key_value_heads=config.heads,
+            max_position_embeddings=config.context,
+            **common,
+        )
+    else:
+        shape = AutoConfig.for_model(
+            "gpt2",
+            n_embd=config.hidden_size,
+            n_layer=config.layers,
+            n_head=config.heads,
+            n_positions=config.context,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+            **common,
+        )
+    model = AutoModelForCausalLM.from_config(shape, attn_implementation=config.attention, dtype=torch.float32)
+    return model.eval()
+
+
+def round_up(value: int, multiple: int) -> int:
+    """Return the least multiple that is not below ``value``."""
+    return -(-value // multiple) * multiple
+
+
+def load_model(path: str | Path, attention: str) -> PreTrainedModel:
+    """Load a causal language model from a folder or by hub name, in float32, from safetensors.
+
+    Raises:
+        FileNotFoundError: it is neither a folder here nor to be had from the hub.
+        ValueError: the folder does not hold a causal language model that transformers can load.
+    """
+    require_model_source(path)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            path, dtype=torch.float32, attn_implementation=attention, use_safetensors=True
+        )
+    except OSError as error:
+        raise FileNotFoundError(f"cannot load model {str(path)!r}: {first_line(error)}") from None
+    except ValueError as error:
+        raise ValueError(f"cannot load model {str(path)!r}: {first_line(error)}") from None
+    return model.eval()
+
+
+def require_model_source(path: str | Path) -> None:
+    """Raise FileNotFoundError unless ``path`` is a folder with a model's ``config.json`` or can be a hub name."""
+    folder = Path(path)
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise FileNotFoundError(f"model folder {str(path)!r} has no config.json; is it a transformers model?")
+        return
+    parts = str(path).split("/")
+    if folder.is_absolute() or len(parts) > 2 or parts[0] in ("", ".", "..", "~"):
+        raise FileNotFoundError(
+            f"no model folder {str(path)!r}; give a folder written by save_pretrained or a hub name"
+        )
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's text."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def context_length(model: PreTrainedModel) -> int | None:
+    """Return the longest sequence the model can take, or None when its configuration sets no limit."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
+def position_ids(attention_mask_BL: torch.Tensor) -> torch.Tensor:
+    """Return [B, L] positions that count real tokens, so that left padding does not shift a sequence."""
+    return (attention_mask_BL.cumsum(dim=1) - 1).clamp(min=0)
+
+
+class ForwardArguments:
+    """What a model's ``forward`` understands, looked up once."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._names = frozenset(inspect.signature(model.forward).parameters)
+
+    def positions(self, attention_mask_BL: torch.Tensor, last: int | None = None) -> dict[str, torch.Tensor]:
+        """Return ``position_ids``, for the last ``last`` columns; nothing for a model that derives its own."""
+        if "position_ids" not in self._names:
+            return {}
+        ids = position_ids(attention_mask_BL)
+        return {"position_ids": ids if last is None else ids[:, -last:]}
+
+    def keep(self, positions: int) -> dict[str, int]:
+        """Return the argument that limits the head to the last ``positions``; nothing where there is none."""
+        return {"logits_to_keep": positions} if "logits_to_keep" in self._names else {}
+
+
+class ActorCritic(nn.Module):
+    """A policy and its value model.
+
+    ``shared`` puts a linear head on the policy's last hidden state; ``separate`` gives the head a copy of the trunk.
+    The head starts at zero: before any update every value is 0.
+    """
+
+    def __init__(self, lm: PreTrainedModel, value: Literal["shared", "separate"]) -> None:
+        super().__init__()
+        self.lm = lm
+        self.value_trunk = copy.deepcopy(lm.base_model) if value == "separate" else None
+        self.value_head = nn.Linear(lm.config.get_text_config().hidden_size, 1)
+        nn.init.zeros_(self.value_head.weight)
+        nn.init.zeros_(self.value_head.bias)
+        self._arguments = ForwardArguments(lm)
+        self.eval()  # dropout stays off: the ratio compares two passes of one function
+
+    def forward(
+        self, input_ids_BL: torch.Tensor, attention_mask_BL: torch.Tensor, response_length: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the logits that predict the response tokens and the values of the states they are drawn in.
+
+        Args:
+            input_ids_BL: [B, L] left-padded prompts followed by right-padded responses.
+            attention_mask_BL: [B, L] 1 on real tokens.
+            response_length: T; the response takes the last T columns.
+
+        Returns:
+            logits [B, T, V] and values [B, T] in float32.
+        """
+        shared = self.value_trunk is None
+        output = self.lm(
+            input_ids=input_ids_BL,
+            attention_mask=attention_mask_BL,
+            use_cache=False,
+            output_hidden_states=shared,
+            **self._arguments.positions(attention_mask_BL),
+            **self._arguments.keep(response_length + 1),
+        )
+        hidden_BLD = (
+            output.hidden_states[-1]
+            if self.value_trunk is None
+            else self.value_trunk(
+                input_ids=input_ids_BL,
+                attention_mask=attention_mask_BL,
+                use_cache=False,
+                **self._arguments.positions(attention_mask_BL),
+            ).last_hidden_state
+        )
+        values_BT = self.value_head(predicting(hidden_BLD, response_length)).squeeze(-1)
+        return predicting(output.logits, response_length), values_BT.float()
+
+
+def predicting(x: torch.Tensor, response_length: int) -> torch.Tensor:
+    """Return the T positions before the last: what stands at position t predicts token t + 1."""
+    return x[:, -(response_length + 1) : -1]
+
+
+class Reference(nn.Module):
+    """The frozen policy that the KL penalty is measured against."""
+
+    def __init__(self, lm: PreTrainedModel) -> None:
+        super().__init__()
+        self.lm = lm.requires_grad_(False).eval()
+        self._arguments = ForwardArguments(lm)
+
+    def forward(
+        self, input_ids_BL: torch.Tensor, attention_mask_BL: torch.Tensor, response_length: int
+    ) -> torch.Tensor:
+        """Return [B, T, V] the logits that predict the response tokens."""
+        output = self.lm(
+            input_ids=input_ids_BL,
+            attention_mask=attention_mask_BL,
+            use_cache=False,
+            **self._arguments.positions(attention_mask_BL),
+            **self._arguments.keep(response_length + 1),
+        )
+        return predicting(output.logits, response_length)
