@@ -41,13 +41,39 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
             if path.is_dir():
                 sync_folder(path)
         sync_folder(partial)
-        if folder.exists():
-            shutil.rmtree(folder)
-        partial.rename(folder)
-    except BaseException:
+        _put_in_place(partial, folder)
+    except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
+        _raise_as_os_error(error, folder)
         raise
     sync_folder(folder.parent)
+
+
+def _put_in_place(partial: Path, folder: Path) -> None:
+    """Rename ``partial`` to ``folder``; a folder that is there gives way, and returns when that fails."""
+    if not folder.exists():
+        partial.rename(folder)
+        return
+    former = folder.with_name(f".{folder.name}.former")
+    shutil.rmtree(former, ignore_errors=True)
+    folder.rename(former)
+    try:
+        partial.rename(folder)
+    except BaseException:
+        former.rename(folder)
+        raise
+    shutil.rmtree(former)
+
+
+_OS_ERROR = re.compile(r"\(os error (\d+)\)")
+
+
+def _raise_as_os_error(error: BaseException, folder: Path) -> None:
+    """Raise OSError for what safetensors and tokenizers raise in exceptions of their own when a disk is full."""
+    found = _OS_ERROR.search(str(error))
+    if found and not isinstance(error, OSError):
+        number = int(found.group(1))
+        raise OSError(number, os.strerror(number), str(folder)) from None
 
 
 def check_folder(folder: Path) -> None:
@@ -63,10 +89,17 @@ def check_folder(folder: Path) -> None:
     if not isinstance(manifest, dict):
         raise ValueError(f"{folder}: {MANIFEST} is not a table of files")
     for name, digest in sorted(manifest.items()):
-        if not (folder / name).is_file():
-            raise ValueError(f"{folder}: {name} is missing")
-        if sha256(folder / name) != digest:
+        try:
+            found = sha256(folder / name)
+        except FileNotFoundError:
+            raise ValueError(f"{folder}: {name} is missing") from None
+        except OSError as error:
+            raise ValueError(f"{folder}: {name} cannot be read ({error.strerror})") from None
+        if found != digest:
             raise ValueError(f"{folder}: {name} does not have the SHA-256 of the manifest; it was damaged or changed")
+    there = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    for name in sorted(there - manifest.keys() - {MANIFEST}):
+        raise ValueError(f"{folder}: {name} is not in the manifest")
 
 
 def is_sound(folder: Path) -> bool:
@@ -102,9 +135,9 @@ def newest_sound(checkpoints: Path, report: Callable[[str], None]) -> Path | Non
 
 
 def prune(checkpoints: Path, keep: int) -> None:
-    """Remove all but the newest ``keep`` checkpoints; the first, with step 0, always stays."""
+    """Remove all but the newest ``keep`` checkpoints, and what a kill left half-written; step 0 always stays."""
     later = [folder for step, folder in steps(checkpoints) if step > 0]
-    for folder in later[:-keep]:
+    for folder in (*later[:-keep], *checkpoints.glob(".step_*")):
         shutil.rmtree(folder)
 
 

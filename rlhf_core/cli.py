@@ -4,8 +4,11 @@ import argparse
 import contextlib
 import io
 import os
+import re
+import shlex
+import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -51,9 +54,9 @@ class TrainOptions:
 class CompareOptions:
     """Say at which step, metric and value two runs first differ (exit code 1), or that they are identical."""
 
-    a: tyro.conf.Positional[str]
-    """A run: its folder, or its name under --runs."""
-    b: tyro.conf.Positional[str]
+    a: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="A")]
+    """A run: its name under --runs, or its folder."""
+    b: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="B")]
     """Another."""
     runs: Path = Path("runs")
     """Where runs are kept."""
@@ -63,8 +66,8 @@ class CompareOptions:
 class SamplesOptions:
     """Show a run's completions."""
 
-    run: tyro.conf.Positional[str] = "latest"
-    """A run: its folder, or its name under --runs."""
+    run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")] = "latest"
+    """A run: its name under --runs, or its folder."""
     step: int | None = None
     """Only this step. None: the last steps."""
     last: int = 3
@@ -72,17 +75,18 @@ class SamplesOptions:
     runs: Path = Path("runs")
     """Where runs are kept."""
 
+    def __post_init__(self) -> None:
+        if self.last < 1:
+            raise ValueError(f"--last is {self.last}; it must be 1 or more")
+
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command and exit with its code; what a user did wrong is one line on standard error, and code 2."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
         code = run_command(arguments)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 0
     except KeyboardInterrupt:
-        code = _complain("interrupted", 130)
+        code = _complain("interrupted", 128 + signal.SIGINT)
     except (UsageError, ValueError, OSError, FloatingPointError) as error:
         if os.environ.get("RLHF_TRACEBACK"):
             raise
@@ -92,14 +96,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _describe(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror and error.filename:
-        text = f"{error.filename}: {error.strerror}"
-    else:
-        text = str(error) or type(error).__name__
-    return " ".join(printable(line.strip()) for line in text.splitlines())
+        return f"{error.filename}: {error.strerror}"
+    return str(error) or type(error).__name__
 
 
 def _complain(message: str, code: int) -> int:
-    print(f"rlhf: {message}", file=sys.stderr)
+    """Print one line that cannot harm a terminal, whatever file names and texts it quotes."""
+    print(f"rlhf: {printable(' '.join(message.split()))}", file=sys.stderr)
     return code
 
 
@@ -125,8 +128,7 @@ def parse(options: type[C], arguments: list[str], command: str, default: C | Non
     """Return the options; an error of the command line becomes one line.
 
     Raises:
-        UsageError: an option is unknown, or its value is.
-        ValueError: a value is out of range.
+        UsageError: an option is unknown, or its value is, or is out of range.
     """
     given: dict[str, Any] = {"args": arguments, "prog": f"rlhf {command}"}
     if default is not None:
@@ -135,11 +137,31 @@ def parse(options: type[C], arguments: list[str], command: str, default: C | Non
         return tyro.cli(options, **given)
     complaint = io.StringIO()
     try:
-        with contextlib.redirect_stderr(complaint), contextlib.redirect_stdout(complaint):
+        with contextlib.redirect_stderr(complaint), contextlib.redirect_stdout(complaint), _wide_terminal():
             return tyro.cli(options, **given)
     except SystemExit:
-        words = " ".join(line.strip("│╭╮╰╯─ ") for line in complaint.getvalue().splitlines())
-        raise UsageError(" ".join(words.split())) from None
+        raise UsageError(f"{_gist(complaint.getvalue())}; see rlhf {command} --help") from None
+
+
+@contextlib.contextmanager
+def _wide_terminal() -> Iterator[None]:
+    """Keep tyro from breaking words: its complaint goes on one line anyway."""
+    columns = os.environ.get("COLUMNS")
+    os.environ["COLUMNS"] = "100000"
+    try:
+        yield
+    finally:
+        del os.environ["COLUMNS"]
+        if columns is not None:
+            os.environ["COLUMNS"] = columns
+
+
+def _gist(complaint: str) -> str:
+    """Return what tyro's framed complaint says, without the frame, its title and the help behind it."""
+    lines = [line.strip("│╭╮╰╯─ ") for line in complaint.splitlines()]
+    text = " ".join(line for line in lines[1:] if line.strip("-"))
+    text = re.split(r"Argument helptext:|For full helptext", text)[0]
+    return re.sub(r"Error parsing ([A-Za-z][A-Za-z.]*: )?", "", text).strip(" .")
 
 
 def train(arguments: list[str]) -> int:
@@ -153,14 +175,14 @@ def train(arguments: list[str]) -> int:
         asked = configuration.read_config_file(file, recorded) if file else recorded
         asked = parse(TrainOptions, arguments, "train", TrainOptions(train=asked)).train
         _refuse_changes(recorded, asked)
-        return _train(recorded, run, resumed=True)
+        return _train(recorded, lambda: run, resumed=True)
     base = configuration.defaults(early["data"], file)
     config = parse(TrainOptions, arguments, "train", TrainOptions(train=base)).train
     configuration.check_sources(config)
+    runlog.check_new_name(runs, early["name"])
     task = Path(config.data).resolve().name if config.data else "embedded"
-    run = runlog.create_run(runs, early["name"], f"{task}-seed{config.seed}")
-    runlog.write_atomically(run / runlog.CONFIG_FILE, configuration.to_json(config).encode())
-    return _train(config, run, resumed=False)
+    default_name, content = f"{task}-seed{config.seed}", configuration.to_json(config)
+    return _train(config, lambda: runlog.create_run(runs, early["name"], default_name, content), resumed=False)
 
 
 def _refuse_changes(recorded: TrainConfig, asked: TrainConfig) -> None:
@@ -173,17 +195,22 @@ def _refuse_changes(recorded: TrainConfig, asked: TrainConfig) -> None:
         )
 
 
-def _train(config: TrainConfig, run: Path, *, resumed: bool) -> int:
+def _train(config: TrainConfig, open_run: Callable[[], Path], *, resumed: bool) -> int:
     apply_environment(config.numerics, config.resolved_threads)
     from rlhf_core import pipeline  # loads torch, which reads the environment once
 
-    how_to_resume = f"rlhf train --resume --name {run.resolve().name} --runs {run.resolve().parent}"
+    inputs = pipeline.load_inputs(config)
+    run = open_run()
+    place = run.resolve()
+    resume = f"rlhf train --resume --name {shlex.quote(place.name)} --runs {shlex.quote(str(place.parent))}"
     try:
-        pipeline.run_training(config, run, resumed=resumed)
+        pipeline.run_training(config, inputs, run, resumed=resumed)
     except pipeline.Stopped as stopped:
-        return _complain(f"{stopped}; continue with: {how_to_resume}", stopped.exit_code)
+        return _complain(f"{stopped}; continue with: {resume}", stopped.exit_code)
     except FloatingPointError as error:
-        return _complain(f"{_describe(error)}; what was saved before is in {run / 'checkpoints'}", USAGE_ERROR)
+        return _complain(f"{error}; earlier checkpoints stay in {run / 'checkpoints'}", USAGE_ERROR)
+    except OSError as error:
+        return _complain(f"{_describe(error)}; put that right, then continue with: {resume}", USAGE_ERROR)
     return 0
 
 
@@ -203,12 +230,13 @@ def samples(arguments: list[str]) -> int:
     """``rlhf samples``."""
     options = parse(SamplesOptions, arguments, "samples")
     run = runlog.find_run(options.run, options.runs)
-    rows = list(runlog.read(run / runlog.SAMPLES_FILE))
+    rows = list(runlog.read_samples(run))
     steps = sorted({row["step"] for row in rows})
+    if not steps:
+        raise ValueError(f"{run} has no samples; it has done no step, or was run with --log.samples-per-step 0")
+    if options.step is not None and options.step not in steps:
+        raise ValueError(f"{run} has samples of steps {steps[0]} to {steps[-1]}; step {options.step} is not among them")
     shown = steps[-options.last :] if options.step is None else [options.step]
-    if not set(shown) <= set(steps) or not steps:
-        known = f"steps {steps[0]} to {steps[-1]}" if steps else "no steps"
-        raise ValueError(f"{run} has samples of {known}; step {options.step} is not among them")
     table = Table("step", "reward", "kl", "prompt", "completion")
     for row in rows:
         if row["step"] in shown:

@@ -6,10 +6,13 @@ configuration under two names have the same ``config.json`` and the same logs.
 
 import dataclasses
 import json
+import math
 import os
+import sys
 import tomllib
 import types
 import typing
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -35,10 +38,41 @@ def _require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
+def _section(owner: object) -> str:
+    """Return the prefix of a configuration's options, as in ``ppo.`` for :class:`PPOConfig`."""
+    section = type(owner).__name__.removesuffix("Config").lower()
+    return "" if section == "train" else f"{section}."
+
+
+def _require_field(owner: object, name: str, holds: Callable[[Any], bool], wanted: str) -> None:
+    value = getattr(owner, name)
+    _require(holds(value), f"{_section(owner)}{name} is {value}; it must {wanted}")
+
+
+def _require_finite(owner: Any) -> None:
+    for item in dataclasses.fields(owner):
+        if isinstance(getattr(owner, item.name), float):
+            _require_field(owner, item.name, math.isfinite, "be a finite number")
+
+
 def _require_positive(owner: object, *names: str) -> None:
     for name in names:
-        value = getattr(owner, name)
-        _require(value > 0, f"{name} is {value}; it must be greater than 0")
+        _require_field(owner, name, lambda value: value > 0, "be greater than 0")
+
+
+def _require_not_negative(owner: object, *names: str) -> None:
+    for name in names:
+        _require_field(owner, name, lambda value: value >= 0, "be 0 or more")
+
+
+def _require_divides(owner: object, part_name: str, whole_name: str) -> None:
+    part, whole = getattr(owner, part_name), getattr(owner, whole_name)
+    if whole % part:
+        divisors = ", ".join(str(n) for n in range(1, min(whole, 4096) + 1) if whole % n == 0)
+        raise ValueError(
+            f"{_section(owner)}{whole_name} {whole} is not divisible by {part_name} {part}; "
+            f"choose {part_name} from {divisors}"
+        )
 
 
 @dataclass(frozen=True)
@@ -68,7 +102,7 @@ class ModelConfig:
         _require_positive(self, "layers", "hidden_size", "heads", "context", "vocabulary")
         _require(
             self.hidden_size % (2 * self.heads) == 0,
-            f"hidden_size {self.hidden_size} does not divide into {self.heads} heads of an even width; "
+            f"model.hidden_size {self.hidden_size} does not divide into {self.heads} heads of an even width; "
             f"take a multiple of {2 * self.heads}",
         )
 
@@ -85,7 +119,8 @@ class PretrainConfig:
     """Peak of AdamW's rate: linear warm-up over a twentieth of the steps, then linearly down to a tenth."""
 
     def __post_init__(self) -> None:
-        _require(self.steps is None or self.steps >= 0, f"pretrain.steps is {self.steps}; it must be 0 or more")
+        _require_finite(self)
+        _require_field(self, "steps", lambda steps: steps is None or steps >= 0, "be 0 or more")
         _require_positive(self, "batch_size", "learning_rate")
 
 
@@ -101,6 +136,7 @@ class ClassifierConfig:
     """Peak of AdamW's rate, with the schedule of pre-training."""
 
     def __post_init__(self) -> None:
+        _require_finite(self)
         _require_positive(self, "steps", "batch_size", "learning_rate")
 
 
@@ -118,9 +154,10 @@ class SamplingConfig:
     """Draw from the smallest set of likeliest tokens that holds this probability; 1 draws from all."""
 
     def __post_init__(self) -> None:
+        _require_finite(self)
         _require_positive(self, "max_new_tokens", "temperature")
-        _require(self.top_k >= 0, f"top_k is {self.top_k}; it must be 0 (off) or more")
-        _require(0 < self.top_p <= 1, f"top_p is {self.top_p}; it must lie in (0, 1]")
+        _require_field(self, "top_k", lambda value: value >= 0, "be 0 (off) or more")
+        _require_field(self, "top_p", lambda value: 0 < value <= 1, "lie in (0, 1]")
 
 
 @dataclass(frozen=True)
@@ -175,25 +212,17 @@ class PPOConfig:
     """Taken from the score of a response that did not end within max_new_tokens."""
 
     def __post_init__(self) -> None:
+        _require_finite(self)
         _require_positive(
             self, "steps", "batch_size", "minibatch_size", "micro_batch_size", "epochs", "learning_rate",
             "adam_eps", "max_grad_norm", "clip_range", "value_clip_range", "kl_target", "kl_horizon",
         )  # fmt: skip
-        for name in ("weight_decay", "value_coef", "kl_coef", "missing_eos_penalty"):
-            _require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; it must be 0 or more")
+        _require_not_negative(self, "weight_decay", "value_coef", "kl_coef", "missing_eos_penalty")
         for name in ("gamma", "lam"):
-            _require(0 <= getattr(self, name) <= 1, f"{name} is {getattr(self, name)}; it must lie in [0, 1]")
-        _require(0 <= self.adam_beta2 < 1, f"adam_beta2 is {self.adam_beta2}; it must lie in [0, 1)")
-        _require_divides("minibatch_size", self.minibatch_size, "batch_size", self.batch_size)
-        _require_divides("micro_batch_size", self.micro_batch_size, "minibatch_size", self.minibatch_size)
-
-
-def _require_divides(part_name: str, part: int, whole_name: str, whole: int) -> None:
-    _require(
-        whole % part == 0,
-        f"{whole_name} {whole} is not divisible by {part_name} {part}; "
-        f"choose {part_name} from {', '.join(str(n) for n in range(1, whole + 1) if whole % n == 0)}",
-    )
+            _require_field(self, name, lambda value: 0 <= value <= 1, "lie in [0, 1]")
+        _require_field(self, "adam_beta2", lambda value: 0 <= value < 1, "lie in [0, 1)")
+        _require_divides(self, "minibatch_size", "batch_size")
+        _require_divides(self, "micro_batch_size", "minibatch_size")
 
 
 @dataclass(frozen=True)
@@ -211,8 +240,7 @@ class LogConfig:
 
     def __post_init__(self) -> None:
         _require_positive(self, "save_every", "keep")
-        for name in ("samples_per_step", "evaluation_prompts"):
-            _require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; it must be 0 or more")
+        _require_not_negative(self, "samples_per_step", "evaluation_prompts")
 
 
 @dataclass(frozen=True)
@@ -245,8 +273,8 @@ class TrainConfig:
     """Checkpoints, samples, evaluation."""
 
     def __post_init__(self) -> None:
-        _require(0 <= self.seed < 2**63, f"seed is {self.seed}; it must lie in [0, 2**63)")
-        _require(self.threads is None or self.threads > 0, f"threads is {self.threads}; it must be greater than 0")
+        _require_field(self, "seed", lambda seed: 0 <= seed < 2**63, "lie in [0, 2**63)")
+        _require_field(self, "threads", lambda threads: threads is None or threads > 0, "be greater than 0")
         if self.numerics == "portable":
             _require(self.threads in (None, 1), f"threads is {self.threads}; numerics 'portable' runs on 1")
             _require(self.device != "cuda", "numerics 'portable' runs on the CPU; take --device cpu")
@@ -276,8 +304,9 @@ def read_config_file(path: Path, base: TrainConfig) -> TrainConfig:
     try:
         text = path.read_text(encoding="utf-8")
         tree = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
-    except (UnicodeDecodeError, json.JSONDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ValueError(f"{path} is not valid {path.suffix.lstrip('.') or 'TOML'}: {error}") from None
+    except (ValueError, RecursionError) as error:
+        kind = "JSON" if path.suffix == ".json" else "TOML"
+        raise ValueError(f"{path} is not valid {kind}: {error}; correct the file, or leave it out") from None
     _require(isinstance(tree, dict), f"{path} holds a {type(tree).__name__}; it must hold a table of options")
     return _replace(base, tree, str(path), ())
 
@@ -295,7 +324,10 @@ def _replace(base: Any, tree: dict[str, Any], source: str, path: tuple[str, ...]
             changes[name] = _replace(current, value, source, (*path, name))
         else:
             changes[name] = _checked(value, types_by_name[name], f"{source}: {dotted}")
-    return dataclasses.replace(base, **changes)
+    try:
+        return dataclasses.replace(base, **changes)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from None
 
 
 def _checked(value: Any, wanted: Any, where: str) -> Any:
@@ -305,7 +337,8 @@ def _checked(value: Any, wanted: Any, where: str) -> Any:
         _require(value in choices, f"{where} is {value!r}; choose from {', '.join(map(str, choices))}")
         return value
     accepted = typing.get_args(wanted) if isinstance(wanted, types.UnionType) else (wanted,)
-    if float in accepted and isinstance(value, int) and not isinstance(value, bool):
+    if float in accepted and type(value) is int:
+        _require(abs(value) <= sys.float_info.max, f"{where} is {value}; it must be a finite number")
         return float(value)
     names = " or ".join("null" if kind is type(None) else kind.__name__ for kind in accepted)
     _require(type(value) in accepted, f"{where} is {value!r}; it must be {names}")

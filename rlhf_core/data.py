@@ -10,7 +10,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from rlhf_core.policy import first_line, require_model_source
+from rlhf_core.policy import first_line, quiet_transformers, require_model_source
 from rlhf_core.seeding import permutation
 
 EOS, PAD, UNKNOWN = "<eos>", "<pad>", "<unk>"
@@ -27,15 +27,16 @@ class Labelled:
 
 
 def read_sentences(path: Path) -> list[str]:
-    """Return the lines of a UTF-8 text file that hold something, stripped.
+    """Return the lines of a UTF-8 text file that hold something, stripped; a byte-order mark is no part of them.
 
     Raises:
         ValueError: the file is not UTF-8, or holds no sentence.
     """
+    content = path.read_bytes()
     try:
-        text = path.read_bytes().decode("utf-8")
+        text = content.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
-        line = path.read_bytes()[: error.start].count(b"\n") + 1
+        line = content[: error.start].count(b"\n") + 1
         raise ValueError(f"{path}:{line}: not UTF-8 ({error.reason}); convert the file to UTF-8") from None
     sentences = [line.strip() for line in text.split("\n") if line.strip()]
     if not sentences:
@@ -104,6 +105,7 @@ def _as_fast(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
         unk_token=UNKNOWN,
         padding_side="left",
         clean_up_tokenization_spaces=False,
+        split_special_tokens=True,  # "<eos>" in a sentence is text, and does not end it
     )
 
 
@@ -140,9 +142,13 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     """
     require_model_source(path)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise FileNotFoundError(f"cannot load the tokenizer of {str(path)!r}: {first_line(error)}") from None
+        with quiet_transformers():
+            tokenizer = AutoTokenizer.from_pretrained(path)
+    except Exception as error:  # a damaged file shows as OSError, ValueError, KeyError, TypeError, or plain Exception
+        raise FileNotFoundError(
+            f"cannot load the tokenizer of {str(path)!r} ({type(error).__name__}: {first_line(error)}); "
+            "it takes tokenizer.json and tokenizer_config.json as save_pretrained writes them"
+        ) from None
     if tokenizer.eos_token_id is None:
         raise ValueError(
             f"the tokenizer of {str(path)!r} has no end-of-sequence token, so no response could end; "
@@ -157,6 +163,30 @@ def encode_sentences(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], l
     """Return each text's tokens with the end-of-sequence token behind; longer texts are cut and have none."""
     encoded = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
     return [[*ids, tokenizer.eos_token_id][:longest] for ids in encoded]
+
+
+def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[list[int]]:
+    """Return each prompt's tokens.
+
+    Raises:
+        ValueError: there is no prompt, or one has no token in this vocabulary.
+    """
+    if not prompts:
+        raise ValueError("the sentences give no prompt: none has more than a few words; give longer ones")
+    encoded = tokenizer(list(prompts), add_special_tokens=False)["input_ids"]
+    for prompt, ids in zip(prompts, encoded, strict=True):
+        if not ids:
+            raise ValueError(f"the tokenizer has no token for the prompt {prompt!r}; take one that covers the data")
+    return encoded
+
+
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> None:
+    """Raise ValueError when the tokenizer has more tokens than the model."""
+    if len(tokenizer) > vocabulary:
+        raise ValueError(
+            f"the tokenizer has {len(tokenizer)} tokens and the model {vocabulary}; "
+            "take the model's own tokenizer, or enlarge the model with resize_token_embeddings"
+        )
 
 
 def right_pad(sequences: Sequence[Sequence[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:

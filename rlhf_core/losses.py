@@ -1,14 +1,19 @@
 """The losses: pure functions of tensors. Each is a *sum* over the mask, for the caller to divide.
 
 Dividing by the tokens of the whole minibatch, and not of the part at hand, is what makes the gradient independent of
-how a minibatch is split into micro-batches. Shape suffixes: B sequences, T response positions.
+how a minibatch is split into micro-batches.
+
+What lies outside the mask, NaN included, changes no bit: the sum leaves it out, and the input that carries a gradient
+is replaced there on its way in, because the derivative of a NaN that was left out is 0 times NaN.
+
+Shape suffixes: B sequences, T response positions.
 """
 
 import torch
 
 
 def masked_sum(x_BT: torch.Tensor, mask_BT: torch.Tensor) -> torch.Tensor:
-    """Return Σ x over the mask; what lies outside, NaN included, has no part in it or in its gradient."""
+    """Return Σ x over the mask."""
     return torch.where(mask_BT, x_BT, 0.0).sum()
 
 
@@ -26,13 +31,12 @@ def ppo_policy_loss(
     """Return Σ_t max(−ρ_t A_t, −clip(ρ_t, 1−ε, 1+ε) A_t): Schulman et al., "PPO" (2017), eq. 7, negated.
 
     Args:
-        log_ratio_BT: [B, T] log ρ = log π_new − log π_old, 0 outside the mask.
+        log_ratio_BT: [B, T] log ρ = log π_new − log π_old.
         advantages_BT: [B, T] A, a constant.
         mask_BT: [B, T] True on response tokens.
         clip_range: ε.
     """
-    advantages_BT = torch.where(mask_BT, advantages_BT, 0.0)
-    ratio_BT = log_ratio_BT.exp()
+    ratio_BT = torch.where(mask_BT, log_ratio_BT, 0.0).exp()
     clipped_BT = ratio_BT.clamp(1.0 - clip_range, 1.0 + clip_range)
     return masked_sum(torch.maximum(-ratio_BT * advantages_BT, -clipped_BT * advantages_BT), mask_BT)
 
@@ -57,8 +61,6 @@ def clipped_value_loss(
         clip_range: ε, in units of value.
     """
     values_BT = torch.where(mask_BT, values_BT, 0.0)
-    old_values_BT = torch.where(mask_BT, old_values_BT, 0.0)
-    returns_BT = torch.where(mask_BT, returns_BT, 0.0)
     clipped_BT = old_values_BT + (values_BT - old_values_BT).clamp(-clip_range, clip_range)
     errors_BT = torch.maximum((values_BT - returns_BT).square(), (clipped_BT - returns_BT).square())
     return 0.5 * masked_sum(errors_BT, mask_BT)

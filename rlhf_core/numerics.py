@@ -18,12 +18,15 @@ def environment(numerics: Numerics, threads: int) -> dict[str, str]:
     """Return the environment variables that ``numerics`` needs.
 
     ``OMP_NUM_THREADS`` and its like are always set, so that what the caller's shell says cannot change a result;
-    ``*_DYNAMIC`` is off, so that a busy machine cannot either. cuBLAS needs a fixed workspace to be deterministic.
+    ``*_DYNAMIC`` is off, so that a busy machine cannot either. Threads that wait spin for a moment and then sleep,
+    because on a busy machine spinning ones take the processor from the thread that they wait for. cuBLAS needs a fixed
+    workspace to be deterministic.
     """
     variables = {
         "OMP_NUM_THREADS": str(threads),
         "MKL_NUM_THREADS": str(threads),
         "OMP_DYNAMIC": "FALSE",
+        "GOMP_SPINCOUNT": "2000",
         "MKL_DYNAMIC": "FALSE",
         "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
         "TOKENIZERS_PARALLELISM": "false",

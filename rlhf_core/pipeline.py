@@ -69,6 +69,15 @@ class StopRequest:
 
 
 @dataclass(frozen=True)
+class Inputs:
+    """The task with its prompts in tokens: checked, and not yet in need of a run's folder."""
+
+    task: Task
+    prompt_ids: list[list[int]]
+    held_out_ids: list[list[int]]
+
+
+@dataclass(frozen=True)
 class Experiment:
     """Everything that PPO starts from."""
 
@@ -91,7 +100,30 @@ class Experiment:
         return self.task.tokenizer.pad_token_id
 
 
-def run_training(config: TrainConfig, run: Path, *, resumed: bool) -> None:
+def load_inputs(config: TrainConfig) -> Inputs:
+    """Load what a run needs, so that whatever is wrong with it shows before there is a run.
+
+    Raises:
+        FileNotFoundError, ValueError: the device, the data, the tokenizer or the model cannot be used, or they do not
+            fit together.
+    """
+    choose_device(config)
+    task = load_task(config)
+    model = starting_model(task, config)
+    data.check_vocabulary(task.tokenizer, model.config.get_text_config().vocab_size)
+    ids = [data.encode_prompts(task.tokenizer, prompts) for prompts in (task.prompts, task.held_out_prompts)]
+    for prompt_ids in ids:
+        check_context(model, prompt_ids, config.sampling.max_new_tokens)
+    return Inputs(task, *ids)
+
+
+def starting_model(task: Task, config: TrainConfig) -> PreTrainedModel:
+    """Return the language model that pre-training, or PPO, starts from."""
+    path, attention = config.model.path, config.model.attention
+    return load_model(path, attention) if path else build_model(config.model, task.tokenizer)
+
+
+def run_training(config: TrainConfig, inputs: Inputs, run: Path, *, resumed: bool) -> None:
     """Train as configured in the run's folder, and print the result.
 
     Raises:
@@ -107,7 +139,7 @@ def run_training(config: TrainConfig, run: Path, *, resumed: bool) -> None:
             run / runlog.ENVIRONMENT_FILE, (json.dumps(environment(device), indent=2) + "\n").encode()
         )
     with StopRequest().listening() as stop:
-        experiment = prepare(config, run, device, stop)
+        experiment = prepare(config, inputs, run, device, stop)
         state = start_or_resume(experiment, config, run, device)
         run_ppo(state, experiment, config, run, stop)
     if config.log.evaluation_prompts:
@@ -129,9 +161,9 @@ def choose_device(config: TrainConfig) -> torch.device:
     return torch.device("cuda" if cuda else "cpu")
 
 
-def prepare(config: TrainConfig, run: Path, device: torch.device, stop: StopRequest) -> Experiment:
+def prepare(config: TrainConfig, inputs: Inputs, run: Path, device: torch.device, stop: StopRequest) -> Experiment:
     """Return the experiment; models that the run's folder holds already are loaded, not trained again."""
-    task = load_task(config)
+    task = inputs.task
     base: PreTrainedModel = _stage(
         run / "models" / "base",
         train=lambda: _pretrained(task, config, device, stop),
@@ -139,10 +171,6 @@ def prepare(config: TrainConfig, run: Path, device: torch.device, stop: StopRequ
         load=lambda folder: load_model(folder, config.model.attention),
     )
     move(base, device)
-    prompt_ids = task.tokenizer(list(task.prompts), add_special_tokens=False)["input_ids"]
-    held_out_ids = task.tokenizer(list(task.held_out_prompts), add_special_tokens=False)["input_ids"]
-    for ids in (prompt_ids, held_out_ids):
-        check_context(base, ids, config.sampling.max_new_tokens)
     if task.labelled is None:
         reward: Reward = TextReward(reviews.score, task.tokenizer)
         judges = {"reward": reward}
@@ -152,7 +180,7 @@ def prepare(config: TrainConfig, run: Path, device: torch.device, stop: StopRequ
             "unseen evaluator": _classifier_reward("evaluator", task, base, config, run, device, stop),
         }
         reward = judges["reward model"]
-    return Experiment(task, base, reward, judges, prompt_ids, held_out_ids)
+    return Experiment(task, base, reward, judges, inputs.prompt_ids, inputs.held_out_ids)
 
 
 def move(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
@@ -172,10 +200,9 @@ def _stage(
 
 
 def _pretrained(task: Task, config: TrainConfig, device: torch.device, stop: StopRequest) -> PreTrainedModel:
-    path, steps = config.model.path, config.pretrain.steps
-    model = load_model(path, config.model.attention) if path else build_model(config.model, task.tokenizer)
+    model, steps = starting_model(task, config), config.pretrain.steps
     if steps is None:
-        steps = 0 if path else task.pretrain_steps
+        steps = 0 if config.model.path else task.pretrain_steps
     if steps == 0:
         return model
     sequences = data.encode_sentences(task.tokenizer, task.texts, _context(model, config))

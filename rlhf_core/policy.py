@@ -5,10 +5,14 @@ Shape suffixes: B sequences, L positions of prompt and response together, T resp
 
 import copy
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+import transformers
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -60,19 +64,47 @@ def load_model(path: str | Path, attention: str) -> PreTrainedModel:
     """Load a causal language model from a folder or by hub name, in float32, from safetensors.
 
     Raises:
-        FileNotFoundError: it is neither a folder here nor to be had from the hub.
-        ValueError: the folder does not hold a causal language model that transformers can load.
+        FileNotFoundError: it is neither a folder here nor to be had from the hub, or has no safetensors weights.
+        ValueError: it is not a causal language model that transformers can load, or its weights are damaged, missing
+            or of other shapes than its configuration says: transformers would draw those at random.
     """
     require_model_source(path)
+    problem = f"cannot load model {str(path)!r}"
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=torch.float32, attn_implementation=attention, use_safetensors=True
-        )
+        with quiet_transformers():
+            result: Any = AutoModelForCausalLM.from_pretrained(
+                path,
+                dtype=torch.float32,
+                attn_implementation=attention,
+                use_safetensors=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+            )
+    except SafetensorError as error:
+        raise ValueError(f"{problem}: its weights are damaged ({first_line(error)}); copy or save it again") from None
     except OSError as error:
-        raise FileNotFoundError(f"cannot load model {str(path)!r}: {first_line(error)}") from None
+        remedy = "it takes config.json and *.safetensors as save_pretrained writes them"
+        raise FileNotFoundError(f"{problem}: {first_line(error)} ({remedy})") from None
     except ValueError as error:
-        raise ValueError(f"cannot load model {str(path)!r}: {first_line(error)}") from None
+        raise ValueError(f"{problem}: {first_line(error)}") from None
+    model, loaded = result
+    if loaded["missing_keys"]:
+        raise ValueError(f"{problem}: it has no weights for {min(loaded['missing_keys'])}; copy or save it again")
+    if loaded["mismatched_keys"]:
+        name, stored, wanted = min(loaded["mismatched_keys"])
+        raise ValueError(f"{problem}: {name} is {tuple(stored)}, but {tuple(wanted)} by its config.json; save it again")
     return model.eval()
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Keep transformers' report on a load off the terminal: what matters of it becomes an error."""
+    level = transformers.utils.logging.get_verbosity()
+    transformers.utils.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers.utils.logging.set_verbosity(level)
 
 
 def require_model_source(path: str | Path) -> None:
@@ -107,7 +139,7 @@ def position_ids(attention_mask_BL: torch.Tensor) -> torch.Tensor:
 class ForwardArguments:
     """What a model's ``forward`` understands, looked up once."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: nn.Module) -> None:
         self._names = frozenset(inspect.signature(model.forward).parameters)
 
     def positions(self, attention_mask_BL: torch.Tensor, last: int | None = None) -> dict[str, torch.Tensor]:
@@ -150,7 +182,7 @@ class ActorCritic(nn.Module):
             response_length: T; the response takes the last T columns.
 
         Returns:
-            logits [B, T, V] and values [B, T] in float32.
+            logits [B, T, V], and values [B, T] in the head's own precision, under autocast too.
         """
         shared = self.value_trunk is None
         output = self.lm(
@@ -171,8 +203,10 @@ class ActorCritic(nn.Module):
                 **self._arguments.positions(attention_mask_BL),
             ).last_hidden_state
         )
-        values_BT = self.value_head(predicting(hidden_BLD, response_length)).squeeze(-1)
-        return predicting(output.logits, response_length), values_BT.float()
+        hidden_BTD = predicting(hidden_BLD, response_length).to(self.value_head.weight.dtype)
+        with torch.autocast(hidden_BTD.device.type, enabled=False):
+            values_BT = self.value_head(hidden_BTD).squeeze(-1)
+        return predicting(output.logits, response_length), values_BT
 
 
 def predicting(x: torch.Tensor, response_length: int) -> torch.Tensor:

@@ -34,7 +34,7 @@ class NonFiniteError(FloatingPointError):
 
     def __init__(self, step: int, name: str) -> None:
         super().__init__(
-            f"step {step}: {name} is not finite, so training stops before it can reach the weights; "
+            f"step {step}: {name} is not finite, so training stops and nothing more is saved; "
             "lower the learning rate, or look at the reward"
         )
 
@@ -227,7 +227,8 @@ def update(
     """Run the epochs of a step and return their metrics.
 
     Raises:
-        NonFiniteError: a loss or a gradient is not finite; the weights are as they were before that minibatch.
+        NonFiniteError: a loss or a gradient is not finite, and the weights are as they were before that minibatch; or
+            a weight is no longer finite after the last one.
     """
     parameters = [parameter for parameter in state.model.parameters() if parameter.requires_grad]
     statistics = UpdateStatistics()
@@ -245,6 +246,7 @@ def update(
                 clip_gradients(grads, norm, config.ppo.max_grad_norm)
                 state.optimizer.step()
                 state.optimizer.zero_grad(set_to_none=True)
+    require_finite(step, None, **dict(state.model.named_parameters()))
     return statistics.metrics()
 
 
@@ -281,9 +283,13 @@ def ppo_step(
         pad_id: fills the rest.
 
     Raises:
+        ValueError: the number of prompts, or of scores, is not the batch size.
         NonFiniteError: something is NaN or infinite.
     """
     step, ppo, clock = state.step + 1, config.ppo, StageClock()
+    if len(prompt_ids) != ppo.batch_size:
+        raise ValueError(f"step {step} has {len(prompt_ids)} prompts; ppo.batch_size is {ppo.batch_size}")
+    require_finite(step, None, **dict(state.model.named_parameters()))
     lr = learning_rate(ppo, step)
     set_learning_rate(state.optimizer, lr)
 
@@ -298,7 +304,9 @@ def ppo_step(
 
     # 2. Reward of the whole text; a response that did not end costs something.
     with clock.stage("reward"):
-        rewards_B = reward(rollout).float()
+        rewards_B = reward(rollout).detach().float().cpu()
+        if rewards_B.shape != rollout.ended_B.shape:
+            raise ValueError(f"the reward returned shape {tuple(rewards_B.shape)}; it must be one score a prompt")
         require_finite(step, None, reward=rewards_B)
         scores_B = penalize_missing_eos(rewards_B, rollout.ended_B.cpu(), ppo.missing_eos_penalty)
 

@@ -5,6 +5,7 @@ from dataclasses import asdict
 from typing import Any
 
 import numpy as np
+from rich import box
 from rich.table import Table
 from rich.text import Text
 
@@ -18,6 +19,13 @@ ENTROPY_KEPT = 0.2
 """Share of the reference's entropy per token that a policy keeps when it has not collapsed."""
 BIGRAMS_KEPT = 0.5
 """Share of the reference's distinct bigrams that a policy keeps when it has not collapsed."""
+
+CHECKS = {
+    "reward_rose": "every judge's change lies above 0 with its whole interval",
+    "kl_in_range": f"the KL lies between {KL_RANGE[0]:g} and {KL_RANGE[1]:g} nats a sequence",
+    "entropy_kept": f"at least {ENTROPY_KEPT:.0%} of the entropy is left",
+    "bigrams_kept": f"at least {BIGRAMS_KEPT:.0%} of the distinct bigrams are left",
+}
 
 
 def evaluation_summary(before: Evaluation, after: Evaluation, seed: int) -> dict[str, Any]:
@@ -58,39 +66,26 @@ def _pair(before: float, after: float) -> dict[str, float]:
 
 
 def print_evaluation(summary: dict[str, Any], pairs: Sequence[tuple[str, str, str]]) -> None:
-    """Print the summary, and completions before and after."""
-    table = Table(title=f"{summary['prompts']} held-out prompts, before and after PPO (mean, 95% interval)")
-    for column in ("", "before", "after", "change", "check"):
+    """Print the summary, what it says of health, and completions before and after."""
+    table = Table(title=f"{summary['prompts']} held-out prompts: mean, and its 95% interval", box=box.SIMPLE_HEAD)
+    for column in ("", "before", "after", "change"):
         table.add_column(column, justify="left" if column == "" else "right")
     for name, reward in summary["rewards"].items():
-        rose = reward["change"]["low"] > 0
-        table.add_row(name, *(_shown(reward[key]) for key in ("before", "after", "change")), _mark(rose, "above 0"))
-    checks = summary["checks"]
-    low, high = KL_RANGE
-    table.add_row(
-        "KL to the reference, nats",
-        "0",
-        _shown(summary["kl"]),
-        "",
-        _mark(checks["kl_in_range"], f"{low:g} to {high:g}"),
-    )
-    for key, title, check, wanted in (
-        ("entropy", "entropy, nats a token", "entropy_kept", f"at least {ENTROPY_KEPT:.0%} kept"),
-        ("distinct_bigrams", "distinct bigrams", "bigrams_kept", f"at least {BIGRAMS_KEPT:.0%} kept"),
-        ("distinct_completions", "distinct completions", None, ""),
-        ("eos_rate", "ended with EOS", None, ""),
+        table.add_row(name, *(_shown(reward[key]) for key in ("before", "after", "change")))
+    table.add_row("KL to reference, nats", "0", _shown(summary["kl"]))
+    for key, title in (
+        ("entropy", "entropy, nats/token"),
+        ("distinct_bigrams", "distinct bigrams"),
+        ("distinct_completions", "distinct completions"),
+        ("eos_rate", "ended with EOS"),
     ):
-        values = summary[key]
-        mark = _mark(checks[check], wanted) if check else ""
-        table.add_row(
-            title,
-            f"{values['before']:.3f}",
-            f"{values['after']:.3f}",
-            f"{values['after'] - values['before']:+.3f}",
-            mark,
-        )
+        before, after = summary[key]["before"], summary[key]["after"]
+        table.add_row(title, f"{before:.3f}", f"{after:.3f}", f"{after - before:+.3f}")
     console.print(table)
-    examples = Table(title="completions of the same prompts", show_lines=True)
+    for name, text in CHECKS.items():
+        holds = summary["checks"][name]
+        console.print(Text(f"  {'yes' if holds else 'NO '}  {text}", style="green" if holds else "bold red"))
+    examples = Table(title="completions of the same prompts, same random numbers", box=box.SIMPLE_HEAD, show_lines=True)
     for column in ("prompt", "before", "after"):
         examples.add_column(column, overflow="fold")
     for row in pairs:
@@ -100,7 +95,3 @@ def print_evaluation(summary: dict[str, Any], pairs: Sequence[tuple[str, str, st
 
 def _shown(interval: dict[str, float]) -> str:
     return f"{interval['mean']:+.3f} [{interval['low']:+.3f}, {interval['high']:+.3f}]"
-
-
-def _mark(holds: bool, wanted: str) -> str:
-    return f"{'yes' if holds else 'NO'}, {wanted}" if holds else f"NO, want {wanted}"

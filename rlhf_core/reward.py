@@ -35,7 +35,8 @@ class TextReward:
 
     def __call__(self, rollout: Rollout) -> torch.Tensor:
         """Return [B] float32 scores of the decoded texts."""
-        return torch.tensor([self._score(text) for text in decode(self._tokenizer, rollout.token_ids())])
+        texts = decode(self._tokenizer, rollout.token_ids())
+        return torch.tensor([self._score(text) for text in texts], dtype=torch.float32)
 
 
 class Classifier(nn.Module):
@@ -45,6 +46,7 @@ class Classifier(nn.Module):
         """Start from a copy of a language model's trunk; the head starts at zero."""
         super().__init__()
         self.trunk = copy.deepcopy(lm.base_model)
+        self.trunk.requires_grad_(True)  # the language model may be frozen already
         self.head = nn.Linear(lm.config.get_text_config().hidden_size, 1)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)

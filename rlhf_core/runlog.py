@@ -3,9 +3,13 @@
 This module does not import torch.
 """
 
+import contextlib
+import errno
+import itertools
 import json
 import os
 import re
+import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,43 +31,74 @@ def encode(row: dict[str, Any]) -> str:
 
 
 def append(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Append rows in a single write, so that a reader sees whole lines but for one that a crash tears."""
+    """Append rows in a single write and sync them, so that a reader sees whole lines but for one that a crash tears.
+
+    A checkpoint is durable when it has its name; the rows that belong to it have to be durable before.
+    """
     data = "".join(encode(row) for row in rows).encode()
     with path.open("ab", buffering=0) as file:
         written = file.write(data)
+        os.fsync(file.fileno())
     if written != len(data):
-        raise OSError(f"{path}: wrote {written} of {len(data)} bytes; is the disk full?")
+        raise OSError(errno.ENOSPC, f"only {written} of {len(data)} bytes could be written", str(path))
 
 
 def read(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a log.
+    """Yield the rows of a log of steps.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: a line is not a JSON object; the message names the file and the line.
+        ValueError: a line is not a JSON object with a step; the message names the file and the line.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"no log {str(path)!r}")
+        raise FileNotFoundError(f"no log {str(path)!r}; is {str(path.parent)!r} a run that has begun its steps?")
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                torn = "" if line.endswith(b"\n") else " (the last line is torn; the run was killed while writing it)"
-                raise ValueError(f"{path}:{number}: not JSON: {error}{torn}") from None
-            if not isinstance(row, dict):
-                raise ValueError(f"{path}:{number}: holds {row!r}; each line must be a JSON object")
-            yield row
+            yield _decode(line, f"{path}:{number}")
+
+
+_SAMPLE = {"sample": int, "prompt": str, "completion": str, "reward": float, "kl": float}
+
+
+def read_samples(run: Path) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a run's ``samples.jsonl``.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a line is no sample; the message names the file, the line and the field.
+    """
+    path = run / SAMPLES_FILE
+    for number, row in enumerate(read(path), start=1):
+        for name, kind in _SAMPLE.items():
+            value = row.get(name)
+            if type(value) is not kind:
+                raise ValueError(f"{path}:{number}: {name} is {value!r}; it must be a {kind.__name__}")
+        yield row
+
+
+def _decode(line: bytes, where: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        torn = "" if line.endswith(b"\n") else " (the last line is torn: the run was killed while writing; --resume it)"
+        raise ValueError(f"{where}: not JSON: {error}{torn}") from None
+    if not isinstance(row, dict) or type(row.get("step")) is not int:
+        raise ValueError(f"{where}: each line must be a JSON object with a whole number as its step")
+    return row
 
 
 def keep_through_step(path: Path, step: int) -> None:
-    """Cut a log back to its rows up to ``step``; a torn last line goes too. A missing log stays missing."""
+    """Cut a log back to its rows up to ``step``; a torn last line goes too. A missing log stays missing.
+
+    Raises:
+        ValueError: a whole line is malformed; the file stays as it is.
+    """
     if not path.exists():
         return
     kept = []
     with path.open("rb") as file:
-        for line in file:
-            if not line.endswith(b"\n") or json.loads(line)["step"] > step:
+        for number, line in enumerate(file, start=1):
+            if not line.endswith(b"\n") or _decode(line, f"{path}:{number}")["step"] > step:
                 break
             kept.append(line)
     write_atomically(path, b"".join(kept))
@@ -95,39 +130,62 @@ def sync_folder(folder: Path) -> None:
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
-def create_run(runs: Path, name: str | None, default_name: str) -> Path:
-    """Make the folder of a new run and point ``latest`` to it.
-
-    Without a name, ``default_name`` is taken, or the first of ``default_name-2``, ``-3`` … that is free.
+def check_new_name(runs: Path, name: str | None) -> None:
+    """Raise when a new run cannot have this name: early, before anything is loaded.
 
     Raises:
         ValueError: the name is not a plain folder name.
         FileExistsError: a run of that name is there already.
     """
-    if name is not None and (not _NAME.fullmatch(name) or name == "latest"):
+    if name is None:
+        return
+    if not _NAME.fullmatch(name) or name == "latest":
         raise ValueError(f"run name {name!r}: use letters, digits, '.', '_' and '-', and not the word 'latest'")
-    runs.mkdir(parents=True, exist_ok=True)
-    if name is not None:
-        folder = runs / name
-        try:
-            folder.mkdir()
-        except FileExistsError:
-            raise FileExistsError(f"run {folder} exists; continue it with --resume, or give another --name") from None
-    else:
-        folder = _first_free(runs, default_name)
+    if (runs / name).exists():
+        raise FileExistsError(f"run {str(runs / name)!r} exists; continue it with --resume, or give another --name")
+
+
+def create_run(runs: Path, name: str | None, default_name: str, config: str) -> Path:
+    """Make the folder of a new run with its ``config.json``, and point ``latest`` to it.
+
+    Without a name, ``default_name`` is taken, or the first of ``default_name-2``, ``-3`` … that is free; what a plain
+    folder name cannot have in it becomes ``-``.
+
+    Raises:
+        ValueError, FileExistsError: as :func:`check_new_name`.
+        OSError: the folder cannot be made or written; nothing is left of it.
+    """
+    check_new_name(runs, name)
+    try:
+        runs.mkdir(parents=True, exist_ok=True)
+        folder = _make_first_free(runs, _plain(default_name)) if name is None else _make(runs / name)
+    except OSError as error:
+        raise OSError(
+            f"cannot make a run in {str(runs)!r} ({error.strerror}); give --runs a folder to write to"
+        ) from None
+    try:
+        write_atomically(folder / CONFIG_FILE, config.encode())
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
     point_latest(folder)
     return folder
 
 
-def _first_free(runs: Path, default_name: str) -> Path:
-    number = 1
-    while True:
-        folder = runs / (default_name if number == 1 else f"{default_name}-{number}")
-        try:
-            folder.mkdir()
-            return folder
-        except FileExistsError:
-            number += 1
+def _plain(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).lstrip("._-") or "run"
+
+
+def _make(folder: Path) -> Path:
+    folder.mkdir()
+    return folder
+
+
+def _make_first_free(runs: Path, name: str) -> Path:
+    for number in itertools.count(1):
+        with contextlib.suppress(FileExistsError):
+            return _make(runs / (name if number == 1 else f"{name}-{number}"))
+    raise AssertionError("unreachable: a name is always free")
 
 
 def point_latest(folder: Path) -> None:
@@ -139,16 +197,16 @@ def point_latest(folder: Path) -> None:
 
 
 def find_run(run: str, runs: Path) -> Path:
-    """Return the folder of a run given by its path or by its name under ``runs``.
+    """Return the folder of a run given by its name under ``runs``, or by its path.
 
     Raises:
         FileNotFoundError: neither holds a run.
     """
-    for folder in (Path(run), runs / run):
+    for folder in (runs / run, Path(run)):
         if (folder / CONFIG_FILE).is_file():
             return folder
     names = sorted(path.parent.name for path in runs.glob(f"*/{CONFIG_FILE}") if path.parent.name != "latest")
-    known = f"runs in {runs}: {', '.join(names)}" if names else f"there are no runs in {runs}"
+    known = f"runs in {str(runs)!r}: {', '.join(names)}" if names else f"there are no runs in {str(runs)!r}"
     raise FileNotFoundError(f"no run {run!r} (a run is a folder with {CONFIG_FILE}); {known}")
 
 
@@ -189,11 +247,14 @@ def _first_difference(path_a: Path, path_b: Path) -> Difference | None:
             a, b = row_a.get(key, _ABSENT), row_b.get(key, _ABSENT)
             # json.dumps and not ==, so that 1 and 1.0 and True are told apart, as in the file's bytes.
             if json.dumps(a, sort_keys=True) != json.dumps(b, sort_keys=True):
-                step = row_a.get("step", row_b.get("step", 0))
                 label = f"{key} of sample {row_a['sample']}" if "sample" in row_a and key != "sample" else key
-                return Difference(name, int(step), label, a, b)
+                return Difference(name, row_a["step"], label, a, b)
     if len(rows_a) != len(rows_b):
         longer = rows_a if len(rows_a) > len(rows_b) else rows_b
-        step = int(longer[min(len(rows_a), len(rows_b))].get("step", 0))
+        step = longer[min(len(rows_a), len(rows_b))]["step"]
         return Difference(name, step, "number of rows", len(rows_a), len(rows_b))
+    with path_a.open("rb") as file_a, path_b.open("rb") as file_b:
+        for row, line_a, line_b in zip(rows_a, file_a, file_b, strict=True):
+            if line_a != line_b:
+                return Difference(name, row["step"], "spelling of the row", line_a, line_b)
     return None

@@ -29,14 +29,18 @@ def stream(seed: int, purpose: str, *counter: int) -> np.random.Generator:
     Args:
         seed: the run's seed, in [0, 2**63).
         purpose: what the numbers are for, as in ``"shuffle"``.
-        counter: up to three whole numbers, such as (step, sample).
+        counter: up to three whole numbers from 0, such as (step, sample).
+
+    Raises:
+        ValueError: there are more counters.
+        OverflowError: the seed or a counter is negative.
     """
     if len(counter) > 3:
         raise ValueError(f"a stream has at most three counters, and {counter} are {len(counter)}")
     # The lowest word counts the draws within the stream; the caller's counters take the words above it.
     words = [0, *counter, *([0] * (3 - len(counter)))]
-    bits = np.random.Philox(key=[seed, zlib.crc32(purpose.encode())], counter=words)
-    return np.random.Generator(bits)
+    key = np.array([seed, zlib.crc32(purpose.encode())], dtype=np.uint64)
+    return np.random.Generator(np.random.Philox(key=key, counter=np.array(words, dtype=np.uint64)))
 
 
 class UniformSource(Protocol):

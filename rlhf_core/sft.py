@@ -36,18 +36,21 @@ def train_supervised(
     """Minimise a loss over batches of rows with AdamW, gradient norms clipped to 1.
 
     Raises:
-        FloatingPointError: the loss is not finite; the message names the step.
+        FloatingPointError: the loss or its gradient is not finite; the message names the step.
     """
     optimizer = adamw(model.parameters(), lr=learning_rate, beta2=0.99, eps=1e-8, weight_decay=0.01)
     for step in range(steps):
         set_learning_rate(optimizer, learning_rate * warmup_then_linear(step, steps))
         loss = loss_of_rows(next(rows))
-        value = loss.item()
-        if not math.isfinite(value):
-            raise FloatingPointError(f"the loss is {value} at supervised step {step + 1}; lower the learning rate")
         loss.backward()
         grads = gradients(model.parameters())
-        clip_gradients(grads, total_norm(grads), 1.0)
+        value, norm = loss.item(), total_norm(grads)
+        for name, number in (("loss", value), ("gradient norm", norm)):
+            if not math.isfinite(number):
+                raise FloatingPointError(
+                    f"the {name} is {number} at supervised step {step + 1}; lower the learning rate"
+                )
+        clip_gradients(grads, norm, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         report(value)
@@ -73,10 +76,16 @@ def train_language_model(
         pad_id: what fills short rows.
         seed: decides the order of the data.
         report: hears of each step's loss in nats a token.
+
+    Raises:
+        ValueError: no sequence has a second token, so there is nothing to predict.
+        FloatingPointError: the loss or its gradient is not finite.
     """
     device = next(model.parameters()).device
     arguments = ForwardArguments(model)
     usable = [sequence for sequence in sequences if len(sequence) > 1]
+    if not usable:
+        raise ValueError(f"none of the {len(sequences)} sequences has two tokens, so there is nothing to predict")
 
     def loss_of_rows(rows: list[int]) -> torch.Tensor:
         ids_BL, mask_BL = (x.to(device) for x in right_pad([usable[row] for row in rows], pad_id))

@@ -54,15 +54,21 @@ def load_task(config: TrainConfig) -> Task:
 def _embedded(config: TrainConfig) -> Task:
     generated = reviews.generate(config.seed, EMBEDDED_SENTENCES, "train")
     tokenizer = load_tokenizer(config.model.path) if config.model.path else word_tokenizer(reviews.VOCABULARY)
+    held_out = reviews.prompts(config.seed, EMBEDDED_PROMPTS, "held_out")
     return Task(
         name="embedded",
         tokenizer=tokenizer,
         texts=[review.text for review in generated],
-        prompts=reviews.prompts(config.seed, EMBEDDED_PROMPTS, "train"),
-        held_out_prompts=reviews.prompts(config.seed, max(1, config.log.evaluation_prompts), "held_out"),
+        prompts=distinct(reviews.prompts(config.seed, EMBEDDED_PROMPTS, "train")),
+        held_out_prompts=distinct(held_out)[: max(1, config.log.evaluation_prompts)],
         labelled=None,
         pretrain_steps=EMBEDDED_PRETRAIN_STEPS,
     )
+
+
+def distinct(texts: Sequence[str]) -> list[str]:
+    """Return the texts without repetitions, in order."""
+    return list(dict.fromkeys(texts))
 
 
 def _sentences(config: TrainConfig, folder: Path) -> Task:
@@ -87,10 +93,10 @@ def cut_prompts(sentences: Sequence[str], seed: int) -> list[str]:
 
     They end in the middle of a sentence and before a space, so that what follows is a word of its own.
     """
-    prompts: dict[str, None] = {}
+    prompts = []
     for row, sentence in enumerate(sentences):
         words = sentence.split(" ")
         length = 2 + int(4 * raw_uniforms(seed, "cut", 0, row, 1)[0])
         if len(words) > length:
-            prompts[" ".join(words[:length])] = None
-    return list(prompts)
+            prompts.append(" ".join(words[:length]))
+    return distinct(prompts)

@@ -1,5 +1,6 @@
 """What a run shows a person: progress bars on a terminal, and text that cannot harm it. Imports no torch."""
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -14,7 +15,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-console = Console(highlight=False)
+console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
 
 
 def printable(text: str) -> str:

@@ -163,8 +163,8 @@ def sample_tokens(
     """Draw one token a row by inverting the cumulative distribution at the given uniform.
 
     The drawn id is the first, in order of ids, whose cumulative probability over the kept tokens exceeds the uniform,
-    so equal uniforms give equal ids. Top-k is applied first, then top-p to what it left. Tokens are ranked by logit, equal
-    logits by id, lower first: that rule also decides at the border of top-k and top-p.
+    so equal uniforms give equal ids. Top-k is applied first, then top-p to what it left. Tokens are ranked by logit,
+    equal logits by id, lower first: that rule also decides at the border of top-k and top-p.
 
     Args:
         logits: [N, V], float32, bfloat16 or float16 (float64 runs on the reference).

@@ -122,6 +122,13 @@ torch.library.register_autograd(
 )
 
 
+def _no_second_derivative(ctx: Any, *_: Any) -> None:
+    raise RuntimeError("rlhf_kernels.token_logprobs has no second derivative; backend='reference' has one")
+
+
+torch.library.register_autograd("rlhf_kernels::token_logprobs_backward", _no_second_derivative, lib=_LIBRARY)
+
+
 def register_kernel(name: str, function: Any, dispatch_key: str) -> None:
     """Let `function` run the operator `name` for tensors of a device (`CPU`, `CUDA`)."""
     _LIBRARY.impl(name, function, dispatch_key)

@@ -1,0 +1,15 @@
+def gae(
+    rewards: int,
+    values: int,
+    mask: int,
+    bootstrap: int,
+    is_double: bool,
+    rows: int,
+    tokens: int,
+    gamma: float,
+    lam: float,
+    advantages: int,
+    returns: int,
+    instruction_set: int,
+    threads: int,
+) -> None: ...

@@ -1,0 +1,89 @@
+"""Rows of `token_logprobs` over threads. Tensors arrive as addresses; launch.py owns shapes and dtypes."""
+
+from cython.parallel cimport parallel, prange
+from libc.stdint cimport int64_t, uint32_t, uintptr_t
+
+from rlhf_kernels.cpu._rows cimport enter_rounding, kernels, leave_rounding, row_kernels, threads_for
+
+
+cdef int64_t first_bad_label(
+    const int64_t *labels, int64_t rows, int64_t vocabulary, bint ignoring, int64_t ignore_index) noexcept nogil:
+    cdef int64_t row
+    for row in range(rows):
+        if not 0 <= labels[row] < vocabulary and not (ignoring and labels[row] == ignore_index):
+            return row
+    return -1
+
+
+def forward(
+    uintptr_t logits, int element_type, int element_bytes, int64_t rows, int64_t inner, int64_t outer_stride,
+    int64_t inner_stride, int64_t vocabulary, uintptr_t labels, bint ignoring, int64_t ignore_index,
+    double temperature, uintptr_t logp, uintptr_t entropy, uintptr_t statistics, int instruction_set, int threads,
+) -> int:
+    """Fill logp[rows], entropy[rows] (where its address is not 0) and statistics[rows, 2].
+
+    Row r starts at logits + (r // inner) * outer_stride + (r % inner) * inner_stride elements.
+    Returns the first row whose label is out of range, with nothing written, or -1.
+    """
+    cdef const int64_t *label = <const int64_t *>labels
+    cdef const char *base = <const char *>logits
+    cdef float *out_logp = <float *>logp
+    cdef float *out_entropy = <float *>entropy
+    cdef float *out_statistics = <float *>statistics
+    cdef const row_kernels *k = kernels(instruction_set)
+    cdef double inverse_temperature = 1.0 / temperature
+    cdef int64_t row, bad
+    cdef uint32_t saved = 0
+    with nogil:
+        bad = first_bad_label(label, rows, vocabulary, ignoring, ignore_index)
+    if bad >= 0:
+        return bad
+    with nogil, parallel(num_threads=threads_for(rows, rows * vocabulary, threads)):
+        saved = enter_rounding()
+        for row in prange(rows, schedule="static"):
+            if ignoring and label[row] == ignore_index:
+                out_logp[row] = 0.0
+                out_statistics[2 * row] = 0.0
+                out_statistics[2 * row + 1] = 0.0
+                if out_entropy != NULL:
+                    out_entropy[row] = 0.0
+            else:
+                k.logprob_forward(
+                    base + (row // inner * outer_stride + row % inner * inner_stride) * element_bytes,
+                    vocabulary, element_type, label[row], inverse_temperature, out_logp + row,
+                    out_entropy + row if out_entropy != NULL else NULL, out_statistics + 2 * row)
+        leave_rounding(saved)
+    return -1
+
+
+def backward(
+    uintptr_t logits, int element_type, int element_bytes, int64_t rows, int64_t inner, int64_t outer_stride,
+    int64_t inner_stride, int64_t vocabulary, uintptr_t labels, bint ignoring, int64_t ignore_index,
+    double temperature, uintptr_t statistics, uintptr_t entropy, uintptr_t grad_logp, uintptr_t grad_entropy,
+    uintptr_t grad_logits, bint stream, int instruction_set, int threads,
+) -> None:
+    """Fill grad_logits[rows, vocabulary]; grad_logp or grad_entropy may have the address 0, which means 0."""
+    cdef const int64_t *label = <const int64_t *>labels
+    cdef const char *base = <const char *>logits
+    cdef const float *row_entropy = <const float *>entropy
+    cdef const float *row_statistics = <const float *>statistics
+    cdef const float *row_grad_logp = <const float *>grad_logp
+    cdef const float *row_grad_entropy = <const float *>grad_entropy
+    cdef char *out = <char *>grad_logits
+    cdef const row_kernels *k = kernels(instruction_set)
+    cdef double inverse_temperature = 1.0 / temperature
+    cdef int64_t row
+    cdef bint ignored
+    cdef uint32_t saved = 0
+    with nogil, parallel(num_threads=threads_for(rows, rows * vocabulary, threads)):
+        saved = enter_rounding()
+        for row in prange(rows, schedule="static"):
+            ignored = ignoring and label[row] == ignore_index
+            k.logprob_backward(
+                base + (row // inner * outer_stride + row % inner * inner_stride) * element_bytes,
+                vocabulary, element_type, label[row], inverse_temperature, row_statistics + 2 * row,
+                row_entropy[row] if row_grad_entropy != NULL else 0.0,
+                row_grad_logp[row] if row_grad_logp != NULL and not ignored else 0.0,
+                row_grad_entropy[row] if row_grad_entropy != NULL and not ignored else 0.0,
+                stream, out + row * vocabulary * element_bytes)
+        leave_rounding(saved)

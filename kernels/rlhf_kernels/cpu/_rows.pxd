@@ -1,0 +1,41 @@
+"""The row kernels of rows.h, for the other extension modules."""
+
+from libc.stdint cimport int64_t, uint8_t, uint32_t
+
+
+cdef extern from "rows.h":
+    ctypedef struct row_kernels:
+        void (*logprob_forward)(
+            const void *logits, int64_t vocabulary, int type, int64_t label, double inverse_temperature,
+            float *logp, float *entropy, float *statistics) noexcept nogil
+        void (*logprob_backward)(
+            const void *logits, int64_t vocabulary, int type, int64_t label, double inverse_temperature,
+            const float *statistics, float entropy, float grad_logp, float grad_entropy, int stream,
+            void *grad_logits) noexcept nogil
+        int (*sample)(
+            const void *logits, int64_t vocabulary, int type, double uniform, double inverse_temperature,
+            int64_t top_k, double top_p, int64_t *id, float *logp, float *filtered_logp) noexcept nogil
+        void (*gae_float)(
+            const float *rewards, const float *values, const uint8_t *mask, int64_t tokens, double bootstrap,
+            double gamma, double lam, float *advantages, float *returns) noexcept nogil
+        void (*gae_double)(
+            const double *rewards, const double *values, const uint8_t *mask, int64_t tokens, double bootstrap,
+            double gamma, double lam, double *advantages, double *returns) noexcept nogil
+        void (*sum_float)(
+            const float *x, const uint8_t *mask, int64_t n, int64_t *count, double *sum) noexcept nogil
+        void (*sum_double)(
+            const double *x, const uint8_t *mask, int64_t n, int64_t *count, double *sum) noexcept nogil
+        double (*squares_float)(const float *x, const uint8_t *mask, int64_t n, double mean) noexcept nogil
+        double (*squares_double)(const double *x, const uint8_t *mask, int64_t n, double mean) noexcept nogil
+        void (*scale_float)(
+            const float *x, const uint8_t *mask, int64_t n, double mean, double scale, double shift,
+            float *out) noexcept nogil
+        void (*scale_double)(
+            const double *x, const uint8_t *mask, int64_t n, double mean, double scale, double shift,
+            double *out) noexcept nogil
+
+
+cdef const row_kernels *kernels(int instruction_set) noexcept nogil
+cdef uint32_t enter_rounding() noexcept nogil
+cdef void leave_rounding(uint32_t saved) noexcept nogil
+cdef int threads_for(int64_t rows, int64_t elements, int threads) noexcept nogil

@@ -1,0 +1,36 @@
+"""Links the row kernels of all instruction sets and hands them to the other extension modules."""
+
+from libc.stdint cimport int64_t, uint32_t
+
+
+cdef extern from "rows.h":
+    int best_instruction_set() noexcept nogil
+    const row_kernels *kernels_for(int instruction_set) noexcept nogil
+    uint32_t enter_default_rounding() noexcept nogil
+    void leave_default_rounding(uint32_t saved) noexcept nogil
+
+
+# Below this many elements a second thread costs more than it saves.
+cdef int64_t ELEMENTS_A_THREAD = 16384
+
+
+cdef const row_kernels *kernels(int instruction_set) noexcept nogil:
+    return kernels_for(instruction_set)
+
+
+cdef uint32_t enter_rounding() noexcept nogil:
+    return enter_default_rounding()
+
+
+cdef void leave_rounding(uint32_t saved) noexcept nogil:
+    leave_default_rounding(saved)
+
+
+cdef int threads_for(int64_t rows, int64_t elements, int threads) noexcept nogil:
+    cdef int64_t worthwhile = min(rows, elements // ELEMENTS_A_THREAD)
+    return <int>max(1, min(worthwhile, threads))
+
+
+def best() -> int:
+    """The best instruction set of this processor: 0 portable (SSE2), 1 AVX2, 2 AVX-512."""
+    return best_instruction_set()

@@ -1,0 +1,17 @@
+def sample(
+    logits: int,
+    element_type: int,
+    element_bytes: int,
+    rows: int,
+    row_stride: int,
+    vocabulary: int,
+    uniforms: int,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    ids: int,
+    logprobs: int,
+    filtered_logprobs: int,
+    instruction_set: int,
+    threads: int,
+) -> int: ...

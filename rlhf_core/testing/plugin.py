@@ -1,0 +1,49 @@
+"""A pytest plugin: the marker ``cuda``, and a finished run to look at.
+
+Another project takes it with a line in its ``conftest.py``::
+
+    pytest_plugins = ["rlhf_core.testing.plugin"]
+
+and then writes tests such as::
+
+    @pytest.mark.cuda  # skipped where there is no GPU
+    def test_the_gpu_agrees(): ...
+
+
+    def test_my_page_shows_a_run(finished_run):
+        assert my_page.read(finished_run).steps == 5
+
+The assertions that go with it are in :mod:`rlhf_core.testing.assertions`.
+"""
+
+from pathlib import Path
+
+import pytest
+
+from rlhf_core.testing.command import TINY_RUN, run_command
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Make the marker known."""
+    config.addinivalue_line("markers", "cuda: needs an NVIDIA GPU; skipped without one")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip what needs a GPU where there is none."""
+    if item.get_closest_marker("cuda") is not None:
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("torch finds no GPU here")
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of a finished run with the options :data:`~rlhf_core.testing.command.TINY_RUN`.
+
+    It belongs to all tests of the session: copy it before changing it.
+    """
+    runs = tmp_path_factory.mktemp("finished")
+    outcome = run_command("train", *TINY_RUN, "--runs", runs, "--name", "tiny")
+    assert outcome.code == 0, outcome.err
+    return runs / "tiny"
