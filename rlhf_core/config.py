@@ -164,7 +164,7 @@ class SamplingConfig:
 class PPOConfig:
     """Proximal policy optimisation for language models."""
 
-    steps: int = 60
+    steps: int = 80
     """PPO steps: one rollout and its updates each."""
     batch_size: int = 64
     """Prompts, and so completions, a step."""
@@ -200,11 +200,11 @@ class PPOConfig:
     """Advantages of a step are shifted and scaled to mean 0 and variance 1 over the mask."""
     whiten_rewards: bool = False
     """Rewards of a step are scaled to variance 1 over the mask; their mean stays."""
-    kl_coef: float = 0.05
+    kl_coef: float = 0.1
     """Weight of the per-token KL penalty (its start, when kl_control is adaptive)."""
     kl_control: Literal["adaptive", "fixed"] = "adaptive"
     """Whether the coefficient follows kl_target."""
-    kl_target: float = 6.0
+    kl_target: float = 4.0
     """KL per sequence, in nats, that the adaptive coefficient steers to."""
     kl_horizon: int = 2000
     """Completions over which the adaptive coefficient reacts."""
@@ -370,8 +370,8 @@ def for_data(data: str) -> TrainConfig:
     return TrainConfig(
         data=data,
         model=ModelConfig(layers=4, hidden_size=128, heads=4, context=96),
-        sampling=SamplingConfig(max_new_tokens=24),
-        ppo=PPOConfig(steps=60, learning_rate=1e-4, kl_target=8.0),
+        sampling=SamplingConfig(max_new_tokens=32),
+        ppo=PPOConfig(steps=60, learning_rate=1e-4, kl_coef=0.05, kl_target=8.0),
     )
 
 

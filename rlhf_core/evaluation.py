@@ -10,7 +10,7 @@ from scipy import stats
 from transformers import PreTrainedModel
 
 from rlhf_core.config import SamplingConfig
-from rlhf_core.policy import Reference
+from rlhf_core.policy import ForwardArguments, Reference, response_logits
 from rlhf_core.ppo import autocast
 from rlhf_core.reward import Reward
 from rlhf_core.rollout import sample
@@ -100,7 +100,7 @@ def evaluate(
         advance: hears of prompts done.
     """
     device = next(lm.parameters()).device
-    judge = Reference(lm) if lm is not reference.lm else reference
+    arguments = ForwardArguments(lm)
     scores: dict[str, list[torch.Tensor]] = {name: [] for name in rewards}
     kls, entropies, response_ids, ended = [], [], [], []
     for start in range(0, len(prompt_ids), batch_size):
@@ -109,13 +109,13 @@ def evaluate(
         uniforms = CounterUniforms(seed, "evaluation", 0, numbers, config.max_new_tokens)
         with autocast(device, dtype):
             rollout = sample(lm, prompts, uniforms, config, eos_id=eos_id, pad_id=pad_id)
-            logits = [
-                model(rollout.input_ids_BL, rollout.attention_mask_BL, rollout.response_length)
-                for model in (judge, reference)
-            ]
+            shape = (rollout.input_ids_BL, rollout.attention_mask_BL, rollout.response_length)
+            logits_BTV, ref_logits_BTV = response_logits(lm, arguments, *shape), reference(*shape)
         mask_BT, ids_BT = rollout.response_mask_BT, rollout.response_ids_BT
-        logprobs_BT, entropies_BT = token_logprobs(logits[0], ids_BT, temperature=config.temperature, with_entropy=True)
-        ref_logprobs_BT = token_logprobs(logits[1], ids_BT, temperature=config.temperature)
+        logprobs_BT, entropies_BT = token_logprobs(
+            logits_BTV, ids_BT, temperature=config.temperature, with_entropy=True
+        )
+        ref_logprobs_BT = token_logprobs(ref_logits_BTV, ids_BT, temperature=config.temperature)
         kls.append(torch.where(mask_BT, logprobs_BT - ref_logprobs_BT, 0.0).sum(dim=1))
         entropies.append(entropies_BT[mask_BT])
         response_ids += rollout.response_token_ids()

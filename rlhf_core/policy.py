@@ -214,6 +214,24 @@ def predicting(x: torch.Tensor, response_length: int) -> torch.Tensor:
     return x[:, -(response_length + 1) : -1]
 
 
+def response_logits(
+    lm: PreTrainedModel,
+    arguments: ForwardArguments,
+    input_ids_BL: torch.Tensor,
+    attention_mask_BL: torch.Tensor,
+    response_length: int,
+) -> torch.Tensor:
+    """Return [B, T, V] the logits that predict the response tokens."""
+    output = lm(
+        input_ids=input_ids_BL,
+        attention_mask=attention_mask_BL,
+        use_cache=False,
+        **arguments.positions(attention_mask_BL),
+        **arguments.keep(response_length + 1),
+    )
+    return predicting(output.logits, response_length)
+
+
 class Reference(nn.Module):
     """The frozen policy that the KL penalty is measured against."""
 
@@ -226,11 +244,4 @@ class Reference(nn.Module):
         self, input_ids_BL: torch.Tensor, attention_mask_BL: torch.Tensor, response_length: int
     ) -> torch.Tensor:
         """Return [B, T, V] the logits that predict the response tokens."""
-        output = self.lm(
-            input_ids=input_ids_BL,
-            attention_mask=attention_mask_BL,
-            use_cache=False,
-            **self._arguments.positions(attention_mask_BL),
-            **self._arguments.keep(response_length + 1),
-        )
-        return predicting(output.logits, response_length)
+        return response_logits(self.lm, self._arguments, input_ids_BL, attention_mask_BL, response_length)

@@ -72,7 +72,7 @@ def read_samples(run: Path) -> Iterator[dict[str, Any]]:
         for name, kind in _SAMPLE.items():
             value = row.get(name)
             if type(value) is not kind:
-                raise ValueError(f"{path}:{number}: {name} is {value!r}; it must be a {kind.__name__}")
+                raise ValueError(f"{path}:{number}: {name} is {value!r}; it must be {kind.__name__}")
         yield row
 
 

@@ -1,11 +1,8 @@
 """The command line inside a test: what it printed, its exit code, and the smallest whole run.
 
-    from rlhf_core.testing.command import TINY_RUN, run_command
-
-
-    def test_a_new_reward_leaves_the_run_whole(tmp_path):
-        outcome = run_command("train", *TINY_RUN, "--runs", tmp_path, "--name", "mine")
-        assert outcome.code == 0, outcome.err
+Example:
+    >>> outcome = run_command("train", *TINY_RUN, "--runs", tmp_path, "--name", "mine")
+    >>> assert outcome.code == 0, outcome.err
 """
 
 import contextlib

@@ -152,11 +152,11 @@ NARROWER_GPT2 = Run("gpt2-sse", config="m1_gpt2.toml", environment=_SSE)
 # OpenBLAS, in NumPy, takes an emulated Nehalem for something wider and dies on its instructions unless told.
 _NEHALEM = on(OPENBLAS_CORETYPE="Nehalem")
 EMULATED = (
-    Run("emulated-haswell", processor="Haswell-v1"),
-    Run("emulated-epyc", processor="EPYC-v1"),
-    Run("emulated-nehalem", processor="Nehalem-v1", environment=_NEHALEM),
+    (BASE, Run("emulated-haswell", processor="Haswell-v1")),
+    (BASE, Run("emulated-nehalem", processor="Nehalem-v1", environment=_NEHALEM)),
+    (GPT2, Run("gpt2-emulated-epyc", config="m1_gpt2.toml", processor="EPYC-v1")),
 )
-EMULATED_GPT2 = Run("gpt2-emulated", config="m1_gpt2.toml", processor="Haswell-v1")
+"""An Intel with AVX2, one with neither AVX nor fused multiply-add, and an AMD."""
 
 
 class RunPool:

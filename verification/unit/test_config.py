@@ -1,0 +1,268 @@
+import ast
+import dataclasses
+import json
+import math
+import re
+from pathlib import Path
+
+import pytest
+
+from rlhf_core import cli, config
+from rlhf_core.config import LogConfig, ModelConfig, PPOConfig, PretrainConfig, SamplingConfig, TrainConfig
+from rlhf_core.testing.assertions import assert_runs_identical
+from rlhf_core.testing.command import run_command
+
+SOURCE = Path(config.__file__)
+SECTIONS = ("model", "pretrain", "classifier", "sampling", "ppo", "log")
+
+
+def parsed(*arguments: str) -> TrainConfig:
+    return cli.parse(cli.TrainOptions, list(arguments), "train").train
+
+
+def documentation(source: Path) -> dict[str, str | None]:
+    """The string under each field of the dataclasses of a file, by ``Class.field``."""
+    found = {}
+    for node in ast.parse(source.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.ClassDef) and any("dataclass" in ast.unparse(one) for one in node.decorator_list):
+            for field, below in zip(node.body, [*node.body[1:], ast.Pass()], strict=True):
+                if isinstance(field, ast.AnnAssign):
+                    documented = isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant)
+                    found[f"{node.name}.{ast.unparse(field.target)}"] = below.value.value if documented else None
+    return found
+
+
+def undocumented(source: Path) -> list[str]:
+    return [name for name, text in documentation(source).items() if not text]
+
+
+def option_names(of: object, prefix: str = "") -> list[str]:
+    names = []
+    for field in dataclasses.fields(of):
+        value = getattr(of, field.name)
+        nested = dataclasses.is_dataclass(value)
+        names += option_names(value, f"{prefix}{field.name}.") if nested else [prefix + field.name.replace("_", "-")]
+    return names
+
+
+def test_every_field_has_a_line_of_documentation_under_it():
+    assert undocumented(SOURCE) == []
+    assert undocumented(Path(cli.__file__)) == ["TrainOptions.train"]  # the wrapper around the configuration, no option
+
+
+def test_the_check_for_documentation_finds_a_field_without(tmp_path):
+    path = tmp_path / "module.py"
+    path.write_text('@dataclass\nclass A:\n    """Doc."""\n    x: int = 1\n    y: int = 2\n    """Documented."""\n')
+    assert undocumented(path) == ["A.x"]
+
+
+def test_every_field_is_an_option_with_its_documentation_in_the_help(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "1000")
+    help_text = run_command("train", "--help").out
+    for name in option_names(TrainConfig()):
+        assert re.search(rf"--{re.escape(name)}[ ,]", help_text), name
+    for name, text in documentation(SOURCE).items():
+        assert text in help_text, name
+
+
+def test_every_dataclass_is_frozen():
+    for part in (TrainConfig(), *(getattr(TrainConfig(), name) for name in SECTIONS)):
+        name = dataclasses.fields(part)[0].name
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(part, name, getattr(part, name))
+
+
+def test_messages_name_a_field_as_the_command_line_does():
+    for section in SECTIONS:
+        part = getattr(TrainConfig(), section)
+        number = next(field.name for field in dataclasses.fields(part) if field.type in ("int", int, "int | None"))
+        with pytest.raises(ValueError, match=rf"^{section}\.{number} is -1; it must "):
+            dataclasses.replace(part, **{number: -1})
+
+
+class TestSeedInTheEnvironment:
+    def test_is_the_default(self, monkeypatch):
+        monkeypatch.setenv("SEED", "17")
+        assert TrainConfig().seed == 17
+        assert parsed().seed == 17
+
+    def test_gives_way_to_the_command_line(self, monkeypatch):
+        monkeypatch.setenv("SEED", "17")
+        assert parsed("--seed", "4").seed == 4
+
+    def test_without_it_the_seed_is_0(self, monkeypatch):
+        monkeypatch.delenv("SEED", raising=False)
+        assert TrainConfig().seed == 0
+
+    @pytest.mark.parametrize("text", ["abc", "1.5", ""])
+    def test_must_be_a_whole_number(self, monkeypatch, text):
+        monkeypatch.setenv("SEED", text)
+        with pytest.raises(ValueError, match=f"SEED in the environment is '{text}'; give a whole number"):
+            TrainConfig()
+
+    def test_cannot_change_a_configuration_that_is_fed_back(self, monkeypatch, tmp_path):
+        path = tmp_path / "config.json"
+        path.write_text(config.to_json(TrainConfig(seed=5)))
+        monkeypatch.setenv("SEED", "6")
+        assert config.defaults(None, path).seed == 5
+
+
+REFUSED = [
+    (ModelConfig, "layers", 0),
+    (ModelConfig, "hidden_size", 97),
+    (ModelConfig, "hidden_size", -96),
+    (ModelConfig, "context", 0),
+    (PretrainConfig, "steps", -1),
+    (PretrainConfig, "learning_rate", -1e-3),
+    (SamplingConfig, "temperature", 0.0),
+    (SamplingConfig, "top_k", -1),
+    (SamplingConfig, "top_p", 0.0),
+    (SamplingConfig, "top_p", 1.1),
+    (PPOConfig, "learning_rate", 0.0),
+    (PPOConfig, "learning_rate", math.nan),
+    (PPOConfig, "learning_rate", math.inf),
+    (PPOConfig, "kl_coef", math.inf),
+    (PPOConfig, "kl_coef", -0.1),
+    (PPOConfig, "gamma", 1.01),
+    (PPOConfig, "lam", -0.1),
+    (PPOConfig, "lam", math.nan),
+    (PPOConfig, "adam_beta2", 1.0),
+    (PPOConfig, "kl_horizon", 0),
+    (LogConfig, "keep", 0),
+    (LogConfig, "samples_per_step", -1),
+    (TrainConfig, "seed", -1),
+    (TrainConfig, "seed", 2**63),
+    (TrainConfig, "threads", 0),
+]
+
+
+@pytest.mark.parametrize(("kind", "name", "value"), REFUSED)
+def test_a_value_out_of_range_is_named(kind, name, value):
+    with pytest.raises(ValueError, match=rf"{name} (is )?{value}\b.*(must|take)"):
+        kind(**{name: value})
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_no_field_takes_nan_or_infinity(value):
+    for section in SECTIONS:
+        part = getattr(TrainConfig(), section)
+        for field in dataclasses.fields(part):
+            if isinstance(getattr(part, field.name), float):
+                with pytest.raises(ValueError, match=f"{section}.{field.name} is {value}"):
+                    dataclasses.replace(part, **{field.name: value})
+
+
+def test_an_indivisible_batch_names_the_sizes_that_divide():
+    with pytest.raises(ValueError, match=r"batch_size 12 .* minibatch_size 5; choose .* from 1, 2, 3, 4, 6, 12$"):
+        PPOConfig(batch_size=12, minibatch_size=5)
+    with pytest.raises(ValueError, match=r"minibatch_size 16 .* micro_batch_size 3; .* from 1, 2, 4, 8, 16$"):
+        PPOConfig(micro_batch_size=3)
+
+
+def test_a_huge_batch_is_judged_at_once():
+    PPOConfig(batch_size=16 * 10**15)
+    with pytest.raises(ValueError, match="not divisible by minibatch_size 16"):
+        PPOConfig(batch_size=10**15 + 1)
+
+
+@pytest.mark.parametrize("options", [{"threads": 2}, {"device": "cuda"}, {"dtype": "bfloat16"}])
+def test_portable_numerics_refuse_what_has_other_bits(options):
+    with pytest.raises(ValueError, match="'portable'"):
+        TrainConfig(numerics="portable", **options)
+
+
+def test_portable_numerics_run_on_one_thread_and_native_on_two():
+    assert TrainConfig(numerics="portable").resolved_threads == 1
+    assert TrainConfig().resolved_threads == 2
+    assert TrainConfig(threads=3).resolved_threads == 3
+
+
+class TestFile:
+    def test_toml_sets_what_it_names_and_leaves_the_rest(self, tmp_path):
+        path = tmp_path / "mine.toml"
+        path.write_text('seed = 9\n[ppo]\nlearning_rate = 1\nkl_control = "fixed"\n[model]\nlayers = 2\n')
+        wanted = TrainConfig(
+            seed=9,
+            ppo=PPOConfig(learning_rate=1.0, kl_control="fixed"),
+            model=dataclasses.replace(ModelConfig(), layers=2),
+        )
+        read = config.read_config_file(path, TrainConfig())
+        assert read == wanted
+        assert type(read.ppo.learning_rate) is float
+
+    def test_the_command_line_goes_before_the_file(self, tmp_path):
+        path = tmp_path / "mine.toml"
+        path.write_text("seed = 9\n[ppo]\nsteps = 7\nepochs = 3\n")
+        options = cli.TrainOptions(train=config.defaults(None, path))
+        train = cli.parse(cli.TrainOptions, ["--config", str(path), "--ppo.steps", "5"], "train", options).train
+        assert (train.seed, train.ppo.steps, train.ppo.epochs) == (9, 5, 3)
+
+    def test_config_json_fed_back_is_the_same_configuration(self, tmp_path):
+        path = tmp_path / "config.json"
+        for written in (TrainConfig(seed=3), config.for_data("somewhere"), TrainConfig(threads=1, numerics="portable")):
+            path.write_text(config.to_json(written))
+            assert config.defaults(None, path) == written
+
+    def test_a_data_folder_brings_its_own_defaults_under_the_file(self, tmp_path):
+        path = tmp_path / "mine.toml"
+        path.write_text('data = "d"\n[ppo]\nepochs = 3\n')
+        read = config.defaults(None, path)
+        assert read == dataclasses.replace(
+            config.for_data("d"), ppo=dataclasses.replace(config.for_data("d").ppo, epochs=3)
+        )
+        assert config.defaults("other", path).data == "other"
+
+    def test_json_has_sorted_keys(self):
+        tree = json.loads(config.to_json(TrainConfig()))
+        assert list(tree) == sorted(tree)
+        assert list(tree["ppo"]) == sorted(tree["ppo"])
+
+    @pytest.mark.parametrize(
+        ("name", "content", "message"),
+        [
+            ("a.toml", "seeds = 3", "unknown option 'seeds'; known here: seed, data"),
+            ("a.toml", "[ppo]\nlr = 3", r"unknown option 'ppo\.lr'; known here: steps"),
+            ("a.toml", "ppo = 3", "ppo is 3; it must be a table"),
+            ("a.toml", "[ppo]\nsteps = 3.5", r"ppo\.steps is 3\.5; it must be int"),
+            ("a.toml", "[ppo]\nsteps = true", r"ppo\.steps is True; it must be int"),
+            ("a.toml", '[ppo]\nlearning_rate = "1e-3"', r"ppo\.learning_rate is '1e-3'; it must be float"),
+            ("a.toml", "[ppo]\nwhiten_rewards = 1", r"ppo\.whiten_rewards is 1; it must be bool"),
+            ("a.toml", '[ppo]\nschedule = "cosine"', r"ppo\.schedule is 'cosine'; choose from linear, constant"),
+            ("a.toml", "[model]\narchitecture = [1]", r"is \[1\]; choose from llama, gpt2"),
+            ("a.toml", "threads = 'two'", "threads is 'two'; it must be int or null"),
+            ("a.toml", "[ppo]\nlearning_rate = -1.0", r"a\.toml: ppo\.learning_rate is -1\.0; it must be greater than 0"),
+            ("a.toml", "[ppo]\nkl_coef = nan", r"ppo\.kl_coef is nan; it must be a finite number"),
+            ("a.json", '{"ppo": {"kl_coef": Infinity}}', r"ppo\.kl_coef is inf; it must be a finite number"),
+            ("a.json", '{"ppo": {"kl_coef": 1' + "0" * 400 + "}}", "must be a finite number"),
+            ("a.json", "[1]", "holds a list; it must hold a table"),
+            ("a.json", '{"seed": 1', "not valid JSON: .*line 1"),
+            ("a.json", "[" * 100_000, "not valid JSON"),
+            ("a.toml", "seed = ", r"a\.toml is not valid TOML: .*end of document"),
+            ("a.toml", b"seed = 1 # \xff", "not valid TOML: .*0xff"),
+        ],
+    )  # fmt: skip
+    def test_what_is_wrong_with_a_file_is_said_with_its_name(self, tmp_path, name, content, message):
+        path = tmp_path / name
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        with pytest.raises(ValueError, match=message) as caught:
+            config.read_config_file(path, TrainConfig())
+        assert str(path) in str(caught.value)
+
+    def test_a_missing_file_says_what_may_be_given(self, tmp_path):
+        with pytest.raises(
+            FileNotFoundError, match=r"no configuration file .*none\.toml'; give a \.toml file or a run's"
+        ):
+            config.read_config_file(tmp_path / "none.toml", TrainConfig())
+
+
+def test_differences_name_each_changed_field_with_its_section():
+    changed = TrainConfig(seed=4, ppo=PPOConfig(lam=0.9))
+    assert config.differences(TrainConfig(seed=3), changed) == [("seed", 3, 4), ("ppo.lam", 0.95, 0.9)]
+    assert config.differences(changed, changed) == []
+
+
+def test_the_config_json_of_a_run_fed_back_gives_the_same_bytes(finished_run, tmp_path):
+    outcome = run_command("train", "--config", finished_run / "config.json", "--runs", tmp_path, "--name", "again")
+    assert outcome.code == 0, outcome.err
+    assert_runs_identical(finished_run, tmp_path / "again")
+    assert (tmp_path / "again" / "config.json").read_bytes() == (finished_run / "config.json").read_bytes()

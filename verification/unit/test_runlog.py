@@ -1,0 +1,336 @@
+import errno
+import json
+import os
+import threading
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rlhf_core import runlog
+from rlhf_core.runlog import Difference
+from rlhf_core.testing.assertions import assert_runs_differ, assert_runs_identical, run_hashes
+
+json_values = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**53), 2**53)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+def write_run(folder, metrics, samples=()):
+    folder.mkdir()
+    runlog.append(folder / "metrics.jsonl", metrics)
+    runlog.append(folder / "samples.jsonl", samples)
+    return folder
+
+
+def steps(n, **changes):
+    return [{"step": step, "kl": 0.5, "reward_mean": step / 10, **changes} for step in range(1, n + 1)]
+
+
+class TestAppendAndRead:
+    @given(st.lists(st.dictionaries(st.text(), json_values, max_size=3), max_size=4))
+    def test_rows_come_back_as_they_went(self, tmp_path_factory, rows):
+        path = tmp_path_factory.mktemp("log") / "metrics.jsonl"
+        rows = [{**row, "step": number} for number, row in enumerate(rows)]
+        runlog.append(path, rows[:2])
+        runlog.append(path, rows[2:])
+        assert list(runlog.read(path)) == rows
+
+    def test_a_line_is_ascii_with_sorted_keys(self, tmp_path):
+        path = tmp_path / "metrics.jsonl"
+        runlog.append(path, [{"step": 1, "b": "é\u2028", "a": 0.1}])
+        assert path.read_bytes() == b'{"a": 0.1, "b": "\\u00e9\\u2028", "step": 1}\n'
+
+    @pytest.mark.parametrize("value", [float("nan"), float("inf")])
+    def test_what_is_not_json_is_refused_and_leaves_no_trace(self, tmp_path, value):
+        path = tmp_path / "metrics.jsonl"
+        with pytest.raises(ValueError, match="not JSON compliant"):
+            runlog.append(path, [{"step": 1, "kl": 0.0}, {"step": 2, "kl": value}])
+        assert not path.exists()
+
+    def test_rows_are_on_the_disk_before_the_call_returns(self, tmp_path, monkeypatch):
+        synced = []
+        monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(os.readlink(f"/proc/self/fd/{descriptor}")))
+        runlog.append(tmp_path / "metrics.jsonl", [{"step": 1}])
+        assert synced == [str(tmp_path / "metrics.jsonl")]
+
+    def test_a_missing_log_is_named(self, tmp_path):
+        with pytest.raises(FileNotFoundError, match=r"no log '.*metrics\.jsonl'; is '.*' a run that has begun"):
+            list(runlog.read(tmp_path / "metrics.jsonl"))
+
+    @pytest.mark.parametrize(
+        ("line", "message"),
+        [
+            (b"{broken\n", r"metrics\.jsonl:2: not JSON: "),
+            (b"\n", r"metrics\.jsonl:2: not JSON: "),
+            (b"\xff\xfe\n", r"metrics\.jsonl:2: not JSON: "),
+            (b"[" * 100_000 + b"\n", r"metrics\.jsonl:2: not JSON: .*recursion"),
+            (b'{"step": 2, "k', r"metrics\.jsonl:2: not JSON: .*the last line is torn.*--resume"),
+            (b"[1]\n", r"metrics\.jsonl:2: each line must be a JSON object"),
+            (b"null\n", r"metrics\.jsonl:2: each line must be a JSON object"),
+            (b'{"kl": 1}\n', r"metrics\.jsonl:2: .* whole number as its step"),
+            (b'{"step": "2"}\n', r"metrics\.jsonl:2: .* whole number as its step"),
+            (b'{"step": true}\n', r"metrics\.jsonl:2: .* whole number as its step"),
+        ],
+    )
+    def test_a_malformed_line_is_named_by_file_and_number(self, tmp_path, line, message):
+        path = tmp_path / "metrics.jsonl"
+        path.write_bytes(b'{"step": 1}\n' + line)
+        rows = runlog.read(path)
+        assert next(rows) == {"step": 1}
+        with pytest.raises(ValueError, match=message):
+            next(rows)
+
+
+class TestKeepThroughStep:
+    def test_later_rows_and_a_torn_line_go(self, tmp_path):
+        path = tmp_path / "samples.jsonl"
+        whole = b"".join(runlog.encode({"step": step, "n": n}).encode() for step in (1, 2, 3) for n in (0, 1))
+        path.write_bytes(whole + b'{"step": 3, "n"')
+        for step, lines in ((3, 6), (2, 4), (0, 0)):
+            runlog.keep_through_step(path, step)
+            assert path.read_bytes() == b"".join(whole.splitlines(keepends=True)[:lines])
+
+    def test_a_torn_line_that_is_json_by_chance_goes_too(self, tmp_path):
+        path = tmp_path / "metrics.jsonl"
+        path.write_bytes(b'{"step": 1}\n{"step": 2}')
+        runlog.keep_through_step(path, 2)
+        assert path.read_bytes() == b'{"step": 1}\n'
+
+    def test_a_missing_log_stays_missing(self, tmp_path):
+        runlog.keep_through_step(tmp_path / "metrics.jsonl", 3)
+        assert list(tmp_path.iterdir()) == []
+
+    def test_a_malformed_line_in_the_middle_is_named_and_nothing_is_cut(self, tmp_path):
+        path = tmp_path / "metrics.jsonl"
+        content = b'{"step": 1}\noops\n{"step": 3}\n'
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"metrics\.jsonl:2: not JSON"):
+            runlog.keep_through_step(path, 3)
+        assert path.read_bytes() == content
+
+
+class TestWriteAtomically:
+    def test_a_failure_keeps_the_old_content_and_leaves_nothing_beside_it(self, tmp_path, monkeypatch):
+        path = tmp_path / "config.json"
+        runlog.write_atomically(path, b"old")
+
+        def full(descriptor):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match="No space left"):
+            runlog.write_atomically(path, b"new")
+        assert path.read_bytes() == b"old"
+        assert list(tmp_path.iterdir()) == [path]
+
+    def test_a_reader_never_sees_half_a_file(self, tmp_path):
+        path = tmp_path / "f"
+        contents = {bytes([letter]) * 200_000 for letter in b"ab"}
+        runlog.write_atomically(path, min(contents))
+        seen, done = set(), threading.Event()
+
+        def watch():
+            while not done.is_set():
+                seen.add(path.read_bytes())
+
+        thread = threading.Thread(target=watch)
+        thread.start()
+        for number in range(40):
+            runlog.write_atomically(path, sorted(contents)[number % 2])
+        done.set()
+        thread.join()
+        assert seen <= contents
+
+
+class TestCreateRun:
+    def test_makes_the_folder_with_its_configuration_and_points_latest_to_it(self, tmp_path):
+        runs = tmp_path / "deep" / "runs"
+        for name in ("a", "b.2_C-3"):
+            folder = runlog.create_run(runs, name, "unused", "{}\n")
+            assert folder == runs / name
+            assert (folder / "config.json").read_text() == "{}\n"
+            assert (runs / "latest").resolve() == folder.resolve()
+            assert os.readlink(runs / "latest") == name  # relative, so that runs/ can be moved
+
+    def test_without_a_name_the_first_free_number_is_taken(self, tmp_path):
+        assert [runlog.create_run(tmp_path, None, "task-seed0", "").name for _ in range(3)] == [
+            "task-seed0",
+            "task-seed0-2",
+            "task-seed0-3",
+        ]
+
+    @pytest.mark.parametrize(
+        ("default", "name"),
+        [("my data-seed0", "my-data-seed0"), ("-x", "x"), ("../..", "run"), ("", "run"), ("é!", "run")],
+    )
+    def test_a_default_name_becomes_a_plain_folder_name(self, tmp_path, default, name):
+        assert runlog.create_run(tmp_path, None, default, "").name.rstrip("-") == name
+
+    def test_a_name_that_is_taken_is_refused_and_nothing_moves(self, tmp_path):
+        runlog.create_run(tmp_path, "a", "", "first")
+        runlog.create_run(tmp_path, "b", "", "second")
+        with pytest.raises(
+            FileExistsError, match="run '.*a' exists; continue it with --resume, or give another --name"
+        ):
+            runlog.create_run(tmp_path, "a", "", "third")
+        assert (tmp_path / "a" / "config.json").read_text() == "first"
+        assert os.readlink(tmp_path / "latest") == "b"
+
+    @pytest.mark.parametrize(
+        "name", ["../up", "a/b", "/abs", "..", ".", "", "latest", ".hidden", "-x", "a b", "a\n", "a\0"]
+    )
+    def test_a_name_that_could_lead_elsewhere_is_refused(self, tmp_path, name):
+        with pytest.raises(ValueError, match="run name .*: use letters, digits"):
+            runlog.create_run(tmp_path / "runs", name, "", "")
+        assert list(tmp_path.iterdir()) == []
+
+    def test_a_full_disk_leaves_no_run_and_does_not_move_latest(self, tmp_path, monkeypatch):
+        runlog.create_run(tmp_path, "a", "", "")
+
+        def full(path, data):
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+        monkeypatch.setattr(runlog, "write_atomically", full)
+        with pytest.raises(OSError, match="No space left"):
+            runlog.create_run(tmp_path, "b", "", "")
+        assert not (tmp_path / "b").exists()
+        assert os.readlink(tmp_path / "latest") == "a"
+
+    def test_a_place_that_cannot_be_written_is_named_with_the_option(self, tmp_path):
+        (tmp_path / "file").write_text("")
+        for runs in (tmp_path / "file", tmp_path / "file" / "runs"):
+            with pytest.raises(OSError, match=r"cannot make a run in '.*file.*' \(.*\); give --runs a folder"):
+                runlog.create_run(runs, "a", "", "")
+
+
+class TestFindRun:
+    @pytest.fixture
+    def runs(self, tmp_path):
+        for name in ("a", "b"):
+            runlog.create_run(tmp_path / "runs", name, "", "{}")
+        return tmp_path / "runs"
+
+    def test_takes_a_name_a_folder_or_latest(self, runs):
+        assert runlog.find_run("a", runs) == runs / "a"
+        assert runlog.find_run(str(runs / "a"), runs.parent / "elsewhere") == runs / "a"
+        assert runlog.find_run("latest", runs).resolve() == (runs / "b").resolve()
+
+    def test_a_name_means_the_run_and_not_a_model_folder_of_that_name_here(self, runs, tmp_path, monkeypatch):
+        (tmp_path / "a").mkdir()
+        (tmp_path / "a" / "config.json").write_text('{"architectures": ["GPT2LMHeadModel"]}')
+        monkeypatch.chdir(tmp_path)
+        assert runlog.find_run("a", runs) == runs / "a"
+
+    def test_an_unknown_name_lists_the_known_ones(self, runs):
+        with pytest.raises(FileNotFoundError, match=r"no run 'c' .*; runs in '.*': a, b$"):
+            runlog.find_run("c", runs)
+
+    def test_a_folder_without_a_configuration_is_no_run(self, runs, tmp_path):
+        (tmp_path / "empty").mkdir()
+        with pytest.raises(FileNotFoundError, match=r"a run is a folder with config\.json"):
+            runlog.find_run(str(tmp_path / "empty"), runs)
+
+    def test_without_runs_it_says_so(self, tmp_path):
+        with pytest.raises(FileNotFoundError, match="there are no runs in '.*none'"):
+            runlog.find_run("latest", tmp_path / "none")
+
+
+class TestCompare:
+    def test_the_same_rows_are_identical(self, tmp_path):
+        a, b = (write_run(tmp_path / name, steps(3), [{"step": 1, "sample": 0}]) for name in "ab")
+        assert runlog.compare(a, b) is None
+        assert_runs_identical(a, b)
+        assert run_hashes(a) == run_hashes(b)
+
+    def test_the_first_step_metric_and_both_values_are_named(self, tmp_path):
+        a = write_run(tmp_path / "a", steps(4))
+        changed = steps(4)
+        changed[1] |= {"reward_mean": 0.7, "kl": 0.25}
+        changed[3] |= {"kl": 9.0}
+        b = write_run(tmp_path / "b", changed)
+        found = runlog.compare(a, b)
+        assert found == Difference("metrics.jsonl", 2, "kl", 0.5, 0.25)
+        assert str(found) == "metrics.jsonl: first difference at step 2: kl is 0.5 and 0.25"
+        assert assert_runs_differ(a, b) == found
+
+    def test_the_earliest_step_wins_over_the_order_of_the_files(self, tmp_path):
+        a = write_run(tmp_path / "a", steps(3), [{"step": 1, "sample": 2, "completion": "x"}])
+        b = write_run(tmp_path / "b", steps(3, kl=0.6)[2:], [{"step": 1, "sample": 2, "completion": "y"}])
+        assert runlog.compare(a, b).step == 1
+        c = write_run(tmp_path / "c", steps(3), [{"step": 1, "sample": 2, "completion": "y"}])
+        assert runlog.compare(a, c) == Difference("samples.jsonl", 1, "completion of sample 2", "x", "y")
+
+    def test_a_shorter_run_differs_at_its_first_missing_step(self, tmp_path):
+        a, b = write_run(tmp_path / "a", steps(5)), write_run(tmp_path / "b", steps(3))
+        assert runlog.compare(a, b) == Difference("metrics.jsonl", 4, "number of rows", 5, 3)
+        assert runlog.compare(b, a) == Difference("metrics.jsonl", 4, "number of rows", 3, 5)
+
+    def test_a_metric_that_only_one_has_is_named(self, tmp_path):
+        a, b = write_run(tmp_path / "a", steps(1)), write_run(tmp_path / "b", steps(1, extra=0.0))
+        assert runlog.compare(a, b) == Difference("metrics.jsonl", 1, "extra", "absent", 0.0)
+
+    @pytest.mark.parametrize(("one", "other"), [(1, 1.0), (1, True), (0.0, -0.0), (None, "absent")])
+    def test_values_that_python_calls_equal_are_told_apart(self, tmp_path, one, other):
+        a, b = write_run(tmp_path / "a", steps(1, kl=one)), write_run(tmp_path / "b", steps(1, kl=other))
+        assert runlog.compare(a, b).name == "kl"
+
+    def test_rows_that_agree_in_other_bytes_are_not_identical(self, tmp_path):
+        a, b = write_run(tmp_path / "a", steps(2)), write_run(tmp_path / "b", [])
+        lines = [json.dumps(row, sort_keys=True, separators=(",", ":")) for row in steps(2)]
+        (b / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+        found = runlog.compare(a, b)
+        assert (found.file, found.step, found.name) == ("metrics.jsonl", 1, "spelling of the row")
+
+    def test_a_missing_log_is_an_error_and_not_a_difference(self, tmp_path):
+        a, b = write_run(tmp_path / "a", steps(1)), write_run(tmp_path / "b", steps(1))
+        (b / "samples.jsonl").unlink()
+        with pytest.raises(FileNotFoundError, match=r"b/samples\.jsonl"):
+            runlog.compare(a, b)
+
+
+class TestAssertions:
+    def test_a_failure_names_the_first_difference_and_both_hashes(self, tmp_path):
+        a = write_run(tmp_path / "a", steps(2), [{"step": 1}])
+        b = write_run(tmp_path / "b", steps(2, kl=0.75), [{"step": 1}])
+        with pytest.raises(AssertionError, match=r"step 1: kl is 0\.5 and 0\.75") as caught:
+            assert_runs_identical(a, b)
+        for run in (a, b):
+            for digest in run_hashes(run).values():
+                assert digest in str(caught.value)
+
+    def test_two_empty_runs_prove_nothing(self, tmp_path):
+        a, b = (write_run(tmp_path / name, []) for name in "ab")
+        with pytest.raises(AssertionError, match="hold no rows"):
+            assert_runs_identical(a, b)
+
+    def test_identical_runs_do_not_differ(self, tmp_path):
+        a, b = (write_run(tmp_path / name, steps(1)) for name in "ab")
+        with pytest.raises(AssertionError, match="identical, and should differ"):
+            assert_runs_differ(a, b)
+
+
+SAMPLE = {"step": 1, "sample": 0, "prompt": "p", "completion": "c", "reward": 0.5, "kl": 0.0, "token_ids": [1]}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"completion": 3}, "completion is 3; it must be str"),
+        ({"reward": None}, "reward is None; it must be float"),
+        ({"kl": "0.1"}, "kl is '0.1'; it must be float"),
+        ({"sample": 0.0}, "sample is 0.0; it must be int"),
+    ],
+)
+def test_a_sample_of_the_wrong_form_is_named_by_line_and_field(tmp_path, change, message):
+    runlog.append(tmp_path / "samples.jsonl", [SAMPLE, {**SAMPLE, **change}])
+    rows = runlog.read_samples(tmp_path)
+    assert next(rows) == SAMPLE
+    with pytest.raises(ValueError, match=rf"samples\.jsonl:2: {message}"):
+        next(rows)
