@@ -94,7 +94,7 @@ def plant_junk(kind: str) -> None:
         return [torch.where(mask, tensor, float(kind)) for tensor in tensors]
 
     sample, evaluate_rows, score_rollout = ppo.sample, ppo.evaluate_rows, ppo.score_rollout
-    token_rewards, make_targets = ppo.token_rewards, ppo.make_targets
+    token_rewards, make_targets, gae = ppo.token_rewards, ppo.make_targets, ppo.gae
 
     def sample_with_junk_tokens(*args: Any, **kwargs: Any) -> Any:
         rollout = sample(*args, **kwargs)
@@ -120,6 +120,9 @@ def plant_junk(kind: str) -> None:
     def spoiled_rewards(scores: Any, logprobs: Any, ref_logprobs: Any, mask: Any, **kwargs: Any) -> Any:
         return spoil(mask, token_rewards(scores, logprobs, ref_logprobs, mask, **kwargs))[0]
 
+    def spoiled_gae(rewards: Any, values: Any, mask: Any, **kwargs: Any) -> Any:
+        return tuple(spoil(mask, *gae(rewards, values, mask, **kwargs)))
+
     def spoiled_targets(rewards: Any, values: Any, mask: Any, config: Any) -> Any:
         targets, raw = make_targets(rewards, values, mask, config)
         advantages, returns, raw = spoil(mask, targets.advantages_BT, targets.returns_BT, raw)
@@ -129,7 +132,7 @@ def plant_junk(kind: str) -> None:
         ppo.sample = sample_with_junk_tokens
     else:
         ppo.sample, ppo.evaluate_rows, ppo.score_rollout = spoiled_sample, spoiled_rows, spoiled_scores
-        ppo.token_rewards, ppo.make_targets = spoiled_rewards, spoiled_targets
+        ppo.token_rewards, ppo.gae, ppo.make_targets = spoiled_rewards, spoiled_gae, spoiled_targets
 
     train = ppo.train
 

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import random
 
@@ -9,12 +10,17 @@ from tiny_models import EOS as EOS_ID
 from tiny_models import PROMPTS as TINY_PROMPTS
 
 from rlhf_core.checkpoint import check_folder, write_folder
+from rlhf_core.config import ModelConfig
 from rlhf_core.data import word_tokenizer
 from rlhf_core.ppo import ppo_step
 from rlhf_core.trainer_state import load_state, save_state
 
 CPU = torch.device("cpu")
 TOKENIZER = word_tokenizer([f"w{number}" for number in range(8)])
+
+
+def configured(value):
+    return dataclasses.replace(tiny_config(), model=ModelConfig(value=value))
 
 
 def step(state, config):
@@ -29,8 +35,7 @@ def same_numbers(a, b):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("value", VALUES)
 def test_a_step_after_a_round_trip_gives_the_bits_of_a_step_without_it(tmp_path, architecture, value):
-    config = tiny_config()
-    object.__setattr__(config.model, "value", value)
+    config = configured(value)
     straight, through = tiny_state(architecture, value, config), tiny_state(architecture, value, config)
     for state in (straight, through):
         step(state, config)
@@ -59,11 +64,10 @@ def test_the_state_before_the_first_step_makes_the_round_trip_too(tmp_path):
 
 
 def test_the_kl_coefficient_keeps_every_bit(tmp_path):
-    config = tiny_config()
+    config = configured("shared")
     state = tiny_state("gpt2", "shared", config)
     state.kl_coef = 0.1 + 0.2
     save_state(state, TOKENIZER, tmp_path)
-    object.__setattr__(config.model, "value", "shared")
     assert load_state(tmp_path, state.reference, config, CPU).kl_coef == 0.30000000000000004
 
 
