@@ -1,7 +1,12 @@
 """What every test of the project shares."""
 
+import functools
+
 import hypothesis
+import pytest
 import torch
+
+from rlhf_core import reviews
 
 pytest_plugins = ["rlhf_core.testing.plugin"]
 
@@ -9,3 +14,12 @@ pytest_plugins = ["rlhf_core.testing.plugin"]
 hypothesis.settings.register_profile("kit", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("kit")
 torch.set_num_threads(1)
+
+_generate, _prompts = functools.cache(reviews.generate), functools.cache(reviews.prompts)
+
+
+@pytest.fixture
+def reviews_drawn_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draw the embedded sentences of a seed once for all runs of the session: most of a tiny run's time."""
+    monkeypatch.setattr(reviews, "generate", _generate)
+    monkeypatch.setattr(reviews, "prompts", _prompts)

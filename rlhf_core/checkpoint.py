@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from rlhf_core.runlog import sync_folder
+from rlhf_core.runlog import errors_name, sync_folder
 
 MANIFEST = "manifest.json"
 _STEP_FOLDER = re.compile(r"step_(\d{6,})")
@@ -31,7 +31,8 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
-        write(partial)
+        with errors_name(folder):
+            write(partial)
         files = sorted(path for path in partial.rglob("*") if path.is_file())
         manifest = {path.relative_to(partial).as_posix(): sha256(path) for path in files}
         (partial / MANIFEST).write_text(json.dumps(manifest, sort_keys=True, indent=2) + "\n", encoding="utf-8")

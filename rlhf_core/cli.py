@@ -158,10 +158,10 @@ def _wide_terminal() -> Iterator[None]:
 
 def _gist(complaint: str) -> str:
     """Return what tyro's framed complaint says, without the frame, its title and the help behind it."""
-    lines = [line.strip("│╭╮╰╯─ ") for line in complaint.splitlines()]
-    text = " ".join(line for line in lines[1:] if line.strip("-"))
+    lines = [line.strip("│╭╮╰╯─ ") for line in complaint.splitlines()][1:]
+    text = " ".join(line if line.strip("-") else ";" for line in lines if line).strip("; ")
     text = re.split(r"Argument helptext:|For full helptext", text)[0]
-    return re.sub(r"Error parsing ([A-Za-z][A-Za-z.]*: )?", "", text).strip(" .")
+    return re.sub(r"Error parsing ([A-Za-z][A-Za-z.]*: )?", "", text).replace(" ;", ";").strip("; .")
 
 
 def train(arguments: list[str]) -> int:
@@ -208,7 +208,9 @@ def _train(config: TrainConfig, open_run: Callable[[], Path], *, resumed: bool) 
     except pipeline.Stopped as stopped:
         return _complain(f"{stopped}; continue with: {resume}", stopped.exit_code)
     except FloatingPointError as error:
-        return _complain(f"{error}; earlier checkpoints stay in {run / 'checkpoints'}", USAGE_ERROR)
+        checkpoints = run / "checkpoints"
+        kept = f"earlier checkpoints stay in {checkpoints}" if checkpoints.exists() else "nothing was saved yet"
+        return _complain(f"{error}; {kept}", USAGE_ERROR)
     except OSError as error:
         return _complain(f"{_describe(error)}; put that right, then continue with: {resume}", USAGE_ERROR)
     return 0

@@ -306,7 +306,7 @@ def read_config_file(path: Path, base: TrainConfig) -> TrainConfig:
         tree = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
     except (ValueError, RecursionError) as error:
         kind = "JSON" if path.suffix == ".json" else "TOML"
-        raise ValueError(f"{path} is not valid {kind}: {error}; correct the file, or leave it out") from None
+        raise ValueError(f"{path} is not valid {kind}: {error}; correct the file") from None
     _require(isinstance(tree, dict), f"{path} holds a {type(tree).__name__}; it must hold a table of options")
     return _replace(base, tree, str(path), ())
 

@@ -36,11 +36,21 @@ def append(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     A checkpoint is durable when it has its name; the rows that belong to it have to be durable before.
     """
     data = "".join(encode(row) for row in rows).encode()
-    with path.open("ab", buffering=0) as file:
-        written = file.write(data)
+    with errors_name(path), path.open("ab", buffering=0) as file:
+        if file.write(data) != len(data):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         os.fsync(file.fileno())
-    if written != len(data):
-        raise OSError(errno.ENOSPC, f"only {written} of {len(data)} bytes could be written", str(path))
+
+
+@contextlib.contextmanager
+def errors_name(path: Path) -> Iterator[None]:
+    """Give an OSError of the block, such as a full disk, the path that it happened at."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
 
 
 def read(path: Path) -> Iterator[dict[str, Any]]:
@@ -81,7 +91,7 @@ def _decode(line: bytes, where: str) -> dict[str, Any]:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
         torn = "" if line.endswith(b"\n") else " (the last line is torn: the run was killed while writing; --resume it)"
-        raise ValueError(f"{where}: not JSON: {error}{torn}") from None
+        raise ValueError(f"{where}: not JSON: {error}{torn or '; the file was damaged or changed'}") from None
     if not isinstance(row, dict) or type(row.get("step")) is not int:
         raise ValueError(f"{where}: each line must be a JSON object with a whole number as its step")
     return row
@@ -108,7 +118,7 @@ def write_atomically(path: Path, data: bytes) -> None:
     """Write a file beside ``path``, sync it and rename it over ``path``: readers see the old content or the new."""
     temporary = path.with_name(f".{path.name}.partial")
     try:
-        with temporary.open("wb") as file:
+        with errors_name(path), temporary.open("wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())

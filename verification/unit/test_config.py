@@ -261,6 +261,7 @@ def test_differences_name_each_changed_field_with_its_section():
     assert config.differences(changed, changed) == []
 
 
+@pytest.mark.usefixtures("reviews_drawn_once")
 def test_the_config_json_of_a_run_fed_back_gives_the_same_bytes(finished_run, tmp_path):
     outcome = run_command("train", "--config", finished_run / "config.json", "--runs", tmp_path, "--name", "again")
     assert outcome.code == 0, outcome.err
