@@ -1,5 +1,6 @@
-"""The project's own files keep their promises: pins, targets, the README's commands and tables."""
+"""What the repository says of itself is true: pins, commands, targets, licence."""
 
+import itertools
 import re
 import shlex
 import subprocess
@@ -8,97 +9,174 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_core import cli, metrics
-from rlhf_core.cli import TrainOptions
+from rlhf_core import cli
+from rlhf_core.config import TrainConfig
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
-TARGETS = set(re.findall(r"^([a-z][a-z0-9_-]*):", MAKEFILE, re.MULTILINE))
-RLHF_COMMANDS = re.findall(r"^(rlhf .*?) *(?:#.*)?$", README, re.MULTILINE)
+DOCUMENTS = [path for path in (*ROOT.glob("*.md"), *ROOT.glob("*/README.md")) if path.is_file()]
+TARGETS = set(re.findall(r"^([a-z][\w-]*):", MAKEFILE, re.MULTILINE))
+# Requirements of the project's own extras on each other, and what only setuptools' own command line needs.
+OWN = {PROJECT["project"]["name"]}
 
 
-def requirement_name(requirement: str) -> str:
-    return re.split(r"[^A-Za-z0-9._-]", requirement, maxsplit=1)[0].lower()
+def distribution(requirement: str) -> str:
+    return re.match(r"[A-Za-z0-9._-]+", requirement).group().lower().replace("_", "-")
 
 
-def test_the_constraints_pin_every_direct_dependency_and_nothing_else():
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-    wanted = [*project["project"]["dependencies"], *project["build-system"]["requires"]]
-    for extra in project["project"]["optional-dependencies"].values():
-        wanted += extra
-    names = {requirement_name(one) for one in wanted} - {project["project"]["name"]}
-    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
-    pins = [line for line in lines if line and not line.startswith("#")]
-    assert all(re.fullmatch(r"[a-z0-9-]+==[0-9][0-9.]*", pin) for pin in pins), pins
-    assert {pin.split("==")[0] for pin in pins} == names
+def direct_dependencies() -> set[str]:
+    project = PROJECT["project"]
+    groups = [project["dependencies"], *project["optional-dependencies"].values(), PROJECT["build-system"]["requires"]]
+    return {distribution(requirement) for requirement in itertools.chain(*groups)} - OWN
 
 
-def test_torch_is_not_needed_to_build():
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-    assert "torch" not in {requirement_name(one) for one in project["build-system"]["requires"]}
+def recipe(target: str) -> str:
+    return re.search(rf"^{target}:.*\n((?:\t.*\n)+)", MAKEFILE, re.MULTILINE).group(1)
 
 
-def test_the_makefile_has_the_promised_targets():
-    assert {"install", "demo", "test", "test-all", "verify_m1", "bench", "lint", "clean"} <= TARGETS
+def tracked_files() -> list[Path]:
+    """Tracked files, and new ones that git does not ignore."""
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
+    try:
+        listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("this is no git checkout")
+    return [path for name in listed.split("\0") if name and (path := ROOT / name).is_file()]
 
 
-@pytest.mark.parametrize("target", sorted(set(re.findall(r"`?make ([a-z][a-z0-9_-]*)", README))))
-def test_a_make_target_of_the_readme_exists(target):
+def code_of(document: Path) -> list[str]:
+    """The lines of a document's fenced blocks, and its spans of code."""
+    text = document.read_text(encoding="utf-8")
+    blocks = re.findall(r"^```[^\n]*\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    outside = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+    return [line.strip() for block in blocks for line in block.splitlines()] + re.findall(r"`([^`\n]+)`", outside)
+
+
+def documented_commands(program: str) -> list[tuple[str, str]]:
+    found = {
+        (document.name, line) for document in DOCUMENTS for line in code_of(document) if line.startswith(f"{program} ")
+    }
+    return sorted(found)
+
+
+def test_constraints_pin_every_direct_dependency_and_nothing_else():
+    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line and not line.startswith("#")]
+    assert all(re.fullmatch(r"[a-z0-9-]+==[0-9][0-9A-Za-z.]*", line) for line in lines), lines
+    assert {line.partition("==")[0] for line in lines} == direct_dependencies()
+    assert lines == sorted(lines, key=lambda line: line.partition("==")[0])
+
+
+def test_the_pins_satisfy_what_the_project_asks_for():
+    from packaging.requirements import Requirement
+
+    pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
+    project = PROJECT["project"]
+    groups = [project["dependencies"], *project["optional-dependencies"].values(), PROJECT["build-system"]["requires"]]
+    for requirement in map(Requirement, itertools.chain(*groups)):
+        if requirement.name not in OWN:
+            assert requirement.specifier.contains(pins[distribution(requirement.name)]), requirement
+
+
+@pytest.mark.parametrize("target", ["install", "demo", "test", "test-all", "verify_m1", "bench", "lint", "clean"])
+def test_make_has_the_target_and_it_runs_something(target):
     assert target in TARGETS
+    phony = re.search(r"^\.PHONY: (.*)$", MAKEFILE, re.MULTILINE).group(1).split()
+    assert target in phony
+    outcome = subprocess.run(["make", "-n", "-B", target], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert outcome.returncode == 0, outcome.stderr
+    assert outcome.stdout.strip()
 
 
-@pytest.mark.parametrize("command", RLHF_COMMANDS)
-def test_a_command_of_the_readme_is_understood(command, tmp_path, monkeypatch):
-    _, name, *arguments = shlex.split(command)
-    if name == "train":
-        arguments = [
-            argument for argument in arguments if "/" not in argument and argument not in ("--data", "--config")
-        ]
-        assert isinstance(cli.parse(TrainOptions, arguments, "train", TrainOptions()), TrainOptions)
-    else:
-        monkeypatch.chdir(tmp_path)
-        with pytest.raises(FileNotFoundError, match="no run"):  # understood, and then there is no such run here
-            cli.run_command([name, *arguments])
+@pytest.mark.parametrize(("document", "command"), documented_commands("make"))
+def test_a_make_command_in_the_documents_exists(document, command):
+    words = [word for word in shlex.split(command, comments=True)[1:] if not word.startswith("-") and "=" not in word]
+    assert words
+    assert set(words) <= TARGETS, document
 
 
-def test_the_readme_has_commands_and_no_gap():
-    assert len(RLHF_COMMANDS) >= 6
-    assert "@@" not in README
+@pytest.mark.parametrize(("document", "command"), documented_commands("rlhf"))
+def test_an_rlhf_command_in_the_documents_is_understood(document, command, monkeypatch):
+    monkeypatch.delenv("SEED", raising=False)
+    name, *arguments = shlex.split(command, comments=True)[1:]
+    if "--help" in arguments or {"A", "B", "RUN"} & set(arguments):
+        assert name in ("train", "compare", "samples")
+        return
+    options = {"train": cli.TrainOptions, "compare": cli.CompareOptions, "samples": cli.SamplesOptions}[name]
+    default = cli.TrainOptions(train=TrainConfig()) if name == "train" else None
+    assert cli.parse(options, arguments, name, default), document
 
 
-def test_the_readme_has_the_table_of_metrics():
-    assert metrics.markdown_table() in README
+def test_the_tests_above_have_seen_commands():
+    if (ROOT / "README.md").is_file():
+        assert len(documented_commands("make")) >= 2
+        assert len(documented_commands("rlhf")) >= 3
 
 
-def test_the_readme_tree_names_every_module():
-    for path in sorted((ROOT / "rlhf_core").glob("[a-z]*.py")):
-        assert re.search(rf"^  {re.escape(path.name)} ", README, re.MULTILINE), path.name
+def test_continuous_integration_runs_lint_and_tests_and_fails_with_them():
+    script = ROOT / ".ci" / "run"
+    lines = [line for line in script.read_text().splitlines() if line and not line.startswith("#")]
+    assert script.stat().st_mode & 0o111
+    assert lines[0] == "set -euo pipefail"
+    assert lines[-2:] == ["make lint", "make test"]
 
 
-def test_ci_runs_lint_and_tests():
-    script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
-    assert "make lint" in script
-    assert "make test" in script
+def test_pre_commit_runs_what_make_lint_runs():
+    hooks = re.findall(r"^ +entry: (.*)$", (ROOT / ".pre-commit-config.yaml").read_text(), re.MULTILINE)
+    wanted = [line.strip().replace("$(BIN)", ".venv/bin").removesuffix(" .") for line in recipe("lint").splitlines()]
+    assert hooks == wanted
+    assert [Path(entry.split()[0]).name for entry in hooks] == ["ruff", "ruff", "mypy"]
 
 
-def test_pre_commit_runs_what_lint_runs():
-    hooks = (ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8")
-    for tool in re.findall(r"^\t\$\(BIN\)/(ruff \w+|mypy)", MAKEFILE, re.MULTILINE):
-        assert tool in hooks
+def test_mypy_looks_at_both_packages():
+    assert PROJECT["tool"]["mypy"]["packages"] == ["rlhf_core", "rlhf_kernels"]
+
+
+def test_warnings_are_errors():
+    assert PROJECT["tool"]["pytest"]["ini_options"]["filterwarnings"][0] == "error"
+
+
+def test_every_package_folder_is_installed():
+    folders = {"rlhf_core": ROOT / "rlhf_core", "rlhf_kernels": ROOT / "kernels" / "rlhf_kernels"}
+    found = {
+        ".".join([name, *path.parent.relative_to(folder).parts])
+        for name, folder in folders.items()
+        for path in folder.rglob("__init__.py")
+    }
+    assert found == set(PROJECT["tool"]["setuptools"]["packages"])
 
 
 def test_the_licence_is_apache_2():
-    text = (ROOT / "LICENSE").read_text(encoding="utf-8")
-    assert "Apache License" in text
-    assert "Version 2.0, January 2004" in text
+    text = (ROOT / "LICENSE").read_text()
+    assert PROJECT["project"]["license"] == "Apache-2.0"
+    for part in ("Apache License", "Version 2.0, January 2004", "END OF TERMS AND CONDITIONS"):
+        assert part in text
 
 
-def test_no_tracked_file_names_a_folder_of_a_developers_machine():
-    if not (ROOT / ".git").exists():
-        pytest.skip("not a checkout")
-    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    for name in filter(None, listed.split("\0")):
-        text = (ROOT / name).read_bytes().decode("utf-8", errors="ignore")
-        found = re.search(r"(?<![\w.$\"'(])/(home|Users|root|work)/\w+", text)
-        assert not found, (name, found)
+def test_no_tracked_file_names_a_folder_of_one_machine():
+    # Put together, so that this file does not hold what it looks for.
+    homes = [
+        "/".join(["", *parts]) for parts in (("home", ""), ("Users", ""), ("root", ""), ("work", ""), ("tmp", "w", ""))
+    ]
+    pattern = re.compile("|".join(rf"(?<![\w./-]){re.escape(home)}[\w.]" for home in homes))
+    offences = []
+    for path in tracked_files():
+        content = path.read_bytes()
+        if b"\0" not in content:
+            text = content.decode("utf-8")
+            offences += [f"{path.relative_to(ROOT)}: {match.group()}" for match in pattern.finditer(text)]
+    assert offences == []
+
+
+def test_no_tracked_file_is_a_build_product_or_large():
+    for path in tracked_files():
+        assert path.suffix not in {".so", ".o", ".pyc", ".whl", ".safetensors"}, path
+        assert path.stat().st_size < 1_000_000, path
+
+
+def test_text_files_are_utf_8_with_line_feeds_and_end_with_one():
+    for path in tracked_files():
+        content = path.read_bytes()
+        if content and b"\0" not in content:
+            assert b"\r\n" not in content, path
+            assert content.endswith(b"\n"), path

@@ -230,7 +230,7 @@ class TestFile:
             ("a.toml", '[ppo]\nschedule = "cosine"', r"ppo\.schedule is 'cosine'; choose from linear, constant"),
             ("a.toml", "[model]\narchitecture = [1]", r"is \[1\]; choose from llama, gpt2"),
             ("a.toml", "threads = 'two'", "threads is 'two'; it must be int or null"),
-            ("a.toml", "[ppo]\nlearning_rate = -1.0", r"a\.toml: ppo\.learning_rate is -1\.0; it must be greater than 0"),
+            ("a.toml", "[ppo]\nlearning_rate = -1.0", r"a\.toml: ppo\.learning_rate is -1\.0; it must be greater"),
             ("a.toml", "[ppo]\nkl_coef = nan", r"ppo\.kl_coef is nan; it must be a finite number"),
             ("a.json", '{"ppo": {"kl_coef": Infinity}}', r"ppo\.kl_coef is inf; it must be a finite number"),
             ("a.json", '{"ppo": {"kl_coef": 1' + "0" * 400 + "}}", "must be a finite number"),
