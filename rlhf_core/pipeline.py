@@ -286,6 +286,8 @@ def start_or_resume(experiment: Experiment, config: TrainConfig, run: Path, devi
     checkpoints = run / "checkpoints"
     newest = checkpoint.newest_sound(checkpoints, report=lambda line: console.print(line, markup=False, soft_wrap=True))
     if newest is None:
+        if checkpoint.steps(checkpoints):
+            console.print("no checkpoint is sound; starting over at step 0")
         copy = load_model(run / "models" / "base", config.model.attention)
         state = new_state(ActorCritic(copy, config.model.value).to(device), reference, config)
         save_checkpoint(state, experiment, config, run)

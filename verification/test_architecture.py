@@ -100,7 +100,8 @@ def unpickling(path: Path) -> list[str]:
             options = {keyword.arg: keyword.value for keyword in node.keywords}
             spelled = {name: ast.unparse(value) for name, value in options.items()}
             unsafe_load = ast.unparse(node.func) == "torch.load" and spelled.get("weights_only") != "True"
-            if unsafe_load or spelled.get("allow_pickle", "False") != "False" or "trust_remote_code" in spelled:
+            unsafe_model = "trust_remote_code" in spelled or spelled.get("use_safetensors", "True") != "True"
+            if unsafe_load or spelled.get("allow_pickle", "False") != "False" or unsafe_model:
                 found.append(ast.unparse(node))
     return found
 
@@ -160,6 +161,7 @@ class TestTheChecksThemselves:
             "import torch\ntorch.load('f', weights_only=flag)",
             "import numpy as np\nnp.load('f', allow_pickle=True)",
             "AutoModel.from_pretrained('m', trust_remote_code=True)",
+            "AutoModel.from_pretrained('m', use_safetensors=False)",
         ],
     )
     def test_unpickling_is_found(self, planted, source):

@@ -9,15 +9,16 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_core import cli
+from rlhf_core import cli, metrics
 from rlhf_core.config import TrainConfig
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 DOCUMENTS = [path for path in (*ROOT.glob("*.md"), *ROOT.glob("*/README.md")) if path.is_file()]
 TARGETS = set(re.findall(r"^([a-z][\w-]*):", MAKEFILE, re.MULTILINE))
-# Requirements of the project's own extras on each other, and what only setuptools' own command line needs.
+# The extras require each other by the project's own name.
 OWN = {PROJECT["project"]["name"]}
 
 
@@ -107,10 +108,23 @@ def test_an_rlhf_command_in_the_documents_is_understood(document, command, monke
     assert cli.parse(options, arguments, name, default), document
 
 
-def test_the_tests_above_have_seen_commands():
-    if (ROOT / "README.md").is_file():
-        assert len(documented_commands("make")) >= 2
-        assert len(documented_commands("rlhf")) >= 3
+def test_the_readme_has_commands_and_no_gap():
+    assert len([name for name, _ in documented_commands("make") if name == "README.md"]) >= 2
+    assert len([name for name, _ in documented_commands("rlhf") if name == "README.md"]) >= 6
+    assert "@@" not in README
+
+
+def test_the_readme_has_the_table_of_metrics():
+    assert metrics.markdown_table() in README
+
+
+def test_the_readme_tree_names_every_module():
+    for path in sorted((ROOT / "rlhf_core").glob("[a-z]*.py")):
+        assert re.search(rf"^  {re.escape(path.name)} ", README, re.MULTILINE), path.name
+
+
+def test_torch_is_not_needed_to_build():
+    assert "torch" not in {distribution(requirement) for requirement in PROJECT["build-system"]["requires"]}
 
 
 def test_continuous_integration_runs_lint_and_tests_and_fails_with_them():

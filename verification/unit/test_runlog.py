@@ -260,12 +260,13 @@ class TestCompare:
         assert str(found) == "metrics.jsonl: first difference at step 2: kl is 0.5 and 0.25"
         assert assert_runs_differ(a, b) == found
 
-    def test_the_earliest_step_wins_over_the_order_of_the_files(self, tmp_path):
-        a = write_run(tmp_path / "a", steps(3), [{"step": 1, "sample": 2, "completion": "x"}])
-        b = write_run(tmp_path / "b", steps(3, kl=0.6)[2:], [{"step": 1, "sample": 2, "completion": "y"}])
-        assert runlog.compare(a, b).step == 1
-        c = write_run(tmp_path / "c", steps(3), [{"step": 1, "sample": 2, "completion": "y"}])
-        assert runlog.compare(a, c) == Difference("samples.jsonl", 1, "completion of sample 2", "x", "y")
+    def test_the_earliest_step_wins_whichever_file_it_is_in(self, tmp_path):
+        later = [*steps(2), {**steps(3)[2], "kl": 9.0}]
+        x, y = ([{"step": 2, "sample": 1, "completion": text}] for text in "xy")
+        a, b = write_run(tmp_path / "a", steps(3), x), write_run(tmp_path / "b", later, y)
+        assert runlog.compare(a, b) == Difference("samples.jsonl", 2, "completion of sample 1", "x", "y")
+        c = write_run(tmp_path / "c", later, x)
+        assert runlog.compare(a, c) == Difference("metrics.jsonl", 3, "kl", 0.5, 9.0)
 
     def test_a_shorter_run_differs_at_its_first_missing_step(self, tmp_path):
         a, b = write_run(tmp_path / "a", steps(5)), write_run(tmp_path / "b", steps(3))
