@@ -16,7 +16,7 @@ $(INSTALLED): pyproject.toml setup.py constraints.txt $(NATIVE)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
 	touch $@
 
-demo: install  ## train the embedded task and print the result (about three minutes on two cores)
+demo: install  ## train the embedded task and print the result (one to three minutes on two cores)
 	$(BIN)/rlhf train
 
 test: install  ## everything but the tests marked slow
