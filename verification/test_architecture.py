@@ -197,8 +197,8 @@ def test_nothing_imports_verification_or_dashboard():
     assert who_imports("dashboard", inside) == set()
 
 
-def test_only_the_command_line_imports_the_pipeline():
-    assert who_imports("rlhf_core.pipeline", PROJECT) == {"rlhf_core.cli"}
+def test_only_the_command_line_imports_the_whole_training():
+    assert who_imports("rlhf_core.training", PROJECT) == {"rlhf_core.commands.train"}
 
 
 def test_only_tests_import_the_tools_for_tests():

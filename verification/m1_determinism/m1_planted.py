@@ -28,17 +28,17 @@ def plant_host(name: str) -> None:
 
 
 def plant_clock() -> None:
-    from rlhf_core import pipeline
+    from rlhf_core import training
 
-    log_row = pipeline.log_row
-    pipeline.log_row = lambda step, values: log_row(step, values) | {"started_s": time.perf_counter()}
+    log_row = training.log_row
+    training.log_row = lambda step, values: log_row(step, values) | {"started_s": time.perf_counter()}
 
 
 def plant_host_name() -> None:
-    from rlhf_core import pipeline
+    from rlhf_core import training
 
-    sample_rows = pipeline.sample_rows
-    pipeline.sample_rows = lambda *args: [row | {"host": socket.gethostname()} for row in sample_rows(*args)]
+    sample_rows = training.sample_rows
+    training.sample_rows = lambda *args: [row | {"host": socket.gethostname()} for row in sample_rows(*args)]
 
 
 def plant_unseeded_shuffle() -> None:
@@ -141,18 +141,18 @@ def plant_junk(kind: str) -> None:
         if not planted[0]:
             sys.exit("no position lies outside the mask, so nothing was planted")
 
-    from rlhf_core import pipeline
+    from rlhf_core import training
 
-    pipeline.train = counting_train
+    training.train = counting_train
 
 
 PLANTS = FAULTS | {kind: functools.partial(plant_junk, kind) for kind in ("nan", "1e30", "tokens")}
 
 
 def plant_kill_in_pretraining(step: int) -> None:
-    from rlhf_core import pipeline
+    from rlhf_core import experiment
 
-    train_language_model = pipeline.train_language_model
+    train_language_model = experiment.train_language_model
 
     def train(*args: Any, report: Any, **kwargs: Any) -> None:
         losses: list[float] = []
@@ -165,7 +165,7 @@ def plant_kill_in_pretraining(step: int) -> None:
 
         train_language_model(*args, report=hear, **kwargs)
 
-    pipeline.train_language_model = train
+    experiment.train_language_model = train
 
 
 def set_environment(arguments: list[str]) -> None:
@@ -182,7 +182,7 @@ def set_environment(arguments: list[str]) -> None:
 def train_each(names: list[str], arguments: list[str]) -> None:
     """Fork a run for each plant: importing the trainer takes longer than the run."""
     from rlhf_core import cli
-    from rlhf_core import pipeline as pipeline  # loaded before the fork, so once
+    from rlhf_core import training as training  # loaded before the fork, so once
 
     at = arguments.index("--name") + 1
     codes = []
