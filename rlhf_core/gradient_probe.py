@@ -13,39 +13,40 @@ import torch
 class GradientProbe:
     """Compares the gradient of one minibatch with its closed form, over its micro-batches."""
 
-    def __init__(self) -> None:
+    def __init__(self, mask_BT: torch.Tensor, value_coef: float) -> None:
+        """Take the mask of the whole rollout, True on response tokens, and c."""
+        self._mask_BT = mask_BT
+        self._value_coef = value_coef
+        self._rows: list[torch.Tensor] = []
         self._parts: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]] = []
         self._attached = False
 
     def watch(
         self,
+        rows: torch.Tensor,
         logprobs_BT: torch.Tensor,
         values_BT: torch.Tensor,
         advantages_BT: torch.Tensor,
         returns_BT: torch.Tensor,
-        mask_BT: torch.Tensor,
-        *,
-        tokens: int,
-        value_coef: float,
     ) -> None:
         """Remember a micro-batch, before its backward pass.
 
         Args:
-            logprobs_BT: [B, T] log π, with a gradient to come.
-            values_BT: [B, T] V, with a gradient to come.
-            advantages_BT: [B, T] A, meant to be a constant.
-            returns_BT: [B, T] R, meant to be a constant.
-            mask_BT: [B, T] True on response tokens.
-            tokens: N, response tokens of the whole minibatch.
-            value_coef: c.
+            rows: [b] its rows of the rollout.
+            logprobs_BT: [b, T] log π, with a gradient to come.
+            values_BT: [b, T] V, with a gradient to come.
+            advantages_BT: [b, T] A, meant to be a constant.
+            returns_BT: [b, T] R, meant to be a constant.
         """
         self._attached |= advantages_BT.requires_grad or returns_BT.requires_grad
         for x_BT in (logprobs_BT, values_BT):
             x_BT.retain_grad()
+        mask_BT = self._mask_BT[rows]
         with torch.no_grad():
-            policy_BT = torch.where(mask_BT, -advantages_BT / tokens, 0.0)
-            value_BT = torch.where(mask_BT, value_coef * (values_BT - returns_BT) / tokens, 0.0)
-        self._parts += [(logprobs_BT, policy_BT, values_BT, value_BT)]
+            policy_BT = torch.where(mask_BT, -advantages_BT, 0.0)
+            value_BT = torch.where(mask_BT, self._value_coef * (values_BT - returns_BT), 0.0)
+        self._rows.append(rows)
+        self._parts.append((logprobs_BT, policy_BT, values_BT, value_BT))
 
     def metrics(self) -> dict[str, float]:
         """Return what the backward passes showed.
@@ -55,11 +56,14 @@ class GradientProbe:
         ``value_gradient_share``: the value loss's share of the squared gradient with respect to both.
         """
         errors, squares = [], []
+        tokens = int(self._mask_BT[torch.cat(self._rows)].sum())
         for x, wanted in ((0, 1), (2, 3)):
-            largest = max(float(part[wanted].abs().max()) for part in self._parts)
-            deviation = max(float((_gradient(part[x]) - part[wanted]).abs().max()) for part in self._parts)
-            errors.append(deviation / max(largest, 1e-12))
-            squares.append(sum(float(_gradient(part[x]).double().square().sum()) for part in self._parts))
+            gradients = [_gradient(part[x]) * tokens for part in self._parts]
+            expected = [part[wanted] for part in self._parts]
+            largest = max(float(one.abs().max()) for one in expected)
+            deviation = max(float((a - b).abs().max()) for a, b in zip(gradients, expected, strict=True))
+            errors.append(deviation / max(largest, 1e-8))
+            squares.append(sum(float(one.double().square().sum()) for one in gradients))
         error = max(errors)
         return {
             "first_gradient_error": max(error, 1.0) if self._attached else error,

@@ -208,10 +208,7 @@ def accumulate_gradients(
             values_BT, scores.values_BT[rows], targets.returns_BT[rows], mask_BT, clip_range=ppo.value_clip_range
         )
         if probe is not None:
-            probe.watch(
-                logprobs_BT, values_BT, targets.advantages_BT[rows], targets.returns_BT[rows], mask_BT,
-                tokens=tokens, value_coef=ppo.value_coef,
-            )  # fmt: skip
+            probe.watch(rows, logprobs_BT, values_BT, targets.advantages_BT[rows], targets.returns_BT[rows])
         ((policy_loss + ppo.value_coef * value_loss) / tokens).backward()
         with torch.no_grad():
             off_BT = (log_ratio_BT.exp() - 1.0).abs()
@@ -239,7 +236,9 @@ def update(
             a weight is no longer finite after the last one.
     """
     parameters = [parameter for parameter in state.model.parameters() if parameter.requires_grad]
-    statistics, probe = UpdateStatistics(), GradientProbe()
+    # Which tokens count, the probe takes from the attention mask, and so not from where the loss takes it.
+    real_BT = rollout.attention_mask_BL[:, -rollout.response_length :].bool()
+    statistics, probe = UpdateStatistics(), GradientProbe(real_BT, config.ppo.value_coef)
     for epoch in range(config.ppo.epochs):
         plan = first_plan if epoch == 0 else plan_epoch(config.ppo, config.seed, step, epoch)
         for number, minibatch in enumerate(plan):

@@ -74,12 +74,12 @@ def probed(loss_of, *, attached=False):
     old, advantages, returns = (torch.randn(4, 3, generator=generator) for _ in range(3))
     values_before = torch.randn(4, 3, generator=generator)
     mask = torch.tensor([[True, True, False]] * 4)
-    probe, tokens = GradientProbe(), 8
-    for rows in (slice(0, 1), slice(1, 4)):
+    probe, tokens = GradientProbe(mask, 0.5), 8
+    for rows in (torch.arange(1), torch.arange(1, 4)):
         leaves = [old[rows].clone().requires_grad_(), values_before[rows].clone().requires_grad_()]
         logprobs, values = (leaf * 1.0 for leaf in leaves)
         a = advantages[rows] + (0.0 * values if attached else 0.0)
-        probe.watch(logprobs, values, a, returns[rows], mask[rows], tokens=tokens, value_coef=0.5)
+        probe.watch(rows, logprobs, values, a, returns[rows])
         policy = ppo_policy_loss(log_ratio(logprobs, old[rows], mask[rows]), a, mask[rows], clip_range=0.2)
         value = clipped_value_loss(values, values_before[rows], returns[rows], mask[rows], clip_range=0.2)
         (loss_of(policy, value, logprobs, values, advantages[rows]) / tokens).backward()
