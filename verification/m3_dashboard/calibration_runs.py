@@ -28,8 +28,8 @@ from rlhf_core.sft import train_language_model
 from rlhf_core.tasks import Task, load_task
 from rlhf_core.trainer_state import new_state
 
-STEPS = 22
-LATE = 9
+STEPS = 30
+LATE = 13
 """The step at which a fault begins that does not begin with the run."""
 
 _LLAMA = ModelConfig(architecture="llama", layers=2, hidden_size=48, heads=2, context=32)
@@ -42,7 +42,8 @@ CONFIGURATIONS = {
         model=_LLAMA,
         sampling=SamplingConfig(max_new_tokens=16),
         ppo=PPOConfig(
-            steps=STEPS, batch_size=32, minibatch_size=16, micro_batch_size=16, epochs=3, learning_rate=5e-4
+            steps=STEPS, batch_size=48, minibatch_size=16, micro_batch_size=16, epochs=3, learning_rate=1e-3,
+            schedule="constant", kl_coef=0.05,
         ),
     ),
     "gpt2, shared value": TrainConfig(
@@ -51,18 +52,18 @@ CONFIGURATIONS = {
         model=replace(_GPT2, value="shared"),
         sampling=SamplingConfig(max_new_tokens=16),
         ppo=PPOConfig(
-            steps=STEPS, batch_size=32, minibatch_size=8, micro_batch_size=8, epochs=2, learning_rate=5e-4,
-            schedule="constant", kl_control="fixed", kl_coef=0.05, lam=1.0, whiten_rewards=True,
+            steps=STEPS, batch_size=48, minibatch_size=12, micro_batch_size=12, epochs=2, learning_rate=1e-3,
+            schedule="constant", kl_control="fixed", kl_coef=0.05, lam=1.0,
         ),
     ),
-    "llama, one epoch": TrainConfig(
+    "llama, temperature 0.9": TrainConfig(
         seed=0,
         threads=1,
         model=_LLAMA,
         sampling=SamplingConfig(max_new_tokens=12, temperature=0.9),
         ppo=PPOConfig(
-            steps=STEPS, batch_size=48, minibatch_size=24, micro_batch_size=12, epochs=1, learning_rate=1e-3,
-            schedule="constant", kl_coef=0.1, kl_target=3.0, gamma=0.99, missing_eos_penalty=1.0,
+            steps=STEPS, batch_size=48, minibatch_size=12, micro_batch_size=6, epochs=2, learning_rate=2e-3,
+            kl_coef=0.1, kl_target=6.0, gamma=0.99, missing_eos_penalty=1.0,
         ),
     ),
 }  # fmt: skip
