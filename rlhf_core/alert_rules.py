@@ -261,3 +261,5 @@ STALLED = Rule(
     "Look whether the process lives and what it printed last; continue with --resume.",
 )  # fmt: skip
 """The one rule that needs the present time; the caller measures it."""
+
+BY_NAME = {rule.name: rule for rule in (*RULES, STALLED)}

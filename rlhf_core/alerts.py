@@ -8,8 +8,8 @@ No clock, no file, no torch: the trainer, the command line, the tests and the da
     ['ratio_off_one']
 """
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
 import numpy as np
@@ -77,6 +77,18 @@ class Alert:
         """Return the alert as a JSON object."""
         return asdict(self) | {"moved_with": list(self.moved_with)}
 
+    @classmethod
+    def from_json(cls, row: Mapping[str, Any]) -> "Alert":
+        """Return the alert of a JSON object.
+
+        Raises:
+            ValueError: a field is missing, or one is unknown.
+        """
+        known = {item.name for item in fields(cls)}
+        if row.keys() != known:
+            raise ValueError(f"an alert has {', '.join(sorted(known))}; these differ: {sorted(row.keys() ^ known)}")
+        return cls(**{**row, "moved_with": tuple(row["moved_with"])})
+
 
 def check(
     columns: Mapping[str, np.ndarray], thresholds: Thresholds, *, age_of_last_row_s: float | None = None
@@ -96,6 +108,11 @@ def check(
     monitor = Monitor(thresholds)
     monitor.extend(columns)
     return monitor.alerts(age_of_last_row_s)
+
+
+def worst_first(alerts: Iterable[Alert]) -> list[Alert]:
+    """Return the standing alerts before the passed, and each from the worst severity to the least."""
+    return sorted(alerts, key=lambda one: (not one.standing, -SEVERITIES.index(one.severity), one.first_step))
 
 
 class Monitor:
@@ -147,7 +164,7 @@ class Monitor:
         found = [alert for track in self._tracks for alert in track.alerts()]
         if age_of_last_row_s is not None and self._rows:
             found += self._judge_age(age_of_last_row_s)
-        return sorted(found, key=lambda one: (not one.standing, -SEVERITIES.index(one.severity), one.first_step))
+        return worst_first(found)
 
     def not_checked(self) -> dict[str, tuple[str, ...]]:
         """Return the rules that could not look, and the metrics that the log lacks for each."""
@@ -377,6 +394,25 @@ def _joined(tail: Mapping[str, np.ndarray], new: Mapping[str, np.ndarray]) -> di
         name: np.concatenate([tail.get(name, np.full(old_rows, np.nan)), new.get(name, np.full(new_rows, np.nan))])
         for name in dict.fromkeys((*tail, *new))
     }
+
+
+def nonfinite_alert(step: int, name: str, thresholds: Thresholds) -> Alert:
+    """Return the alert of a step that a trainer gave up because ``name`` was not finite, and did not log."""
+    rule = next(rule for rule in RULES if rule.name == "nonfinite")
+    return Alert(
+        name=rule.name,
+        severity=_severity(thresholds[rule.name]),
+        metric=name,
+        first_step=step,
+        raised_step=step,
+        step=step,
+        value=None,
+        threshold=None,
+        moved_with=(),
+        cause=rule.cause,
+        remedy=rule.remedy,
+        evidence=f"{name} is not finite; the trainer stopped in this step and did not log it",
+    )
 
 
 def synthetic_alerts(thresholds: Thresholds) -> list[Alert]:

@@ -35,6 +35,8 @@ class NonFiniteError(FloatingPointError):
     """A tensor of the step holds NaN or infinity."""
 
     def __init__(self, step: int, name: str) -> None:
+        self.step = step
+        self.name = name
         super().__init__(
             f"step {step}: {name} is not finite, so training stops and nothing more is saved; "
             "lower the learning rate, or look at the reward"
