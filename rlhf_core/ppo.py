@@ -363,7 +363,9 @@ def ppo_step(
             rollout.response_ids_BT.cpu().numpy(), mask_BT.cpu().numpy(), eos_id
         )
         metrics["target_error"] = target_error(
-            scores_B=scores_B.numpy(),
+            rewards_B=rewards_B.numpy(),
+            ended_B=rollout.ended_B.cpu().numpy(),
+            missing_eos_penalty=ppo.missing_eos_penalty,
             logprobs_BT=scores.logprobs_BT.cpu().numpy(),
             ref_logprobs_BT=scores.ref_logprobs_BT.cpu().numpy(),
             values_BT=scores.values_BT.cpu().numpy(),
