@@ -187,6 +187,12 @@ def kl_blow_up(series: Series, settings: Settings) -> Verdict:
     return Verdict(series["kl_per_token"], np.full(len(series), number(settings, "threshold")))
 
 
+def kl_jump(series: Series, settings: Settings) -> Verdict:
+    """As a jump, and no less than ``least``: a KL that starts at 0 has to grow."""
+    verdict = jump("kl")(series, settings)
+    return Verdict(verdict.value, np.maximum(verdict.limit, number(settings, "least")), unit=verdict.unit)
+
+
 def kl_collapse(series: Series, settings: Settings) -> Verdict:
     """At least ``threshold`` times the median of earlier rows where that was above ``least``; never 0."""
     median, _ = series.baseline("kl_per_token")

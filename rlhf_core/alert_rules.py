@@ -87,6 +87,11 @@ RULES = (
         "Raise kl_coef or lower kl_target, lower the learning rate; read the completions.",
     ),
     Rule(
+        "kl_jump", CLOSE, "The KL of a sequence is many times that of the steps before.", ("kl",), judges.kl_jump,
+        "A divergence, a reward that has been found to be exploitable, or a reference that was changed.",
+        "Go back to a checkpoint from before it; lower the learning rate, raise kl_coef; read the completions.",
+    ),
+    Rule(
         "kl_collapse", CLOSE, "The KL to the reference is gone: the policy is its reference.", ("kl_per_token",),
         judges.kl_collapse,
         "Weights do not change (rate 0, frozen, wrong parameters in the optimizer), or the reference is updated too.",

@@ -49,6 +49,7 @@ SPOILED = {
     "not_drawn_from_policy": {"sampling_z": 4.0},
     "tokens_after_end": {"tokens_after_eos": 3.0},
     "kl_blow_up": {"kl": 40.0},
+    "kl_jump": {"kl": 60.0},
     "kl_collapse": {"kl": 0.0},
     "kl_negative": {"kl": -1.0},
     "kl_coef_zero": {"kl_coef": 0.0},
@@ -365,7 +366,7 @@ def test_every_rule_has_thresholds_and_words():
         assert rule.question in QUESTIONS
         for text in (rule.text, rule.cause, rule.remedy):
             assert text.endswith(".")
-            assert len(text) > 15
+            assert len(text.split()) >= 4
 
 
 def test_one_synthetic_alert_of_each_rule_is_marked():
