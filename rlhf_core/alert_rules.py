@@ -152,7 +152,7 @@ RULES = (
         "entropy_collapse", STABLE, "The policy has lost most of the entropy that it began with.", ("entropy",),
         lost("entropy"),
         "The reward is won by few completions and the KL penalty does not hold against it, or steps are too large.",
-        "Raise kl_coef, lower the learning rate, read the completions: are they all the same?",
+        "Raise kl_coef, lower the learning rate; read the completions, which may all be the same.",
     ),
     Rule(
         "entropy_blow_up", STABLE, "The policy's entropy has risen far above what it began with.", ("entropy",),
