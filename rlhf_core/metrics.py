@@ -19,10 +19,11 @@ class Metric:
     definition: str
     healthy: tuple[float | None, float | None] = (None, None)
     """Where a run that learns usually lies; None leaves a side open."""
-    logged: Literal["always", "with values", "with groups"] = "always"
-    """In every run, where there is a value model, or where prompts have several completions."""
+    logged: Literal["always", "with values", "with groups", "with closed form"] = "always"
+    """In every run, with a value model, with several completions a prompt, or where PPO's own loss is minimised."""
 
 
+EXACT: Literal["with closed form"] = "with closed form"
 METRICS = (
     Metric("kl", "nats", "mean over sequences of Σ_t (log π − log π_ref) on response tokens", (0.0, 30.0)),
     Metric("kl_k3", "nats", "mean over response tokens of e^{−x} − 1 + x, x = log π − log π_ref", (0.0, 2.0)),
@@ -61,6 +62,12 @@ METRICS = (
     Metric("lr", "1", "the optimizer's rate in this step", (0.0, None)),
     Metric("rollout_logprob_diff_max", "nats", "largest |sampler − trainer| log-prob of a response token", (0.0, 1e-3)),
     Metric("rollout_logprob_diff_p99", "nats", "99th percentile of |sampler − trainer| log-prob", (0.0, 1e-3)),
+    Metric("sampling_z", "1", "Σ x / √Σ x² over response tokens, x = −log π − entropy", (-4.0, 4.0)),
+    Metric("tokens_after_eos", "tokens", "tokens that count as response behind their sequence's end", (0.0, 0.0)),
+    Metric("reward_length_corr", "1", "correlation of reward and response tokens over sequences", (-0.9, 0.9)),
+    Metric("target_error", "1", "largest relative deviation of advantages and returns from float64", (0.0, 1e-4), EXACT),
+    Metric("first_gradient_error", "1", "same of the first minibatch's gradient from its closed form", (0.0, 1e-4), EXACT),
+    Metric("value_gradient_share", "1", "share of the value loss in that gradient, squared", (0.0, 0.99), EXACT),
 )  # fmt: skip
 
 BY_NAME = {metric.name: metric for metric in METRICS}
@@ -111,6 +118,8 @@ def rollout_metrics(
     ratio = logprobs[on].astype(np.float64) - ref_logprobs[on].astype(np.float64)
     kl = float(ratio.sum() / len(rewards))
     sampler_diff = np.abs(sampler_logprobs[on].astype(np.float64) - logprobs[on].astype(np.float64))
+    surprise = -logprobs[on].astype(np.float64) - entropies[on]
+    surprise_norm = float(np.sqrt((surprise**2).sum()))
     found = {
         "kl": kl,
         "kl_k3": float((np.expm1(-ratio) + ratio).mean()),
@@ -126,6 +135,8 @@ def rollout_metrics(
         "eos_rate": float(ended.astype(np.float64).mean()),
         "rollout_logprob_diff_max": float(sampler_diff.max()),
         "rollout_logprob_diff_p99": float(np.percentile(sampler_diff, 99)),
+        "sampling_z": float(surprise.sum()) / surprise_norm if surprise_norm > 0 else 0.0,
+        "reward_length_corr": correlation(rewards.astype(np.float64), on.sum(axis=1).astype(np.float64)),
     }
     if values is not None and returns is not None:
         found |= value_metrics(values[on].astype(np.float64), returns[on].astype(np.float64))
@@ -143,6 +154,13 @@ def value_metrics(values: np.ndarray, returns: np.ndarray) -> dict[str, float]:
         "value_mean": float(values.mean()),
         "return_mean": float(returns.mean()),
     }
+
+
+def correlation(x: np.ndarray, y: np.ndarray) -> float:
+    """Return Pearson's correlation of [N] and [N]; 0 where one of them is constant."""
+    x, y = x - x.mean(), y - y.mean()
+    norm = math.sqrt(float((x * x).sum()) * float((y * y).sum()))
+    return float((x * y).sum()) / norm if norm > 1e-12 else 0.0
 
 
 def log_row(step: int, values: dict[str, float]) -> dict[str, Any]:
@@ -179,5 +197,6 @@ def documented(metric: Metric) -> str:
         "always": "",
         "with values": " (only with a value model)",
         "with groups": " (only with ppo.group_size > 1)",
+        "with closed form": " (only PPO, KL in the reward)",
     }
     return metric.definition + where[metric.logged]
