@@ -4,6 +4,7 @@ import io
 import json
 import math
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -28,10 +29,19 @@ class Tail:
     def __init__(self, run: Path, name: str) -> None:
         self._run = run
         self._name = name
+        self.rewind()
+
+    def rewind(self) -> None:
+        """Begin anew."""
         self._inode = 0
         self._fingerprint = b""
+        self._written = 0.0
         self.offset = 0
         self.size = 0
+
+    def age_s(self) -> float:
+        """Return the seconds since the file was last written to, as of the last look at it."""
+        return max(0.0, time.time() - self._written)
 
     def restarted(self) -> bool:
         """Look at the file; return whether it no longer begins with what was read, and then begin anew."""
@@ -43,7 +53,7 @@ class Tail:
                 status = os.fstat(file.fileno())
                 file.seek(self.offset - len(self._fingerprint))
                 kept = file.read(len(self._fingerprint)) == self._fingerprint and self._inode == status.st_ino
-                inode, self.size = status.st_ino, status.st_size
+                inode, self.size, self._written = status.st_ino, status.st_size, status.st_mtime
         if kept or not self.offset:
             self._inode = inode
             return False
@@ -103,6 +113,19 @@ def _from_table(table: pa.Table) -> Columns | None:
                     columns[name] = np.ma.masked_all(table.num_rows)
                 columns[name][row] = math.nan
     return columns
+
+
+def concatenated(first: Columns, second: Columns) -> Columns:
+    """Return the rows of both; what either does not have is masked there."""
+    if not first or not second:
+        return first or second
+    rows = len(first["step"]), len(second["step"])
+    return {
+        name: np.ma.concatenate(
+            [part[name] if name in part else np.ma.masked_all(count) for part, count in zip((first, second), rows, strict=True)]
+        )
+        for name in dict.fromkeys((*first, *second))
+    }
 
 
 def _any_named(table: pa.Table) -> bool:
