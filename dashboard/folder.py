@@ -1,4 +1,4 @@
-"""The folder of runs as the page may see it: names come from its listing, files from inside it, never through a link."""
+"""The folder of runs as the page may see it: names from its listing, files from inside it, never through a link."""
 
 import os
 import stat

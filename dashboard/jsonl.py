@@ -122,7 +122,10 @@ def concatenated(first: Columns, second: Columns) -> Columns:
     rows = len(first["step"]), len(second["step"])
     return {
         name: np.ma.concatenate(
-            [part[name] if name in part else np.ma.masked_all(count) for part, count in zip((first, second), rows, strict=True)]
+            [
+                part[name] if name in part else np.ma.masked_all(count)
+                for part, count in zip((first, second), rows, strict=True)
+            ]
         )
         for name in dict.fromkeys((*first, *second))
     }
@@ -184,6 +187,12 @@ def numbers(row: dict[str, Any]) -> dict[str, float]:
     nonfinite = row.get("nonfinite")
     named = nonfinite if isinstance(nonfinite, list) else []
     return found | {name: math.nan for name in named if isinstance(name, str)}
+
+
+def finite(value: Any) -> float | None:
+    """Return a value that is a finite number, or None."""
+    number = _float(value) if _is_number(value) else math.nan
+    return number if number == number else None
 
 
 def _is_number(value: Any) -> bool:

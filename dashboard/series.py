@@ -84,6 +84,11 @@ class Buckets:
         """Return what there are curves of."""
         return list(self._parts)
 
+    def sums(self, name: str) -> tuple[float, int]:
+        """Return the sum of a metric's finite values, and how many there are."""
+        parts = self._parts.get(name)
+        return (float(parts["total"].sum()), int(parts["count"].sum())) if parts else (0.0, 0)
+
     def curve(self, name: str, axis: str) -> Curve:
         """Return the whole curve of a metric, a point a bucket."""
         used = -(-self.rows // self.width)

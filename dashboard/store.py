@@ -189,6 +189,16 @@ class Run:
             curve = series.clip(curve, curve.x[inside][0])
         return series.decimate(curve, points)
 
+    def total(self, name: str) -> float:
+        """Return the sum of a metric over what has been read."""
+        with self._lock:
+            return self._buckets.sums(name)[0]
+
+    def count(self, name: str) -> int:
+        """Return how many rows that have been read have a finite value of a metric."""
+        with self._lock:
+            return self._buckets.sums(name)[1]
+
     def place(self, step: int, axis: str) -> float | None:
         """Return where on an axis a step lies, among the points that are held."""
         with self._lock:
