@@ -65,8 +65,8 @@ METRICS = (
     Metric("sampling_z", "1", "Σ x / √Σ x² over response tokens, x = −log π − entropy", (-4.0, 4.0)),
     Metric("tokens_after_eos", "tokens", "tokens that count as response behind their sequence's end", (0.0, 0.0)),
     Metric("reward_length_corr", "1", "correlation of reward and response tokens over sequences", (-0.9, 0.9)),
-    Metric("target_error", "1", "largest relative deviation of advantages and returns from float64", (0.0, 1e-4), EXACT),
-    Metric("first_gradient_error", "1", "same of the first minibatch's gradient from its closed form", (0.0, 1e-4), EXACT),
+    Metric("target_error", "1", "largest relative deviation of targets from float64", (0.0, 1e-4), EXACT),
+    Metric("first_gradient_error", "1", "same of the first gradient from its closed form", (0.0, 1e-4), EXACT),
     Metric("value_gradient_share", "1", "share of the value loss in that gradient, squared", (0.0, 0.99), EXACT),
 )  # fmt: skip
 

@@ -67,6 +67,7 @@ class StepResult:
 
     metrics: dict[str, float]
     rollout: Rollout
+    scores: Scores
     rewards_B: torch.Tensor
     kl_B: torch.Tensor
     clock: StageClock
@@ -362,7 +363,7 @@ def ppo_step(
             )
         kl_B = torch.where(mask_BT, scores.logprobs_BT - scores.ref_logprobs_BT, 0.0).sum(dim=1).cpu()
     state.step = step
-    return StepResult(metrics, rollout, rewards_B, kl_B, clock)
+    return StepResult(metrics, rollout, scores, rewards_B, kl_B, clock)
 
 
 def train(
