@@ -182,6 +182,7 @@ def accumulate_gradients(
     targets: Targets,
     minibatch: list[torch.Tensor],
     config: TrainConfig,
+    clock: StageClock,
 ) -> tuple[torch.Tensor, torch.Tensor, int]:
     """Add the gradient of a minibatch's loss to the parameters, one micro-batch after the other.
 
@@ -198,13 +199,17 @@ def accumulate_gradients(
     deviation = torch.zeros((), device=device)
     for rows in (rows.to(device) for rows in minibatch):
         mask_BT = rollout.response_mask_BT[rows]
-        logprobs_BT, _, values_BT = evaluate_rows(state.model, rollout, rows, config.sampling.temperature, config.dtype)
-        log_ratio_BT = log_ratio(logprobs_BT, scores.logprobs_BT[rows], mask_BT)
-        policy_loss = ppo_policy_loss(log_ratio_BT, targets.advantages_BT[rows], mask_BT, clip_range=ppo.clip_range)
-        value_loss = clipped_value_loss(
-            values_BT, scores.values_BT[rows], targets.returns_BT[rows], mask_BT, clip_range=ppo.value_clip_range
-        )
-        ((policy_loss + ppo.value_coef * value_loss) / tokens).backward()
+        with clock.stage("forward"):
+            logprobs_BT, _, values_BT = evaluate_rows(
+                state.model, rollout, rows, config.sampling.temperature, config.dtype
+            )
+            log_ratio_BT = log_ratio(logprobs_BT, scores.logprobs_BT[rows], mask_BT)
+            policy_loss = ppo_policy_loss(log_ratio_BT, targets.advantages_BT[rows], mask_BT, clip_range=ppo.clip_range)
+            value_loss = clipped_value_loss(
+                values_BT, scores.values_BT[rows], targets.returns_BT[rows], mask_BT, clip_range=ppo.value_clip_range
+            )
+        with clock.stage("backward"):
+            ((policy_loss + ppo.value_coef * value_loss) / tokens).backward()
         with torch.no_grad():
             off_BT = (log_ratio_BT.exp() - 1.0).abs()
             k3 = masked_sum(kl_k3(-log_ratio_BT), mask_BT)
@@ -234,18 +239,20 @@ def update(
     statistics = UpdateStatistics()
     for epoch in range(config.ppo.epochs):
         plan = first_plan if epoch == 0 else plan_epoch(config.ppo, config.seed, step, epoch)
-        for minibatch in plan:
-            with clock.stage("forward_backward"):
-                sums, deviation, tokens = accumulate_gradients(state, rollout, scores, targets, minibatch, config)
-            with clock.stage("optimizer"):
-                grads = gradients(parameters)
-                norm = total_norm(grads)
-                if not (math.isfinite(norm) and bool(sums.isfinite().all())):
-                    raise NonFiniteError(step, first_nonfinite_of_update(state.model, sums))
-                statistics.add(sums, deviation, tokens, norm)
-                clip_gradients(grads, norm, config.ppo.max_grad_norm)
-                state.optimizer.step()
-                state.optimizer.zero_grad(set_to_none=True)
+        for number, minibatch in enumerate(plan):
+            with clock.minibatch(epoch=epoch, minibatch=number):
+                sums, deviation, tokens = accumulate_gradients(
+                    state, rollout, scores, targets, minibatch, config, clock
+                )
+                with clock.stage("optimizer"):
+                    grads = gradients(parameters)
+                    norm = total_norm(grads)
+                    if not (math.isfinite(norm) and bool(sums.isfinite().all())):
+                        raise NonFiniteError(step, first_nonfinite_of_update(state.model, sums))
+                    statistics.add(sums, deviation, tokens, norm)
+                    clip_gradients(grads, norm, config.ppo.max_grad_norm)
+                    state.optimizer.step()
+                    state.optimizer.zero_grad(set_to_none=True)
     require_finite(step, None, **dict(state.model.named_parameters()))
     return statistics.metrics()
 
@@ -270,7 +277,14 @@ def require_finite(step: int, mask_BT: torch.Tensor | None, **tensors: torch.Ten
 
 
 def ppo_step(
-    state: PPOState, prompt_ids: list[list[int]], reward: Reward, config: TrainConfig, *, eos_id: int, pad_id: int
+    state: PPOState,
+    prompt_ids: list[list[int]],
+    reward: Reward,
+    config: TrainConfig,
+    *,
+    eos_id: int,
+    pad_id: int,
+    clock: StageClock | None = None,
 ) -> StepResult:
     """Do one PPO step: sample, score, estimate advantages, update.
 
@@ -281,12 +295,13 @@ def ppo_step(
         config: the whole configuration.
         eos_id: ends a response.
         pad_id: fills the rest.
+        clock: takes the time of the stages; by default a new one.
 
     Raises:
         ValueError: the number of prompts, or of scores, is not the batch size.
         NonFiniteError: something is NaN or infinite.
     """
-    step, ppo, clock = state.step + 1, config.ppo, StageClock()
+    step, ppo, clock = state.step + 1, config.ppo, clock or StageClock(state.step + 1)
     if len(prompt_ids) != ppo.batch_size:
         raise ValueError(f"step {step} has {len(prompt_ids)} prompts; ppo.batch_size is {ppo.batch_size}")
     require_finite(step, None, **dict(state.model.named_parameters()))
@@ -365,7 +380,13 @@ def train(
     *,
     eos_id: int,
     pad_id: int,
+    new_clock: Callable[[int], StageClock] = StageClock,
 ) -> Iterator[StepResult]:
-    """Do the steps from ``state.step + 1`` to the configured last, yielding each when it is done."""
+    """Do the steps from ``state.step + 1`` to the configured last, yielding each when it is done.
+
+    The clock that ``new_clock`` makes for a step runs on when the step is yielded: whoever takes it stops it.
+    """
     while state.step < config.ppo.steps:
-        yield ppo_step(state, prompts_of_step(state.step + 1), reward, config, eos_id=eos_id, pad_id=pad_id)
+        clock = new_clock(state.step + 1)
+        prompt_ids = prompts_of_step(state.step + 1)
+        yield ppo_step(state, prompt_ids, reward, config, eos_id=eos_id, pad_id=pad_id, clock=clock)

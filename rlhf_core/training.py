@@ -1,6 +1,7 @@
 """``rlhf train`` from beginning to end: the experiment, PPO, evaluation."""
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -14,6 +15,9 @@ from rlhf_core.experiment import Experiment, Inputs, choose_device, prepare
 from rlhf_core.metrics import log_row
 from rlhf_core.policy import ActorCritic, Reference, load_model
 from rlhf_core.ppo import PPOState, train
+from rlhf_core.profile_files import PROFILES_FOLDER
+from rlhf_core.profiler import Profiler
+from rlhf_core.profiling import StageClock
 from rlhf_core.report import evaluation_summary, print_evaluation
 from rlhf_core.reward import decode
 from rlhf_core.seeding import set_all_seeds
@@ -23,8 +27,8 @@ from rlhf_core.terminal import console, progress_bar
 from rlhf_core.trainer_state import load_state, new_state, save_state
 
 
-def run_training(config: TrainConfig, inputs: Inputs, run: Path, *, resumed: bool) -> None:
-    """Train as configured in the run's folder, and print the result.
+def run_training(config: TrainConfig, inputs: Inputs, run: Path, *, resumed: bool, profile: bool = False) -> None:
+    """Train as configured in the run's folder, and print the result; ``profile`` writes ``profiles/`` too.
 
     Raises:
         Stopped: a signal arrived; the state is saved.
@@ -41,7 +45,8 @@ def run_training(config: TrainConfig, inputs: Inputs, run: Path, *, resumed: boo
     with StopRequest().listening() as stop:
         experiment = prepare(config, inputs, run, device, stop)
         state = start_or_resume(experiment, config, run, device)
-        run_ppo(state, experiment, config, run, stop)
+        with Profiler(run / PROFILES_FOLDER) if profile else nullcontext() as profiler:
+            run_ppo(state, experiment, config, run, stop, profiler)
     if config.log.evaluation_prompts:
         report(state, experiment, config, run)
     console.print(f"run folder: {run}", soft_wrap=True, markup=False)
@@ -73,14 +78,29 @@ def save_checkpoint(state: PPOState, experiment: Experiment, config: TrainConfig
     checkpoint.prune(run / "checkpoints", config.log.keep)
 
 
-def run_ppo(state: PPOState, experiment: Experiment, config: TrainConfig, run: Path, stop: StopRequest) -> None:
+def run_ppo(
+    state: PPOState,
+    experiment: Experiment,
+    config: TrainConfig,
+    run: Path,
+    stop: StopRequest,
+    profiler: Profiler | None = None,
+) -> None:
     """Do the remaining steps, log each and save checkpoints."""
     prompt_ids, batch_size = experiment.prompt_ids, config.ppo.batch_size
 
     def prompts_of_step(step: int) -> list[list[int]]:
         return [prompt_ids[row] for row in data.prompt_rows(len(prompt_ids), batch_size, step, config.seed)]
 
-    steps = train(state, prompts_of_step, experiment.reward, config, eos_id=experiment.eos_id, pad_id=experiment.pad_id)
+    steps = train(
+        state,
+        prompts_of_step,
+        experiment.reward,
+        config,
+        eos_id=experiment.eos_id,
+        pad_id=experiment.pad_id,
+        new_clock=StageClock if profiler is None else profiler.new_clock,
+    )
     with progress_bar("ppo", config.ppo.steps, done=state.step) as bar:
         for result in steps:
             with result.clock.stage("logging"):
@@ -91,7 +111,8 @@ def run_ppo(state: PPOState, experiment: Experiment, config: TrainConfig, run: P
             if last or state.step % config.log.save_every == 0:
                 with result.clock.stage("checkpoint"):
                     save_checkpoint(state, experiment, config, run)
-            runlog.append(run / runlog.TIMINGS_FILE, [timing_row(state.step, result)])
+            result.clock.stop(int(result.metrics["response_tokens"]))
+            runlog.append(run / runlog.TIMINGS_FILE, [timing_row(result.clock, profiler)])
             bar.advance(f"reward {result.metrics['reward_mean']:+.3f}  kl {result.metrics['kl']:.2f}")
             if stop.signal_number is not None and state.step < config.ppo.steps:
                 raise Stopped(stop.signal_number, f"stopped after step {state.step} of {config.ppo.steps}, saved")

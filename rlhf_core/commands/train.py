@@ -1,6 +1,7 @@
 """``rlhf train``."""
 
 import argparse
+import os
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -34,6 +35,8 @@ class Options:
     """Where runs are kept."""
     resume: bool = False
     """Continue the run --name (or the latest) from its newest sound checkpoint, with the options it began with."""
+    profile: bool = False
+    """Write profiles/: time and memory by stage, a trace for Perfetto, operators. Changes no number of the run."""
 
 
 def run(arguments: list[str]) -> int:
@@ -45,16 +48,17 @@ def run(arguments: list[str]) -> int:
         folder = runlog.find_run(early["name"] or "latest", runs)
         recorded = configuration.read_config_file(folder / runlog.CONFIG_FILE, TrainConfig())
         asked = configuration.read_config_file(file, recorded) if file else recorded
-        asked = parse(Options, arguments, "train", Options(train=asked)).train
-        _refuse_changes(recorded, asked)
-        return _train(recorded, lambda: folder, resumed=True)
+        options = parse(Options, arguments, "train", Options(train=asked))
+        _refuse_changes(recorded, options.train)
+        return _train(recorded, options, lambda: folder)
     base = configuration.defaults(early["data"], file)
-    config = parse(Options, arguments, "train", Options(train=base)).train
+    options = parse(Options, arguments, "train", Options(train=base))
+    config = options.train
     configuration.check_sources(config)
     runlog.check_new_name(runs, early["name"])
     task = Path(config.data).resolve().name if config.data else "embedded"
     default_name, content = f"{task}-seed{config.seed}", configuration.to_json(config)
-    return _train(config, lambda: runlog.create_run(runs, early["name"], default_name, content), resumed=False)
+    return _train(config, options, lambda: runlog.create_run(runs, early["name"], default_name, content))
 
 
 def _refuse_changes(recorded: TrainConfig, asked: TrainConfig) -> None:
@@ -67,8 +71,11 @@ def _refuse_changes(recorded: TrainConfig, asked: TrainConfig) -> None:
         )
 
 
-def _train(config: TrainConfig, open_run: Callable[[], Path], *, resumed: bool) -> int:
+def _train(config: TrainConfig, options: Options, open_run: Callable[[], Path]) -> int:
     apply_environment(config.numerics, config.resolved_threads)
+    if options.profile:
+        # Kineto, torch's recorder of operators, prints lines of its own unless told before torch is loaded.
+        os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     # These load torch, which reads the environment once.
     from rlhf_core.experiment import load_inputs
     from rlhf_core.training import run_training
@@ -78,7 +85,7 @@ def _train(config: TrainConfig, open_run: Callable[[], Path], *, resumed: bool) 
     place = folder.resolve()
     resume = f"rlhf train --resume --name {shlex.quote(place.name)} --runs {shlex.quote(str(place.parent))}"
     try:
-        run_training(config, inputs, folder, resumed=resumed)
+        run_training(config, inputs, folder, resumed=options.resume, profile=options.profile)
     except Stopped as stopped:
         return complain(f"{stopped}; continue with: {resume}", stopped.exit_code)
     except FloatingPointError as error:
