@@ -142,6 +142,7 @@ def accumulate_gradients(
     targets: Targets,
     minibatch: list[torch.Tensor],
     config: TrainConfig,
+    clock: StageClock,
     probe: GradientProbe | None = None,
 ) -> MinibatchSums:
     """Add the gradient of a minibatch's loss to the parameters, one micro-batch after the other.
@@ -157,24 +158,34 @@ def accumulate_gradients(
     deviation = sums.new_zeros(())
     for rows in (rows.to(device) for rows in minibatch):
         mask_BT = rollout.response_mask_BT[rows]
-        logprobs_BT, _, values_BT = evaluate_rows(state.model, rollout, rows, config.sampling.temperature, config.dtype)
-        log_ratio_BT = log_ratio(logprobs_BT, scores.logprobs_BT[rows], mask_BT)
-        losses_BT = clipped_policy_losses(log_ratio_BT, targets.advantages_BT[rows], mask_BT, clip_range=ppo.clip_range)
-        if recipe.kl_place == "loss":
-            to_ref_BT = log_ratio(logprobs_BT, scores.ref_logprobs_BT[rows], mask_BT)
-            losses_BT = losses_BT + state.kl_coef * kl_losses(recipe.kl_estimator, to_ref_BT, log_ratio_BT)
-        policy_loss = loss_sum(losses_BT, mask_BT, recipe.loss_mean)
-        value_loss = policy_loss.new_zeros(())
-        if values_BT is not None:
-            assert scores.values_BT is not None
-            assert targets.returns_BT is not None
-            value_losses_BT = clipped_value_losses(
-                values_BT, scores.values_BT[rows], targets.returns_BT[rows], mask_BT, clip_range=ppo.value_clip_range
+        with clock.stage("forward"):
+            logprobs_BT, _, values_BT = evaluate_rows(
+                state.model, rollout, rows, config.sampling.temperature, config.dtype
             )
-            value_loss = loss_sum(value_losses_BT, mask_BT, recipe.loss_mean)
-            if probe is not None:
-                probe.watch(rows, logprobs_BT, values_BT, targets.advantages_BT[rows], targets.returns_BT[rows])
-        ((policy_loss + ppo.value_coef * value_loss) / count).backward()
+            log_ratio_BT = log_ratio(logprobs_BT, scores.logprobs_BT[rows], mask_BT)
+            losses_BT = clipped_policy_losses(
+                log_ratio_BT, targets.advantages_BT[rows], mask_BT, clip_range=ppo.clip_range
+            )
+            if recipe.kl_place == "loss":
+                to_ref_BT = log_ratio(logprobs_BT, scores.ref_logprobs_BT[rows], mask_BT)
+                losses_BT = losses_BT + state.kl_coef * kl_losses(recipe.kl_estimator, to_ref_BT, log_ratio_BT)
+            policy_loss = loss_sum(losses_BT, mask_BT, recipe.loss_mean)
+            value_loss = policy_loss.new_zeros(())
+            if values_BT is not None:
+                assert scores.values_BT is not None
+                assert targets.returns_BT is not None
+                value_losses_BT = clipped_value_losses(
+                    values_BT,
+                    scores.values_BT[rows],
+                    targets.returns_BT[rows],
+                    mask_BT,
+                    clip_range=ppo.value_clip_range,
+                )
+                value_loss = loss_sum(value_losses_BT, mask_BT, recipe.loss_mean)
+                if probe is not None:
+                    probe.watch(rows, logprobs_BT, values_BT, targets.advantages_BT[rows], targets.returns_BT[rows])
+        with clock.stage("backward"):
+            ((policy_loss + ppo.value_coef * value_loss) / count).backward()
         with torch.no_grad():
             off_BT = (log_ratio_BT.exp() - 1.0).abs()
             k3 = masked_sum(kl_k3(-log_ratio_BT), mask_BT)
@@ -208,18 +219,18 @@ def update(
     for epoch in range(config.ppo.epochs):
         plan = first_plan if epoch == 0 else plan_epoch(config.ppo, config.seed, step, epoch)
         for number, minibatch in enumerate(plan):
-            with clock.stage("forward_backward"):
+            with clock.minibatch(epoch=epoch, minibatch=number):
                 first = probe if epoch == number == 0 else None
-                sums = accumulate_gradients(state, rollout, scores, targets, minibatch, config, first)
-            with clock.stage("optimizer"):
-                grads = gradients(parameters)
-                norm = total_norm(grads)
-                if not (math.isfinite(norm) and bool(sums.sums.isfinite().all())):
-                    raise NonFiniteError(step, first_nonfinite_of_update(state.model, sums.sums))
-                statistics.add(sums, norm)
-                clip_gradients(grads, norm, config.ppo.max_grad_norm)
-                state.optimizer.step()
-                state.optimizer.zero_grad(set_to_none=True)
+                sums = accumulate_gradients(state, rollout, scores, targets, minibatch, config, clock, first)
+                with clock.stage("optimizer"):
+                    grads = gradients(parameters)
+                    norm = total_norm(grads)
+                    if not (math.isfinite(norm) and bool(sums.sums.isfinite().all())):
+                        raise NonFiniteError(step, first_nonfinite_of_update(state.model, sums.sums))
+                    statistics.add(sums, norm)
+                    clip_gradients(grads, norm, config.ppo.max_grad_norm)
+                    state.optimizer.step()
+                    state.optimizer.zero_grad(set_to_none=True)
     require_finite(step, None, **dict(state.model.named_parameters()))
     return statistics.metrics(value=state.model.has_value) | (probe.metrics() if probe else {})
 
@@ -246,7 +257,14 @@ def require_finite(step: int, mask_BT: torch.Tensor | None, **tensors: torch.Ten
 
 
 def ppo_step(
-    state: PPOState, prompt_ids: list[list[int]], reward: Reward, config: TrainConfig, *, eos_id: int, pad_id: int
+    state: PPOState,
+    prompt_ids: list[list[int]],
+    reward: Reward,
+    config: TrainConfig,
+    *,
+    eos_id: int,
+    pad_id: int,
+    clock: StageClock | None = None,
 ) -> StepResult:
     """Do one step: sample, score, estimate advantages, update.
 
@@ -257,12 +275,13 @@ def ppo_step(
         config: the whole configuration.
         eos_id: ends a response.
         pad_id: fills the rest.
+        clock: takes the time of the stages; by default a new one.
 
     Raises:
         ValueError: the number of prompts, times the group size, or of scores, is not the batch size.
         NonFiniteError: something is NaN or infinite.
     """
-    step, ppo, clock = state.step + 1, config.ppo, StageClock()
+    step, ppo, clock = state.step + 1, config.ppo, clock or StageClock(state.step + 1)
     recipe = ppo.recipe
     if len(prompt_ids) != ppo.prompts_per_step:
         raise ValueError(
@@ -374,7 +393,13 @@ def train(
     *,
     eos_id: int,
     pad_id: int,
+    new_clock: Callable[[int], StageClock] = StageClock,
 ) -> Iterator[StepResult]:
-    """Do the steps from ``state.step + 1`` to the configured last, yielding each when it is done."""
+    """Do the steps from ``state.step + 1`` to the configured last, yielding each when it is done.
+
+    The clock that ``new_clock`` makes for a step runs on when the step is yielded: whoever takes it stops it.
+    """
     while state.step < config.ppo.steps:
-        yield ppo_step(state, prompts_of_step(state.step + 1), reward, config, eos_id=eos_id, pad_id=pad_id)
+        clock = new_clock(state.step + 1)
+        prompt_ids = prompts_of_step(state.step + 1)
+        yield ppo_step(state, prompt_ids, reward, config, eos_id=eos_id, pad_id=pad_id, clock=clock)

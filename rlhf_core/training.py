@@ -1,6 +1,7 @@
 """``rlhf train`` from beginning to end: the experiment, PPO, evaluation."""
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -14,6 +15,9 @@ from rlhf_core.experiment import Experiment, Inputs, choose_device, prepare
 from rlhf_core.metrics import log_row
 from rlhf_core.policy import ActorCritic, Reference, load_model
 from rlhf_core.ppo import PPOState, train
+from rlhf_core.profile_files import PROFILES_FOLDER
+from rlhf_core.profiler import Profiler
+from rlhf_core.profiling import StageClock
 from rlhf_core.report import evaluation_summary, print_evaluation
 from rlhf_core.reward import decode
 from rlhf_core.seeding import set_all_seeds
@@ -24,8 +28,10 @@ from rlhf_core.trainer_state import load_state, new_state, save_state
 from rlhf_core.watch import Watch, WatchOptions, in_words
 
 
-def run_training(config: TrainConfig, inputs: Inputs, run: Path, *, resumed: bool, watch: WatchOptions) -> None:
-    """Train as configured in the run's folder, and print the result.
+def run_training(
+    config: TrainConfig, inputs: Inputs, run: Path, *, resumed: bool, watch: WatchOptions, profile: bool = False
+) -> None:
+    """Train as configured in the run's folder, and print the result; ``profile`` writes ``profiles/`` too.
 
     Raises:
         Stopped: a signal arrived, or an alert that ``watch`` stops at; the state is saved.
@@ -42,7 +48,8 @@ def run_training(config: TrainConfig, inputs: Inputs, run: Path, *, resumed: boo
     with StopRequest().listening() as stop:
         experiment = prepare(config, inputs, run, device, stop)
         state = start_or_resume(experiment, config, run, device)
-        run_ppo(state, experiment, config, run, stop, Watch(run, watch))
+        with Profiler(run / PROFILES_FOLDER) if profile else nullcontext() as profiler:
+            run_ppo(state, experiment, config, run, stop, Watch(run, watch), profiler)
     if config.log.evaluation_prompts:
         report(state, experiment, config, run)
     console.print(f"run folder: {run}", soft_wrap=True, markup=False)
@@ -75,7 +82,13 @@ def save_checkpoint(state: PPOState, experiment: Experiment, config: TrainConfig
 
 
 def run_ppo(
-    state: PPOState, experiment: Experiment, config: TrainConfig, run: Path, stop: StopRequest, watch: Watch
+    state: PPOState,
+    experiment: Experiment,
+    config: TrainConfig,
+    run: Path,
+    stop: StopRequest,
+    watch: Watch,
+    profiler: Profiler | None = None,
 ) -> None:
     """Do the remaining steps, log each, save checkpoints and watch for alerts."""
     prompt_ids, prompts = experiment.prompt_ids, config.ppo.prompts_per_step
@@ -83,7 +96,15 @@ def run_ppo(
     def prompts_of_step(step: int) -> list[list[int]]:
         return [prompt_ids[row] for row in data.prompt_rows(len(prompt_ids), prompts, step, config.seed)]
 
-    steps = train(state, prompts_of_step, experiment.reward, config, eos_id=experiment.eos_id, pad_id=experiment.pad_id)
+    steps = train(
+        state,
+        prompts_of_step,
+        experiment.reward,
+        config,
+        eos_id=experiment.eos_id,
+        pad_id=experiment.pad_id,
+        new_clock=StageClock if profiler is None else profiler.new_clock,
+    )
     with progress_bar("ppo", config.ppo.steps, done=state.step) as bar, watch.for_what_is_not_finite():
         for result in steps:
             metrics = log_row(state.step, result.metrics)
@@ -96,7 +117,8 @@ def run_ppo(
             if saved:
                 with result.clock.stage("checkpoint"):
                     save_checkpoint(state, experiment, config, run)
-            timings = timing_row(state.step, result)
+            result.clock.stop(int(result.metrics["response_tokens"]))
+            timings = timing_row(result.clock, profiler)
             runlog.append(run / runlog.TIMINGS_FILE, [timings])
             bar.advance(f"reward {result.metrics['reward_mean']:+.3f}  kl {result.metrics['kl']:.2f}")
             alert = watch.after_step(metrics, timings)

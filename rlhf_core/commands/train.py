@@ -1,6 +1,7 @@
 """``rlhf train``."""
 
 import argparse
+import os
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -36,6 +37,8 @@ class Options:
     """Where runs are kept."""
     resume: bool = False
     """Continue the run --name (or the latest) from its newest sound checkpoint, with the options it began with."""
+    profile: bool = False
+    """Write profiles/: time and memory by stage, a trace for Perfetto, operators. Changes no number of the run."""
     stop_on: Literal["critical", "warning", "never"] = "never"
     """Stop, saved and ready to --resume, when an alert of this severity or a worse one is raised; see rlhf alerts."""
     thresholds: Path | None = None
@@ -59,7 +62,7 @@ def run(arguments: list[str]) -> int:
         asked = configuration.read_config_file(file, recorded) if file else recorded
         options = parse(Options, arguments, "train", Options(train=asked))
         _refuse_changes(recorded, options.train)
-        return _train(recorded, lambda: folder, options.watch, resumed=True)
+        return _train(recorded, options, lambda: folder)
     base = configuration.defaults(early["data"], file)
     options = parse(Options, arguments, "train", Options(train=base))
     config = options.train
@@ -67,9 +70,7 @@ def run(arguments: list[str]) -> int:
     runlog.check_new_name(runs, early["name"])
     task = Path(config.data).resolve().name if config.data else "embedded"
     default_name, content = f"{task}-seed{config.seed}", configuration.to_json(config)
-    return _train(
-        config, lambda: runlog.create_run(runs, early["name"], default_name, content), options.watch, resumed=False
-    )
+    return _train(config, options, lambda: runlog.create_run(runs, early["name"], default_name, content))
 
 
 def _refuse_changes(recorded: TrainConfig, asked: TrainConfig) -> None:
@@ -82,8 +83,12 @@ def _refuse_changes(recorded: TrainConfig, asked: TrainConfig) -> None:
         )
 
 
-def _train(config: TrainConfig, open_run: Callable[[], Path], watch: WatchOptions, *, resumed: bool) -> int:
+def _train(config: TrainConfig, options: Options, open_run: Callable[[], Path]) -> int:
+    watch = options.watch
     apply_environment(config.numerics, config.resolved_threads)
+    if options.profile:
+        # Kineto, torch's recorder of operators, prints lines of its own unless told before torch is loaded.
+        os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     # These load torch, which reads the environment once.
     from rlhf_core.experiment import load_inputs
     from rlhf_core.training import run_training
@@ -93,7 +98,7 @@ def _train(config: TrainConfig, open_run: Callable[[], Path], watch: WatchOption
     place = folder.resolve()
     resume = f"rlhf train --resume --name {shlex.quote(place.name)} --runs {shlex.quote(str(place.parent))}"
     try:
-        run_training(config, inputs, folder, resumed=resumed, watch=watch)
+        run_training(config, inputs, folder, resumed=options.resume, watch=watch, profile=options.profile)
     except Stopped as stopped:
         return complain(f"{stopped}; continue with: {resume}", stopped.exit_code)
     except FloatingPointError as error:
