@@ -16,6 +16,8 @@ HEADERS = ("device.cuh", "kernels.h", "../shared/scalar.h")
 ARCHITECTURES = (80, 90, 100)
 """Machine code for these; a GPU of the same generation runs it too, a newer one compiles what is kept of the last."""
 
+TORCH_DEFINITIONS = ("-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000")
+
 _FOLDER = Path(__file__).parent
 _MIN_TORCH = (2, 11)
 
@@ -62,6 +64,11 @@ def architectures_of(nvcc: str) -> tuple[int, ...]:
     return known
 
 
+def torch_includes(torch: Path) -> tuple[Path, ...]:
+    """Where the headers of the torch in this folder lie."""
+    return torch / "include", torch / "include/torch/csrc/api/include"
+
+
 def command(nvcc: str, torch: Path, *, strict: bool = False) -> list[str]:
     """The compiler and its flags, without what to compile and where to write it.
 
@@ -74,8 +81,7 @@ def command(nvcc: str, torch: Path, *, strict: bool = False) -> list[str]:
     flags = [nvcc, "-std=c++17", "-O3", "-fmad=false", f"--threads={os.cpu_count() or 1}", "-Xcompiler=-fPIC"]
     flags += [f"-gencode=arch=compute_{number},code=sm_{number}" for number in architectures]
     flags += [f"-gencode=arch=compute_{architectures[-1]},code=compute_{architectures[-1]}"]
-    flags += ["-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
-    flags += [f"-isystem={torch / 'include'}", f"-isystem={torch / 'include/torch/csrc/api/include'}"]
+    flags += [*TORCH_DEFINITIONS, *(f"-isystem={folder}" for folder in torch_includes(torch))]
     if strict:
         flags += ["-Werror=all-warnings", "-Xcompiler=-Wall,-Wextra,-Werror", "-Xptxas=-v,-Werror"]
     return flags

@@ -29,16 +29,17 @@ struct Warp {
     unsigned size = 0;
 };
 struct Fibre {
-    ucontext_t context;
+    ucontext_t start;
+    jmp_buf resume;  // unlike swapcontext, a jump asks nothing of the system
     std::vector<char> stack;
-    bool done = false;
+    bool started = false, done = false;
     unsigned turn = 0;
 };
 
 std::vector<Fibre> fibres;
 std::vector<Warp> warps;
 Barrier whole_block;
-ucontext_t scheduler;
+jmp_buf scheduler;
 unsigned running, block_size, order_seed, launches;
 uint64_t arrivals;
 const std::function<void()>* body_of_all;
@@ -51,7 +52,20 @@ void fail(const char* what) {
 void entry() {
     (*body_of_all)();
     fibres[running].done = true;
-    swapcontext(&fibres[running].context, &scheduler);
+    _longjmp(scheduler, 1);
+}
+
+void run_fibre(unsigned t) {
+    running = t;
+    threadIdx = dim3(t);
+    if (_setjmp(scheduler) != 0) return;
+    if (fibres[t].started) _longjmp(fibres[t].resume, 1);
+    fibres[t].started = true;
+    setcontext(&fibres[t].start);
+}
+
+void run_others() {
+    if (_setjmp(fibres[running].resume) == 0) _longjmp(scheduler, 1);
 }
 
 void wait_at(Barrier& barrier, unsigned expected) {
@@ -62,8 +76,7 @@ void wait_at(Barrier& barrier, unsigned expected) {
         barrier.generation++;
         return;
     }
-    const unsigned self = running;
-    while (barrier.generation == generation) swapcontext(&fibres[self].context, &scheduler);
+    while (barrier.generation == generation) run_others();
 }
 
 unsigned next_random(unsigned& state) { return state = state * 1664525u + 1013904223u; }
@@ -71,14 +84,14 @@ unsigned next_random(unsigned& state) { return state = state * 1664525u + 101390
 void run_block(unsigned threads) {
     for (unsigned t = 0; t < threads; t++) {
         Fibre& fibre = fibres[t];
-        fibre.done = false;
+        fibre.started = fibre.done = false;
         fibre.turn = 0;
         fibre.stack.resize(STACK_BYTES);
-        getcontext(&fibre.context);
-        fibre.context.uc_stack.ss_sp = fibre.stack.data();
-        fibre.context.uc_stack.ss_size = STACK_BYTES;
-        fibre.context.uc_link = nullptr;
-        makecontext(&fibre.context, entry, 0);
+        getcontext(&fibre.start);
+        fibre.start.uc_stack.ss_sp = fibre.stack.data();
+        fibre.start.uc_stack.ss_size = STACK_BYTES;
+        fibre.start.uc_link = nullptr;
+        makecontext(&fibre.start, entry, 0);
     }
     std::vector<unsigned> order(threads);
     std::iota(order.begin(), order.end(), 0u);
@@ -91,9 +104,7 @@ void run_block(unsigned threads) {
         const uint64_t arrivals_before = arrivals;
         for (unsigned t : order) {
             if (fibres[t].done) continue;
-            running = t;
-            threadIdx = dim3(t);
-            swapcontext(&scheduler, &fibres[t].context);
+            run_fibre(t);
             left -= fibres[t].done;
         }
         if (left == left_before && arrivals == arrivals_before) fail("threads wait for others that never come");
