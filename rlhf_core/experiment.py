@@ -9,8 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from rlhf_core import checkpoint, data, reviews
+from rlhf_core import checkpoint, reviews
 from rlhf_core.config import TrainConfig
+from rlhf_core.labelled import Part
 from rlhf_core.policy import build_model, load_model
 from rlhf_core.reward import Classifier, ClassifierReward, Reward, TextReward
 from rlhf_core.reward_model import accuracy, train_classifier
@@ -19,6 +20,7 @@ from rlhf_core.sft import train_language_model
 from rlhf_core.stopping import StopRequest, stop_between_stages
 from rlhf_core.tasks import Task, load_task
 from rlhf_core.terminal import console, progress_bar
+from rlhf_core.tokenization import check_vocabulary, encode_prompts, encode_sentences
 
 
 @dataclass(frozen=True)
@@ -63,8 +65,8 @@ def load_inputs(config: TrainConfig) -> Inputs:
     choose_device(config)
     task = load_task(config)
     model = starting_model(task, config)
-    data.check_vocabulary(task.tokenizer, model.config.get_text_config().vocab_size)
-    ids = [data.encode_prompts(task.tokenizer, prompts) for prompts in (task.prompts, task.held_out_prompts)]
+    check_vocabulary(task.tokenizer, model.config.get_text_config().vocab_size)
+    ids = [encode_prompts(task.tokenizer, prompts) for prompts in (task.prompts, task.held_out_prompts)]
     for prompt_ids in ids:
         check_context(model, prompt_ids, config.sampling.max_new_tokens)
     return Inputs(task, *ids)
@@ -134,7 +136,7 @@ def _pretrained(task: Task, config: TrainConfig, device: torch.device, stop: Sto
         steps = 0 if config.model.path else task.pretrain_steps
     if steps == 0:
         return model
-    sequences = data.encode_sentences(task.tokenizer, task.texts, _context(model, config))
+    sequences = encode_sentences(task.tokenizer, task.texts, _context(model, config))
     with progress_bar("language model", steps) as bar:
 
         def hear(loss: float) -> None:
@@ -158,7 +160,7 @@ def _context(model: PreTrainedModel, config: TrainConfig) -> int:
 
 
 def _classifier_reward(
-    part: data.Part,
+    part: Part,
     task: Task,
     base: PreTrainedModel,
     config: TrainConfig,
@@ -170,9 +172,9 @@ def _classifier_reward(
     pad_id = task.tokenizer.pad_token_id
     longest = _context(base, config)
 
-    def encoded(name: data.Part) -> tuple[list[list[int]], list[bool]]:
+    def encoded(name: Part) -> tuple[list[list[int]], list[bool]]:
         members = task.labelled[name] if task.labelled else []
-        sequences = data.encode_sentences(task.tokenizer, [member.text for member in members], longest)
+        sequences = encode_sentences(task.tokenizer, [member.text for member in members], longest)
         return sequences, [member.positive for member in members]
 
     def trained() -> Classifier:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf_core.data import right_pad
+from rlhf_core.batches import right_pad
 from rlhf_core.policy import ForwardArguments
 from rlhf_core.rollout import Rollout
 

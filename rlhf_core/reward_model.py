@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedModel
 
+from rlhf_core.batches import batches, right_pad
 from rlhf_core.config import ClassifierConfig
-from rlhf_core.data import batches, right_pad
 from rlhf_core.reward import Classifier
 from rlhf_core.sft import Report, train_supervised
 

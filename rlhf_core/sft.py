@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from transformers import PreTrainedModel
 
+from rlhf_core.batches import batches, right_pad
 from rlhf_core.config import PretrainConfig
-from rlhf_core.data import batches, right_pad
 from rlhf_core.optim import adamw, clip_gradients, gradients, set_learning_rate, total_norm
 from rlhf_core.policy import ForwardArguments
 from rlhf_kernels import token_logprobs

@@ -8,16 +8,9 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf_core import reviews
 from rlhf_core.config import TrainConfig
-from rlhf_core.data import (
-    Labelled,
-    Part,
-    byte_pair_tokenizer,
-    load_tokenizer,
-    read_labelled,
-    split,
-    word_tokenizer,
-)
+from rlhf_core.labelled import Labelled, Part, read_labelled, split
 from rlhf_core.seeding import raw_uniforms
+from rlhf_core.tokenization import byte_pair_tokenizer, load_tokenizer, word_tokenizer
 
 EMBEDDED_SENTENCES = 20_000
 EMBEDDED_PROMPTS = 2_048

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from rlhf_core import checkpoint, data, runlog
+from rlhf_core import batches, checkpoint, runlog
 from rlhf_core.config import TrainConfig
 from rlhf_core.environment import environment
 from rlhf_core.evaluation import Evaluation, evaluate
@@ -78,7 +78,7 @@ def run_ppo(state: PPOState, experiment: Experiment, config: TrainConfig, run: P
     prompt_ids, batch_size = experiment.prompt_ids, config.ppo.batch_size
 
     def prompts_of_step(step: int) -> list[list[int]]:
-        return [prompt_ids[row] for row in data.prompt_rows(len(prompt_ids), batch_size, step, config.seed)]
+        return [prompt_ids[row] for row in batches.prompt_rows(len(prompt_ids), batch_size, step, config.seed)]
 
     steps = train(state, prompts_of_step, experiment.reward, config, eos_id=experiment.eos_id, pad_id=experiment.pad_id)
     with progress_bar("ppo", config.ppo.steps, done=state.step) as bar:
