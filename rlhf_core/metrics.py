@@ -58,6 +58,41 @@ TIMINGS = (
 )
 
 
+SFT_METRICS = (
+    Metric("loss", "nats", "mean negative log-likelihood of the tokens that are learned", (0.0, None)),
+    Metric("grad_norm", "1", "total gradient norm before clipping", (0.0, None)),
+    Metric("lr", "1", "the optimizer's rate in this step", (0.0, None)),
+    Metric("units", "tokens", "tokens of the step that are learned: those of completions, EOS included"),
+    Metric("token_accuracy", "1", "share of them that are the model's likeliest", (0.0, 1.0)),
+)
+"""What a row of ``rlhf sft`` has."""
+
+REWARD_METRICS = (
+    Metric("loss", "nats", "mean over pairs of −log σ(r_c − r_r − margin), and the centring term", (0.0, None)),
+    Metric("grad_norm", "1", "total gradient norm before clipping", (0.0, None)),
+    Metric("lr", "1", "the optimizer's rate in this step", (0.0, None)),
+    Metric("units", "pairs", "pairs of the step"),
+    Metric("accuracy", "1", "share of pairs whose chosen one has the higher reward; equal ones count half", (0.5, 1.0)),
+    Metric("gap_mean", "reward", "mean of r_c − r_r"),
+    Metric("reward_mean", "reward", "mean reward of both completions"),
+)
+"""What a row of ``rlhf reward`` has."""
+
+
+def stage_row(step: int, values: dict[str, float], table: tuple[Metric, ...]) -> dict[str, Any]:
+    """Return a row of a stage's metrics.jsonl, as :func:`log_row` does for PPO's.
+
+    Raises:
+        KeyError: a value is missing from the table, or the table names one that is not given.
+    """
+    names = {metric.name for metric in table}
+    if values.keys() != names:
+        raise KeyError(f"metrics and their table differ in {sorted(values.keys() ^ names)}")
+    nonfinite = sorted(name for name, value in values.items() if not math.isfinite(value))
+    row: dict[str, Any] = {name: None if name in nonfinite else rounded(value) for name, value in values.items()}
+    return row | {"step": step, "nonfinite": nonfinite}
+
+
 def rollout_metrics(
     *,
     rewards: np.ndarray,

@@ -7,7 +7,6 @@ T response positions, V vocabulary.
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,7 +17,7 @@ from rlhf_core.config import PPOConfig, TrainConfig
 from rlhf_core.losses import clipped_value_loss, kl_k3, log_ratio, masked_sum, ppo_policy_loss
 from rlhf_core.metrics import rollout_metrics
 from rlhf_core.optim import clip_gradients, gradients, set_learning_rate, total_norm
-from rlhf_core.policy import ActorCritic, Reference
+from rlhf_core.policy import ActorCritic, Reference, autocast
 from rlhf_core.profiling import StageClock
 from rlhf_core.reward import Reward
 from rlhf_core.rollout import Rollout, sample
@@ -89,11 +88,6 @@ def plan_epoch(config: PPOConfig, seed: int, step: int, epoch: int) -> Plan:
     """Return the shuffled minibatches of an epoch: a function of (seed, step, epoch) alone."""
     rows = torch.from_numpy(permutation(seed, "minibatches", config.batch_size, step, epoch))
     return [list(minibatch.split(config.micro_batch_size)) for minibatch in rows.split(config.minibatch_size)]
-
-
-def autocast(device: torch.device, dtype: str) -> AbstractContextManager[None]:
-    """Return the context in which the models run: bfloat16 products under ``bfloat16``, else as they are."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from rlhf_core.policy import first_line, quiet_transformers, require_model_source
+from rlhf_core.policy import first_line, model_source, quiet_transformers, require_model_source
 
 EOS, PAD, UNKNOWN = "<eos>", "<pad>", "<unk>"
 
@@ -57,7 +57,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     require_model_source(path)
     try:
         with quiet_transformers():
-            tokenizer = AutoTokenizer.from_pretrained(path)
+            tokenizer = AutoTokenizer.from_pretrained(model_source(path))
     except Exception as error:  # a damaged file shows as OSError, ValueError, KeyError, TypeError, or plain Exception
         raise FileNotFoundError(
             f"cannot load the tokenizer of {str(path)!r} ({type(error).__name__}: {first_line(error)}); "
@@ -77,6 +77,31 @@ def encode_sentences(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], l
     """Return each text's tokens with the end-of-sequence token behind; longer texts are cut and have none."""
     encoded = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
     return [[*ids, tokenizer.eos_token_id][:longest] for ids in encoded]
+
+
+def encode_text(
+    tokenizer: PreTrainedTokenizerBase, text: str, *, rendered: bool = False, begins: bool = False
+) -> list[int]:
+    """Return a text's tokens.
+
+    Args:
+        tokenizer: the tokenizer.
+        text: a prompt or a completion.
+        rendered: a chat template wrote it: its special tokens are meant, and an end-of-sequence token that stands last
+            but for white space is the last token.
+        begins: it begins the sequence: a tokenizer that puts a beginning-of-sequence token there by itself does so.
+    """
+    if not rendered:
+        ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+        return [*_beginning(tokenizer), *ids] if begins else ids
+    # A template writes the beginning-of-sequence token itself, where there is one.
+    stripped = text.rstrip()
+    ends = bool(tokenizer.eos_token) and stripped.endswith(tokenizer.eos_token)
+    return tokenizer(stripped if ends else text, add_special_tokens=False, split_special_tokens=False)["input_ids"]
+
+
+def _beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    return [token for token in tokenizer("")["input_ids"][:1] if token == tokenizer.bos_token_id]
 
 
 def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[list[int]]:
