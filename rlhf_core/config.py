@@ -17,8 +17,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from rlhf_core.numerics import Numerics
+import tyro
 
+from rlhf_core.numerics import Numerics
 
 C = TypeVar("C", bound="RunConfig")
 
@@ -257,8 +258,8 @@ class RunConfig:
     """A row that cannot be used ends the run with its place, or is left out and counted."""
     held_out: float = 0.1
     """Share of the prompts, by a stable hash of each, whose rows are kept for evaluation."""
-    reward: tuple[str, ...] = ()
-    """A reward model's folder or module:function, each with =WEIGHT behind it or not; their weighted sum is the reward."""
+    reward: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """A reward model's folder or module:function, with =WEIGHT behind it or not; several are summed."""
     reward_timeout_s: float = 60.0
     """Seconds that a reward function may take for a batch."""
     numerics: Numerics = "native"
@@ -405,6 +406,6 @@ def check_sources(config: RunConfig) -> None:
     if config.data is not None and not config.data.startswith("hub:") and not Path(config.data).exists():
         hub = f", and for the hub write hub:{config.data}" if config.data.count("/") == 1 else ""
         raise FileNotFoundError(
-            f"no data folder {config.data!r}, nor a file of that name; give a folder with a *.pos and a *.neg file, or a "
-            f"data file (.jsonl .json .csv .tsv .parquet .txt){hub}"
+            f"no data folder {config.data!r}, nor a file of that name; give a folder with a *.pos and a *.neg file, or "
+            f"a data file (.jsonl .json .csv .tsv .parquet .txt){hub}"
         )

@@ -3,8 +3,8 @@
 The store is what training reads: it stays in the run's folder, so a resumed run needs the source no more.
 
 What is done with a row that cannot be used: ``stop`` ends the run and names it; ``skip`` counts it by its reason.
-Repetitions are left out and counted, under either. Long rows: a completion is cut at the model's context and has then no
-end-of-sequence token; a prompt that leaves no room for a response is a row that cannot be used.
+Repetitions are left out and counted, under either. Long rows: a completion is cut at the model's context, and has no
+end-of-sequence token then; a prompt that leaves no room for a response is a row that cannot be used.
 """
 
 import hashlib
@@ -80,7 +80,7 @@ def read_examples(
     """Yield (where, example) of each usable row of a source.
 
     Raises:
-        FileNotFoundError, ValueError: the source is missing or damaged, or a row is unusable and ``errors`` is ``stop``.
+        FileNotFoundError, ValueError: the source is missing or damaged, or or a row is unusable under ``stop``.
     """
     for record in read_records(source):
         report.rows += 1
@@ -116,8 +116,8 @@ def build_store(
         cut_prompt: makes a prompt of a text, given its row's number from 0.
 
     Raises:
-        FileNotFoundError, ValueError: the source is missing or damaged, a row is unusable and ``errors`` is ``stop``, or
-            no row is usable.
+        FileNotFoundError, ValueError: the source is missing or damaged, a row is unusable under ``stop``, or no row is
+            usable.
     """
     report = DataReport(source, longest=longest)
     keys, marks = array("Q"), bytearray()
@@ -224,7 +224,7 @@ def open_rows(folder: Path, split: Literal["train", "held_out"]) -> Rows:
 
 
 def texts_of(source: str, errors: Errors, most_bytes: int = 100_000_000) -> Iterator[str]:
-    """Yield the texts of a source, to train a tokenizer on; what comes after the first ``most_bytes`` tells little more."""
+    """Yield the texts of a source, to train a tokenizer on, until ``most_bytes`` have come: more would tell little."""
     size = 0
     for _, example in read_examples(source, "prompt", Chat(None), errors, DataReport(source)):
         for text in (example.prompt, example.completion, example.rejected):

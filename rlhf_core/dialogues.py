@@ -1,6 +1,5 @@
 """Dialogues as prompt and answer: the Human/Assistant text of HH-RLHF, and lists of messages under a chat template."""
 
-import os
 from typing import Any
 
 from jinja2 import TemplateError
@@ -23,7 +22,8 @@ def split_dialogues(chosen: str, rejected: str) -> tuple[str, str, str]:
     Raises:
         RowError: no assistant's turn begins in the common beginning.
     """
-    common = os.path.commonprefix([chosen, rejected])
+    same = (place for place, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b)
+    common = chosen[: next(same, min(len(chosen), len(rejected)))]
     at = common.rfind(ASSISTANT)
     if at < 0:
         raise RowError(

@@ -3,7 +3,7 @@
 | keys | what it is |
 |---|---|
 | ``prompt``, ``completion`` | a demonstration |
-| ``prompt``, ``chosen``, ``rejected`` | a preference; also ``margin`` (a number) and ``tie`` (true: neither is better) |
+| ``prompt``, ``chosen``, ``rejected`` | a preference; also ``margin``, a number, and ``tie``: true if both are good |
 | ``chosen``, ``rejected`` | a preference between whole dialogues |
 | ``messages`` | a dialogue: a demonstration when the assistant speaks last, else a prompt |
 | ``prompt`` | a prompt |
@@ -84,8 +84,8 @@ def example_of(row: dict[str, Any], chat: Chat) -> Example:
         return Example("", text, label=_label(row["label"]) if "label" in keys else None)
     raise RowError(
         "missing keys",
-        f"the row has {', '.join(sorted(map(str, keys))) or 'no key'}; it needs prompt, prompt and completion, chosen and "
-        "rejected, messages, or text",
+        f"the row has {', '.join(sorted(map(str, keys))) or 'no key'}; it needs prompt, prompt and completion, "
+        "chosen and rejected, messages, or text",
     )
 
 

@@ -79,6 +79,17 @@ REWARD_METRICS = (
 """What a row of ``rlhf reward`` has."""
 
 
+EVAL_METRICS = (
+    Metric("completions", "1", "completions of the batch"),
+    Metric("reward_mean", "reward", "mean over completions of the weighted sum of rewards"),
+    Metric("kl", "nats", "mean over completions of Σ_t (log π − log π_ref); 0 without a reference", (0.0, 30.0)),
+    Metric("entropy", "nats", "mean over response tokens of the entropy over the whole vocabulary", (0.1, None)),
+    Metric("response_length_mean", "tokens", "mean over completions of response tokens, EOS included", (1.0, None)),
+    Metric("eos_rate", "1", "share of completions that ended with EOS", (0.1, 1.0)),
+)
+"""What a row of ``rlhf eval`` has; a step is a batch."""
+
+
 def stage_row(step: int, values: dict[str, float], table: tuple[Metric, ...]) -> dict[str, Any]:
     """Return a row of a stage's metrics.jsonl, as :func:`log_row` does for PPO's.
 

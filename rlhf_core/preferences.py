@@ -12,9 +12,9 @@ def bradley_terry_loss(
 ) -> torch.Tensor:
     """Return −Σ log σ(d), and −½ (log σ(d) + log σ(−d)) for ties.
 
-    The Bradley–Terry likelihood of "chosen beats rejected" (Christiano et al., 2017, eq. 1), with the margin of Touvron et
-    al., "Llama 2" (2023), eq. 2. A tie counts as half a win of each side: Christiano et al.'s label (½, ½). That has its
-    optimum at d = 0 and needs no threshold to be learned, as Rao and Kupper's model (1967) does.
+    The Bradley–Terry likelihood of "chosen beats rejected" (Christiano et al., 2017, eq. 1), with the margin of
+    Touvron et al., "Llama 2" (2023), eq. 2. A tie counts as half a win of each side, Christiano et al.'s label (½, ½):
+    it has its optimum at d = 0, and needs no threshold beside the rewards, as Rao and Kupper's model (1967) does.
 
     Args:
         chosen_B: [B] rewards of the chosen completions.
@@ -30,6 +30,6 @@ def bradley_terry_loss(
 def centering_loss(chosen_B: torch.Tensor, rejected_B: torch.Tensor) -> torch.Tensor:
     """Return Σ (r_c + r_r)², which picks the rewards around 0 among those of equal likelihood.
 
-    The likelihood depends on differences alone; Eisenstein et al., "Helping or Herding?" (2023), section 2, fix the rest.
+    The likelihood depends on differences alone; Eisenstein et al., "Helping or Herding?" (2023), fix the rest so.
     """
     return (chosen_B + rejected_B).square().sum()

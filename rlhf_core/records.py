@@ -1,4 +1,4 @@
-"""Rows of data files, one after the other: JSON lines, JSON, CSV, Parquet and text, plain or gzipped, and hub data sets.
+"""Rows of data files, one after the other: JSON lines, JSON, CSV, Parquet and text, gzipped or not, and the hub.
 
 Nothing here holds more of a file than a row, or a batch of rows of a Parquet file: a file may be larger than memory.
 A row that cannot be read is a record too, whose value is a :class:`RowError`; who reads decides whether that stops.
@@ -59,8 +59,7 @@ def source_files(source: str) -> list[Path]:
     """
     path = Path(source)
     if path.is_dir():
-        files = sorted(one for one in path.iterdir() if one.is_file() and _form(one) and not one.name.startswith("."))
-        if not files:
+        if not (files := data_files(path)):
             raise FileNotFoundError(
                 f"data folder {source!r} has neither *.pos and *.neg files nor a data file ({', '.join(FORMS)})"
             )
@@ -73,6 +72,11 @@ def source_files(source: str) -> list[Path]:
             f"data file {source!r}: its name must end in one of {', '.join(FORMS)} (all but Parquet + .gz)"
         )
     return [path]
+
+
+def data_files(folder: Path) -> list[Path]:
+    """Return the data files of a folder, by their names."""
+    return sorted(one for one in folder.iterdir() if one.is_file() and _form(one) and not one.name.startswith("."))
 
 
 def _form(path: Path) -> str | None:

@@ -3,21 +3,21 @@
 ``module:function`` names any function with ``function(prompts, completions) -> numbers``, two lists of texts in and one
 finite number a completion out. Modules are looked for in the working directory first.
 
-The time limit is an interval timer of the process (SIGALRM): it interrupts Python code and waiting system calls, and keeps
-on doing so until the function gives in. Native code that does not return to Python is not interrupted, and off the main
-thread, where Python hears no signals, there is no limit.
+The time limit is an interval timer of the process (SIGALRM): it interrupts Python code and waiting system calls, and
+does so again until the function gives in. Native code that does not return to Python is not interrupted, and off the
+main thread, where Python hears no signals, there is no limit.
 """
 
 import importlib
 import math
 import numbers
-import os
 import signal
 import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -39,8 +39,8 @@ def load_function(name: str) -> RewardFunction:
         ValueError: there is no such module or function, the module cannot be imported, or it is not callable.
     """
     module_name, _, function_name = name.partition(":")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
     try:
         found: Any = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
@@ -88,7 +88,7 @@ def _checked(name: str, scores: Any, wanted: int) -> list[float]:
     values = scores.tolist() if hasattr(scores, "tolist") else scores
     if not isinstance(values, list | tuple):
         raise RewardError(
-            f"reward function {name} returned a {type(scores).__name__}; it must return a list of one number a completion"
+            f"reward function {name} returned a {type(scores).__name__}; it must be a list, one number a completion"
         )
     if len(values) != wanted:
         raise RewardError(f"reward function {name} returned {len(values)} scores for {wanted} completions")

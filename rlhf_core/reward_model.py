@@ -1,11 +1,13 @@
 """Reward models: a transformer with one number at the last token, learned from preferences.
 
-They are transformers' own ``AutoModelForSequenceClassification`` with one label, so a saved one loads there, and one that
+They are transformers' own ``AutoModelForSequenceClassification`` with one label: a saved one loads there, and one that
 somebody else trained loads here. The sentiment classifiers of labelled sentences are trained here too.
 """
 
+import copy
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,7 +29,7 @@ from rlhf_core.stage_config import PreferenceConfig
 class RewardModel(nn.Module):
     """A sequence-classification model of transformers, read at each row's last token."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: Any) -> None:
         """Wrap a model that has a trunk and a linear layer ``score`` with one output."""
         super().__init__()
         self.model = model
@@ -54,9 +56,12 @@ def new_reward_model(lm: PreTrainedModel) -> RewardModel:
         ValueError: transformers has no sequence classification of this architecture with a linear head ``score``.
     """
     try:
+        shape = copy.deepcopy(lm.config)
+        shape.num_labels = 1
+        attention = lm.config._attn_implementation
         with quiet_transformers():
-            model = AutoModelForSequenceClassification.from_config(
-                lm.config, attn_implementation=lm.config._attn_implementation, dtype=torch.float32, num_labels=1
+            model: Any = AutoModelForSequenceClassification.from_config(
+                shape, attn_implementation=attention, dtype=torch.float32
             )
         model.base_model.load_state_dict(lm.base_model.state_dict())
     except (ValueError, RuntimeError) as error:

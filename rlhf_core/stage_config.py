@@ -1,4 +1,4 @@
-"""The configurations of ``rlhf sft``, ``reward``, ``eval`` and ``pipeline``; that of ``rlhf train`` is in ``config``."""
+"""The configurations of ``rlhf sft``, ``reward``, ``eval`` and ``pipeline``; ``config`` has that of ``rlhf train``."""
 
 from dataclasses import dataclass, field
 
@@ -27,6 +27,8 @@ class TrainingConfig:
     """Rows an optimizer step."""
     micro_batch_size: int = 8
     """Rows a forward pass. Changes memory, not the result but for rounding."""
+    max_length: int = 1024
+    """Longest row in tokens, prompt and completion together; never more than the model's context."""
     learning_rate: float | None = None
     """Peak rate. None: 3e-3 for sft and 1e-3 for reward at width 96, in proportion less for wider models."""
     weight_decay: float = 0.01
@@ -40,7 +42,9 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         _require_finite(self)
-        _require_positive(self, "epochs", "batch_size", "micro_batch_size", "max_grad_norm", "save_every", "keep")
+        _require_positive(
+            self, "epochs", "batch_size", "max_length", "micro_batch_size", "max_grad_norm", "save_every", "keep"
+        )
         for name in ("steps", "learning_rate"):
             _require_field(self, name, lambda value: value is None or value > 0, "be greater than 0")
         _require_not_negative(self, "weight_decay")

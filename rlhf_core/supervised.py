@@ -7,7 +7,7 @@ optimizer and random generators, and a killed run continues to the same bytes.
 import itertools
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -30,9 +30,15 @@ from rlhf_core.terminal import console, progress_bar
 class Objective(Protocol):
     """What is learned from rows of data."""
 
-    model: torch.nn.Module
-    metrics: tuple[Metric, ...]
-    """What a step's row of ``metrics.jsonl`` has."""
+    @property
+    def model(self) -> torch.nn.Module:
+        """What is trained."""
+        ...
+
+    @property
+    def metrics(self) -> tuple[Metric, ...]:
+        """What a step's row of ``metrics.jsonl`` has."""
+        ...
 
     def lengths(self) -> Sequence[int]:
         """Return the tokens of each row."""
@@ -193,6 +199,3 @@ def width_rate(rate: float | None, base: float, hidden_size: int) -> float:
     Adam's best rate of a matrix falls with the width (Yang et al., "Tensor Programs V", 2022).
     """
     return base * 96 / hidden_size if rate is None else rate
-
-
-Advance = Callable[[int], None]

@@ -73,6 +73,15 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def saved_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """Return a tokenizer that a run has saved for itself."""
+    with quiet_transformers():
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
 def encode_sentences(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], longest: int) -> list[list[int]]:
     """Return each text's tokens with the end-of-sequence token behind; longer texts are cut and have none."""
     encoded = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
