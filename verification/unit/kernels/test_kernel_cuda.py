@@ -207,7 +207,20 @@ def test_ignored_rows_and_rows_without_upstream_gradient_are_not_read(kernels):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(
     ("batch", "tokens"),
-    [(41, 401), (3, 1271), (1, 1), (5, 1), (1, 17), (2, 0), (0, 7), (300, 20), (2, 512), (3, 4096), (2, 5003), (1, 20000)],
+    [
+        (41, 401),
+        (3, 1271),
+        (1, 1),
+        (5, 1),
+        (1, 17),
+        (2, 0),
+        (0, 7),
+        (300, 20),
+        (2, 512),
+        (3, 4096),
+        (2, 5003),
+        (1, 20000),
+    ],
 )
 @pytest.mark.parametrize("with_bootstrap", [False, True])
 def test_gae_equals_the_sum_of_discounted_residuals(kernels, batch, tokens, dtype, with_bootstrap):
@@ -286,7 +299,9 @@ def test_gae_takes_any_strides(kernels):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("shape", [(41, 401), (3, 1271), (1,), (0,), (2, 0, 3), (7, 11, 13), (4096,), (4097,), (40, 2000)])
+@pytest.mark.parametrize(
+    "shape", [(41, 401), (3, 1271), (1,), (0,), (2, 0, 3), (7, 11, 13), (4096,), (4097,), (40, 2000)]
+)
 @pytest.mark.parametrize("shift_mean", [True, False])
 def test_whitening_equals_numpy(kernels, shape, dtype, shift_mean):
     x, mask = torch.randn(shape, dtype=dtype) * 3 + 2, torch.rand(shape) < 0.6
