@@ -205,7 +205,8 @@ def kl_collapse(series: Series, settings: Settings) -> Verdict:
 def policy_frozen(series: Series, settings: Settings) -> Verdict:
     """At least ``threshold``, once updates have moved the policy: one that updates once a rollout shows 0 always."""
     median, _ = series.baseline("approx_kl")
-    limit = np.where(median > number(settings, "least"), number(settings, "threshold"), np.nan)
+    moved = np.fmax(median, series.largest_at_first("approx_kl")) > number(settings, "least")
+    limit = np.where(moved, number(settings, "threshold"), np.nan)
     return Verdict(series["approx_kl"], limit, sign=-1)
 
 

@@ -4,8 +4,9 @@ Every function looks backwards only, at a bounded number of rows, and its window
 a log gives the same verdicts whether it is read at once, block by block or row by row. Pure: NumPy alone.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
@@ -52,9 +53,15 @@ class Series:
 
     def beginning(self, metric: str) -> np.ndarray:
         """Return [N] the median of the run's first ``HEAD`` rows; NaN in those rows themselves."""
+        return self._of_head(metric, np.median)
+
+    def largest_at_first(self, metric: str) -> np.ndarray:
+        """Return [N] the largest of the run's first ``HEAD`` rows; NaN in those rows themselves."""
+        return self._of_head(metric, np.max)
+
+    def _of_head(self, metric: str, figure: Callable[[np.ndarray], Any]) -> np.ndarray:
         head = self.head[metric]
-        start = float(np.median(head)) if len(head) == HEAD else np.nan
-        return np.where(self.rows >= HEAD, start, np.nan)
+        return np.where(self.rows >= HEAD, float(figure(head)) if len(head) == HEAD else np.nan, np.nan)
 
     def baseline(self, metric: str, least: int = 2 * STRIDE) -> tuple[np.ndarray, np.ndarray]:
         """Return [N] median, and [N] spread (MAD as a standard deviation), of earlier rows; NaN where too few."""
@@ -114,12 +121,19 @@ def derive(
         lost += has & ~np.isfinite(block[name])
     with np.errstate(divide="ignore", invalid="ignore"):
         per_token = block.get("kl", nothing) / block.get("response_length_mean", nothing)
-    difference = block.get("rollout_logprob_diff_p99", nothing)
     return {
         NONFINITE: lost,
         STEP_ADVANCE: np.diff(block["step"], prepend=step_before),
-        "kl_per_token": np.where(np.isfinite(per_token), per_token, block.get("kl_k3", nothing)),
-        "rollout_logprob_diff": np.where(
-            np.isfinite(difference), difference, block.get("rollout_logprob_diff_mean", nothing)
+        "kl_per_token": _first_finite(block.get("kl_per_token", nothing), per_token, block.get("kl_k3", nothing)),
+        "rollout_logprob_diff": _first_finite(
+            block.get("rollout_logprob_diff_p99", nothing), block.get("rollout_logprob_diff_mean", nothing)
         ),
     }
+
+
+def _first_finite(*columns: np.ndarray) -> np.ndarray:
+    """Return [N] of each row the first column that is finite there."""
+    found = columns[-1]
+    for column in reversed(columns[:-1]):
+        found = np.where(np.isfinite(column), column, found)
+    return found

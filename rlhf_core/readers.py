@@ -144,7 +144,7 @@ TRL: Names = {
     "kl": ("kl_k3", _same),
     "reward": ("reward_mean", _same),
     "reward_std": ("reward_var", _square),
-    "frac_reward_zero_std": ("reward_zero_std_frac", _same),
+    "frac_reward_zero_std": ("flat_groups", _same),
     "completions/mean_length": ("response_length_mean", _same),
     "completions/clipped_ratio": ("eos_rate", _rest),
     "clip_ratio/region_mean": ("clip_frac", _same),
@@ -267,7 +267,7 @@ def _verl_rows(path: Path) -> list[Row]:
             rows.append(_verl_row({"step": tree.get("step"), **data}))
         elif match := re.search(r"\bstep:(\d+)((?: - [^\s:]+:\S+)+)", line):
             pairs = (pair.rpartition(":") for pair in match[2].split(" - ")[1:])
-            rows.append(_verl_row({"step": int(match[1])} | {name: _number(text) for name, _, text in pairs}))
+            rows.append(_verl_row({"step": int(match[1])} | {name: _number(name, text) for name, _, text in pairs}))
     return _checked(rows, file, "lines such as 'step:1 - actor/pg_loss:0.1 - …', nor JSON with a step and data")
 
 
@@ -335,11 +335,15 @@ def _json(line: str, where: str) -> dict[str, Any]:
     return tree
 
 
-def _number(text: str) -> float | None:
-    """Return the number of a console's metric; None for what is none, and for 0.000, which only says "small"."""
-    text = re.sub(r"^np\.\w+\((.*)\)$", r"\1", text)
+_MAY_BE_TINY = re.compile(r".*/(lr|grad_norm|ppo_kl|kl_loss|reward_kl_penalty)")
+
+
+def _number(name: str, text: str) -> float | None:
+    """Return the number of a console's metric; None where there is none, and where 0.000 only says that it is small."""
+    if _MAY_BE_TINY.fullmatch(name) and re.fullmatch(r"-?0\.000", text):
+        return None
     try:
-        return None if re.fullmatch(r"-?0\.000", text) else float(text)
+        return float(re.sub(r"^np\.\w+\((.*)\)$", r"\1", text))
     except ValueError:
         return None
 

@@ -122,11 +122,8 @@ def _table(alerts: Sequence[Alert], seen: str) -> Table:
         name = Text(f"{alert.severity}\n", style=STYLES[alert.severity]) + Text(printable(alert.name), style="bold")
         until = f"{alert.first_step} to {alert.step}\n{'stands' if alert.standing else 'passed'}"
         value = f"{number_in_words(alert.value)}\nagainst {number_in_words(alert.threshold)}"
-        figures = [alert.evidence] + ([f"moved with it: {', '.join(alert.moved_with)}"] if alert.moved_with else [])
         text = Text.assemble(
-            f"{rule.text}\n",
-            *((f"{printable(line)}\n", "dim") for line in figures),
-            f"why: {rule.cause}\ndo: {rule.remedy}",
+            f"{rule.text}\n", (f"{printable(alert.evidence)}\n", "dim"), f"why: {rule.cause}\ndo: {rule.remedy}"
         )
         table.add_row(name, until, Text(f"{printable(alert.metric)}\n{value}"), text)
     return table

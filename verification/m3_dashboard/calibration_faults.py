@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from rlhf_core import ppo
+from rlhf_core import ppo, targets
 from rlhf_core.rollout import Rollout
 
 
@@ -31,12 +31,12 @@ def kl_coef_zero(world: Any) -> None:
 
 def kl_penalty_left_out(world: Any) -> None:
     right = ppo.token_rewards
-    world.patch.setattr(ppo, "token_rewards", lambda *a, kl_coef: right(*a, kl_coef=0.0))
+    world.patch.setattr(ppo, "token_rewards", lambda *a, kl_coef, **k: right(*a, kl_coef=0.0, **k))
 
 
 def kl_penalty_with_the_wrong_sign(world: Any) -> None:
     right = ppo.token_rewards
-    world.patch.setattr(ppo, "token_rewards", lambda *a, kl_coef: right(*a, kl_coef=-kl_coef))
+    world.patch.setattr(ppo, "token_rewards", lambda *a, kl_coef, **k: right(*a, kl_coef=-kl_coef, **k))
 
 
 def _hotter(config: Any, factor: float) -> Any:
@@ -116,7 +116,7 @@ def padding_counted_everywhere(world: Any) -> None:
 def advantages_not_detached(world: Any) -> None:
     """A = R − V with the live V: the policy's loss moves the value function too."""
     live: list[torch.Tensor] = []
-    evaluate_rows, policy_loss = ppo.evaluate_rows, ppo.ppo_policy_loss
+    evaluate_rows, policy_loss = ppo.evaluate_rows, ppo.clipped_policy_losses
 
     def stashing(*args: Any) -> Any:
         logprobs, entropies, values = evaluate_rows(*args)
@@ -127,12 +127,12 @@ def advantages_not_detached(world: Any) -> None:
         return policy_loss(log_ratio, advantages - (live[0] - live[0].detach()), mask, clip_range=clip_range)
 
     world.patch.setattr(ppo, "evaluate_rows", stashing)
-    world.patch.setattr(ppo, "ppo_policy_loss", attached)
+    world.patch.setattr(ppo, "clipped_policy_losses", attached)
 
 
 def advantages_with_the_wrong_sign(world: Any) -> None:
-    policy_loss = ppo.ppo_policy_loss
-    world.patch.setattr(ppo, "ppo_policy_loss", lambda x, a, mask, **options: policy_loss(x, -a, mask, **options))
+    right = ppo.clipped_policy_losses
+    world.patch.setattr(ppo, "clipped_policy_losses", lambda x, a, mask, **options: right(x, -a, mask, **options))
 
 
 def _lengths(rollout: Rollout) -> torch.Tensor:
@@ -149,8 +149,8 @@ def reward_pays_for_length_too(world: Any) -> None:
 
 
 def value_loss_x100(world: Any) -> None:
-    right = ppo.clipped_value_loss
-    world.patch.setattr(ppo, "clipped_value_loss", lambda *args, **options: 100 * right(*args, **options))
+    right = ppo.clipped_value_losses
+    world.patch.setattr(ppo, "clipped_value_losses", lambda *args, **options: 100 * right(*args, **options))
 
 
 def value_coef_x100(world: Any) -> None:
@@ -228,8 +228,8 @@ def reference_follows_the_policy(world: Any) -> None:
 
 
 def wrong_gamma(world: Any) -> None:
-    right = ppo.gae
-    world.patch.setattr(ppo, "gae", lambda *args, gamma, lam: right(*args, gamma=0.5, lam=lam))
+    right = targets.gae
+    world.patch.setattr(targets, "gae", lambda *args, gamma, lam: right(*args, gamma=0.5, lam=lam))
 
 
 def rewards_of_other_rows(world: Any) -> None:
@@ -238,8 +238,8 @@ def rewards_of_other_rows(world: Any) -> None:
 
 
 def whitening_without_the_mask(world: Any) -> None:
-    right = ppo.whiten
-    world.patch.setattr(ppo, "whiten", lambda x, mask, **options: right(x, torch.ones_like(mask), **options))
+    right = targets.whiten
+    world.patch.setattr(targets, "whiten", lambda x, mask, **options: right(x, torch.ones_like(mask), **options))
 
 
 def reward_scaled_x100(world: Any) -> None:

@@ -32,7 +32,7 @@ from rlhf_core.tokenization import encode_prompts, encode_sentences
 from rlhf_core.trainer_state import new_state
 
 STEPS = 30
-LATE = 13
+LATE = 9
 """The step at which a fault begins that does not begin with the run."""
 PRETRAIN_STEPS = 250
 WITHIN = 10
@@ -97,7 +97,7 @@ def base_model(architecture: str) -> PreTrainedModel:
     set_all_seeds(0)
     task = embedded_task()
     model = build_model(config.model, task.tokenizer)
-    sequences = encode_sentences(task.tokenizer, task.texts[:4000], config.model.context)
+    sequences = encode_sentences(task.tokenizer, task.texts()[:4000], config.model.context)
     train_language_model(
         model, sequences, PretrainConfig(batch_size=32, learning_rate=5e-3), steps=PRETRAIN_STEPS,
         pad_id=task.tokenizer.pad_token_id, seed=0, report=lambda loss: None,
