@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from rlhf_core import cli, metrics
+from rlhf_core.commands.options import parse
 from rlhf_core.config import TrainConfig
 
 ROOT = Path(__file__).parents[1]
@@ -101,11 +102,11 @@ def test_an_rlhf_command_in_the_documents_is_understood(document, command, monke
     monkeypatch.delenv("SEED", raising=False)
     name, *arguments = shlex.split(command, comments=True)[1:]
     if "--help" in arguments or {"A", "B", "RUN"} & set(arguments):
-        assert name in ("train", "compare", "samples")
+        assert name in cli.COMMANDS
         return
-    options = {"train": cli.TrainOptions, "compare": cli.CompareOptions, "samples": cli.SamplesOptions}[name]
-    default = cli.TrainOptions(train=TrainConfig()) if name == "train" else None
-    assert cli.parse(options, arguments, name, default), document
+    options = cli.command(name).Options
+    default = options(train=TrainConfig()) if name == "train" else None
+    assert parse(options, arguments, name, default), document
 
 
 def test_the_readme_has_commands_and_no_gap():
@@ -121,6 +122,8 @@ def test_the_readme_has_the_table_of_metrics():
 def test_the_readme_tree_names_every_module():
     for path in sorted((ROOT / "rlhf_core").glob("[a-z]*.py")):
         assert re.search(rf"^  {re.escape(path.name)} ", README, re.MULTILINE), path.name
+    for path in sorted((ROOT / "rlhf_core" / "commands").glob("[a-z]*.py")):
+        assert re.search(rf"^    {re.escape(path.name)} ", README, re.MULTILINE), path.name
 
 
 def test_torch_is_not_needed_to_build():

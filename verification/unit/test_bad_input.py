@@ -13,10 +13,10 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from rlhf_core import checkpoint, pipeline, reviews, runlog
-from rlhf_core.data import word_tokenizer
+from rlhf_core import checkpoint, reviews, runlog, training
 from rlhf_core.testing.assertions import assert_runs_identical
 from rlhf_core.testing.command import TINY_RUN, run_command
+from rlhf_core.tokenization import word_tokenizer
 
 pytestmark = pytest.mark.usefixtures("reviews_drawn_once")
 
@@ -318,14 +318,14 @@ class TestDisk:
     def test_a_disk_that_fills_up_keeps_the_checkpoints_and_resume_ends_in_the_same_bytes(
         self, finished_run, tmp_path, monkeypatch
     ):
-        save = pipeline.save_state
+        save = training.save_state
 
         def full_at_step_4(state, tokenizer, folder):
             save(state, tokenizer, folder)
             if state.step == 4:
                 raise OSError(errno.ENOSPC, "No space left on device", str(folder / "optimizer.safetensors"))
 
-        monkeypatch.setattr(pipeline, "save_state", full_at_step_4)
+        monkeypatch.setattr(training, "save_state", full_at_step_4)
         outcome = run_command("train", *TINY_RUN, "--runs", tmp_path, "--name", "mine")
         assert outcome.code == 2
         assert_matches(
@@ -333,7 +333,7 @@ class TestDisk:
         )
         steps = checkpoint.steps(tmp_path / "mine" / "checkpoints")
         assert [step for step, folder in steps if checkpoint.is_sound(folder)] == [0, 2]
-        monkeypatch.setattr(pipeline, "save_state", save)
+        monkeypatch.setattr(training, "save_state", save)
         assert run_command("train", "--resume", "--name", "mine", "--runs", tmp_path).code == 0
         assert_runs_identical(finished_run, tmp_path / "mine")
 

@@ -8,7 +8,8 @@ import time
 
 import pytest
 
-from rlhf_core import checkpoint, cli, pipeline, runlog
+from rlhf_core import checkpoint, cli, experiment, runlog, training
+from rlhf_core.commands.options import UsageError
 from rlhf_core.testing.assertions import assert_runs_differ, assert_runs_identical
 from rlhf_core.testing.command import TINY_RUN, run_command
 
@@ -46,7 +47,7 @@ class TestHelp:
         assert outcome.code == 0
         assert outcome.err == ""
         assert f"usage: rlhf {command}" in outcome.out
-        assert getattr(cli, f"{command.capitalize()}Options").__doc__.split("\n")[0] in outcome.out
+        assert cli.command(command).Options.__doc__.split("\n")[0] in outcome.out
 
     def test_help_loads_no_torch(self):
         program = (
@@ -157,7 +158,7 @@ class TestStop:
         assert_runs_identical(finished_run, run)
 
     def test_a_signal_during_pre_training_says_so_and_resumes(self, finished_run, tmp_path, monkeypatch):
-        trained = pipeline.train_language_model
+        trained = experiment.train_language_model
 
         def signalled(*arguments, report, **options):
             def hear(loss):
@@ -166,13 +167,13 @@ class TestStop:
 
             trained(*arguments, report=hear, **options)
 
-        monkeypatch.setattr(pipeline, "train_language_model", signalled)
+        monkeypatch.setattr(experiment, "train_language_model", signalled)
         outcome = tiny_run(tmp_path, "mine")
         assert outcome.code == 143
         assert (
             "stopped during pre-training, which starts anew on resume; continue with: rlhf train" in outcome.complaint
         )
-        monkeypatch.setattr(pipeline, "train_language_model", trained)
+        monkeypatch.setattr(experiment, "train_language_model", trained)
         outcome = resume(tmp_path / "mine")
         assert outcome.code == 0, outcome.err
         assert_runs_identical(finished_run, tmp_path / "mine")
@@ -182,7 +183,7 @@ class TestStop:
             os.kill(os.getpid(), signal.SIGINT)
             os.kill(os.getpid(), signal.SIGINT)
 
-        monkeypatch.setattr(pipeline, "sample_rows", impatient)
+        monkeypatch.setattr(training, "sample_rows", impatient)
         outcome = tiny_run(tmp_path, "mine")
         assert (outcome.code, outcome.complaint) == (130, "rlhf: interrupted")
         assert checkpoint.newest_sound(tmp_path / "mine" / "checkpoints", print).name == "step_000000"
@@ -322,5 +323,5 @@ class TestSamples:
 
 def test_rlhf_traceback_in_the_environment_shows_where_an_error_comes_from(monkeypatch):
     monkeypatch.setenv("RLHF_TRACEBACK", "1")
-    with pytest.raises(cli.UsageError):
+    with pytest.raises(UsageError):
         run_command("nonsense")
