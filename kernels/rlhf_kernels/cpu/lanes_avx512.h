@@ -24,6 +24,29 @@ INLINE lanes lanes_load_bf16(const uint16_t *p) {
 }
 INLINE lanes lanes_load_f16(const uint16_t *p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p)); }
 
+/* The first `count` < 16 elements without a byte behind them, -inf in the other lanes. */
+#define LANES_LOAD_FIRST
+INLINE lanes lanes_first(lanes x, int64_t count) {
+    return _mm512_mask_mov_ps(_mm512_set1_ps(-__builtin_inff()), (__mmask16)((1u << count) - 1), x);
+}
+INLINE lanes lanes_load_first(const float *p, int64_t count) {
+    return lanes_first(_mm512_maskz_loadu_ps((__mmask16)((1u << count) - 1), p), count);
+}
+/* Pairs first, as there are no masks for 16 bits in AVX-512F, then the odd one. */
+INLINE __m256i first_halves(const uint16_t *p, int64_t count) {
+    const uint32_t pairs = 1u << (count / 2);
+    __m512i x = _mm512_maskz_loadu_epi32((__mmask16)(pairs - 1), p);
+    if (count % 2) x = _mm512_mask_set1_epi32(x, (__mmask16)pairs, p[count - 1]);
+    return _mm512_castsi512_si256(x);
+}
+INLINE lanes lanes_load_first_bf16(const uint16_t *p, int64_t count) {
+    __m512i wide = _mm512_slli_epi32(_mm512_cvtepu16_epi32(first_halves(p, count)), 16);
+    return lanes_first(_mm512_castsi512_ps(wide), count);
+}
+INLINE lanes lanes_load_first_f16(const uint16_t *p, int64_t count) {
+    return lanes_first(_mm512_cvtph_ps(first_halves(p, count)), count);
+}
+
 /* To nearest, ties to even. A NaN must not be rounded up into infinity, but the kernels write NaN rows themselves. */
 INLINE void lanes_store_bf16(uint16_t *p, lanes x) {
     __m512i bits = _mm512_castps_si512(x);
