@@ -20,6 +20,7 @@ COMMANDS = (
     "samples",
     "alerts",
     "dashboard",
+    "bench",
 )
 """Each is the module of that name in ``rlhf_core.commands`` (with ``_`` for ``-``): ``Options`` and ``run``."""
 
