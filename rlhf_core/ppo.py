@@ -236,7 +236,7 @@ def require_finite(step: int, mask_BT: torch.Tensor | None, **tensors: torch.Ten
 def ppo_step(
     state: PPOState, prompt_ids: list[list[int]], reward: Reward, config: TrainConfig, *, eos_id: int, pad_id: int
 ) -> StepResult:
-    """Do one step: sample, score, estimate advantages, update.
+    """Do one step: sample completions, and learn from them.
 
     Args:
         state: changed in place; ``state.step`` counts up.
@@ -251,16 +251,13 @@ def ppo_step(
         NonFiniteError: something is NaN or infinite.
     """
     step, ppo, clock = state.step + 1, config.ppo, StageClock()
-    recipe = ppo.recipe
     if len(prompt_ids) != ppo.prompts_per_step:
         raise ValueError(
             f"step {step} has {len(prompt_ids)} prompts; ppo.batch_size is {ppo.batch_size} and ppo.group_size "
-            f"{recipe.group_size}, so it takes {ppo.prompts_per_step}"
+            f"{ppo.recipe.group_size}, so it takes {ppo.prompts_per_step}"
         )
-    prompt_ids = [prompt for prompt in prompt_ids for _ in range(recipe.group_size)]
+    prompt_ids = [prompt for prompt in prompt_ids for _ in range(ppo.recipe.group_size)]
     require_finite(step, None, **dict(state.model.named_parameters()))
-    lr = learning_rate(ppo, step)
-    set_learning_rate(state.optimizer, lr)
 
     # 1. Rollout: a group of completions for each prompt, their uniforms keyed by (seed, step, sample, position).
     with clock.stage("rollout"):
@@ -269,7 +266,27 @@ def ppo_step(
         device = next(state.model.parameters()).device
         with autocast(device, config.dtype):
             rollout = sample(state.model.lm, prompt_ids, uniforms, config.sampling, eos_id=eos_id, pad_id=pad_id)
+    return learn(state, rollout, reward, config, clock)
+
+
+def learn(state: PPOState, rollout: Rollout, reward: Reward, config: TrainConfig, clock: StageClock) -> StepResult:
+    """Do what follows the sampling of a step: score, estimate advantages, update.
+
+    Args:
+        state: changed in place; ``state.step`` counts up.
+        rollout: ``batch_size`` completions, those of a prompt side by side.
+        reward: scores them.
+        config: the whole configuration.
+        clock: of the step.
+
+    Raises:
+        ValueError: the number of scores is not that of the completions.
+        NonFiniteError: something is NaN or infinite.
+    """
+    step, ppo, recipe = state.step + 1, config.ppo, config.ppo.recipe
     mask_BT = rollout.response_mask_BT
+    lr = learning_rate(ppo, step)
+    set_learning_rate(state.optimizer, lr)
 
     # 2. Reward of the whole text; a response that did not end costs something.
     with clock.stage("reward"):
@@ -324,7 +341,7 @@ def ppo_step(
         )
         metrics["lr"] = lr
         if ppo.kl_control == "adaptive":
-            n = len(prompt_ids)
+            n = len(rewards_B)
             state.kl_coef = adapt_kl_coef(
                 state.kl_coef, metrics["kl"], target=ppo.kl_target, n=n, horizon=ppo.kl_horizon
             )

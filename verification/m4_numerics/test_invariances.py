@@ -3,7 +3,7 @@ import dataclasses
 import pytest
 import torch
 from tiny_models import PROMPTS, draw, tiny_config, tiny_state
-from trainer_cases import architectures, everything_of, gradient_of, off_policy_case, padded_more, plan_of, values
+from trainer_cases import architectures, gradient_of, learned, off_policy_case, padded_more, plan_of, values
 
 SPLITS = [(4, 4), (1,) * 8, (3, 5), (7, 1), (2, 2, 2, 2)]
 
@@ -32,7 +32,7 @@ def test_more_padding_changes_metrics_and_weights_by_rounding_only(architecture)
     state = tiny_state(architecture, "separate", config, reference_seed=1)
     state.optimizer = torch.optim.SGD(state.model.parameters(), lr=1e-3)
     rollout = draw(state.model.lm, PROMPTS, config)
-    narrow, wide = (everything_of(state, one, config) for one in (rollout, padded_more(rollout, 3, 4)))
+    narrow, wide = (learned(state, one, config) for one in (rollout, padded_more(rollout, 3, 4)))
     assert wide[0] == pytest.approx(narrow[0], rel=1e-4, abs=1e-5)
     for name in narrow[1]:
         torch.testing.assert_close(wide[1][name], narrow[1][name], rtol=1e-4, atol=1e-5)
@@ -46,7 +46,7 @@ def test_the_order_of_the_rows_changes_metrics_and_weights_by_rounding_only(arch
     rollout = draw(state.model.lm, PROMPTS, config)
     order = torch.tensor([3, 7, 0, 5, 1, 6, 2, 4])
     shuffled = type(rollout)(*(getattr(rollout, field.name)[order] for field in dataclasses.fields(rollout)))
-    first, second = (everything_of(state, one, config) for one in (rollout, shuffled))
+    first, second = (learned(state, one, config) for one in (rollout, shuffled))
     assert second[0] == pytest.approx(first[0], rel=1e-4, abs=1e-5)
     for name in first[1]:
         torch.testing.assert_close(second[1][name], first[1][name], rtol=1e-4, atol=1e-5)
