@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Callable
 
 import torch
-from tiny_models import share_of_sevens
+from tiny_models import EOS, share_of_sevens
 from trainer_cases import algorithm_case, padded_more, rollout_of
 
 from rlhf_core.config import TrainConfig
@@ -47,7 +47,7 @@ def learned(config: TrainConfig, state: PPOState, rollout: Rollout, *, rate: flo
     state.optimizer = torch.optim.SGD(state.model.parameters(), lr=rate)
     config = dataclasses.replace(config, ppo=dataclasses.replace(config.ppo, learning_rate=rate))
     before = {name: parameter.detach().clone() for name, parameter in state.model.named_parameters()}
-    result = learn(state, rollout, share_of_sevens, config, StageClock())
+    result = learn(state, rollout, share_of_sevens, config, StageClock(), eos_id=EOS)
     movement = {name: (p.detach() - before[name]).double() for name, p in state.model.named_parameters()}
     return result.metrics, movement
 

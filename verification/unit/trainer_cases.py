@@ -100,14 +100,14 @@ def gradient_of(case, minibatch):
     """The gradient of every parameter, and what the minibatch added up."""
     config, state, rollout, scores, targets = case
     state.model.zero_grad(set_to_none=True)
-    sums = accumulate_gradients(state, rollout, scores, targets, minibatch, config)
+    sums = accumulate_gradients(state, rollout, scores, targets, minibatch, config, StageClock(1))
     return {name: p.grad.clone() for name, p in state.model.named_parameters()}, sums
 
 
 def learned(state, rollout, config, reward=share_of_sevens):
     """The metrics and the weights after a step's learning from a rollout; the state itself stays."""
     state = copy.deepcopy(state)
-    result = learn(state, rollout, reward, config, StageClock())
+    result = learn(state, rollout, reward, config, StageClock(), eos_id=EOS)
     return result.metrics | {"kl of each": result.kl_B.tolist()}, snapshot(state.model)
 
 
