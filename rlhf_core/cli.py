@@ -13,6 +13,7 @@ COMMANDS = (
     "train",
     "sft",
     "reward",
+    "dpo",
     "eval",
     "pipeline",
     "export",

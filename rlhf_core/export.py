@@ -12,12 +12,23 @@ from rlhf_core.reward_model import load_reward_model
 from rlhf_core.run_setup import DATA_FOLDER
 from rlhf_core.tokenization import load_tokenizer
 
-KINDS = {"train": "policy trained with PPO", "sft": "language model, fine-tuned", "reward": "reward model"}
+KINDS = {
+    "train": "policy trained with PPO",
+    "sft": "language model, fine-tuned",
+    "reward": "reward model",
+    "dpo": "policy trained with DPO",
+}
 
 
 def kind_of(config: Mapping[str, Any]) -> str:
     """Return which command made a run, by its configuration."""
-    for key, kind in (("reward_model", "pipeline"), ("ppo", "train"), ("judging", "eval"), ("preference", "reward")):
+    for key, kind in (
+        ("reward_model", "pipeline"),
+        ("ppo", "train"),
+        ("judging", "eval"),
+        ("preference", "reward"),
+        ("dpo", "dpo"),
+    ):
         if key in config:
             return kind
     return "sft"
@@ -90,7 +101,7 @@ def _model_of(run: Path, kind: str) -> Path:
 
 def model_card(run: Path, kind: str, config: dict[str, Any], source: Path) -> str:
     """Return the card as Markdown, with the front matter of the hub."""
-    tags = {"train": ["rlhf", "ppo"], "sft": ["sft"], "reward": ["rlhf", "reward-model"]}[kind]
+    tags = {"train": ["rlhf", "ppo"], "sft": ["sft"], "reward": ["rlhf", "reward-model"], "dpo": ["rlhf", "dpo"]}[kind]
     task = "text-classification" if kind == "reward" else "text-generation"
     rows = list(runlog.read(run / runlog.METRICS_FILE)) if (run / runlog.METRICS_FILE).is_file() else []
     lines = [

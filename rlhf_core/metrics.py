@@ -100,6 +100,20 @@ REWARD_METRICS = (
 """What a row of ``rlhf reward`` has."""
 
 
+DPO_METRICS = (
+    Metric("loss", "1", "mean over pairs of the preference loss", (0.0, None)),
+    Metric("grad_norm", "1", "total gradient norm before clipping", (0.0, None)),
+    Metric("lr", "1", "the optimizer's rate in this step", (0.0, None)),
+    Metric("units", "pairs", "pairs of the step"),
+    Metric("accuracy", "1", "share of pairs with reward_margin above 0; 0 itself counts half", (0.5, 1.0)),
+    Metric("reward_chosen", "nats", "mean over pairs of β log π/π_ref of the chosen completion"),
+    Metric("reward_rejected", "nats", "mean over pairs of β log π/π_ref of the rejected one"),
+    Metric("reward_margin", "nats", "reward_chosen − reward_rejected", (0.0, None)),
+    Metric("logprob_chosen", "nats", "mean over pairs of log π of the chosen completion", (None, 0.0)),
+    Metric("logprob_rejected", "nats", "mean over pairs of log π of the rejected one", (None, 0.0)),
+)
+"""What a row of ``rlhf dpo`` has."""
+
 EVAL_METRICS = (
     Metric("completions", "1", "completions of the batch"),
     Metric("reward_mean", "reward", "mean over completions of the weighted sum of rewards"),
