@@ -1,4 +1,4 @@
-"""The configurations of ``rlhf sft``, ``reward``, ``dpo``, ``eval`` and ``pipeline``; ``config`` has ``rlhf train``'s."""
+"""The configurations of ``rlhf sft``, ``reward``, ``dpo``, ``eval`` and ``pipeline``; that of ``train`` is in ``config``."""
 
 from dataclasses import dataclass, field
 from typing import Literal
