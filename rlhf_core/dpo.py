@@ -34,7 +34,7 @@ def dpo_loss(
         beta: β.
         label_smoothing: ε.
     """
-    wrong_B = torch.where(tie_B > 0, 0.5, label_smoothing)
+    wrong_B = label_smoothing + (0.5 - label_smoothing) * tie_B
     h_B = beta * log_ratio_B
     return -((1 - wrong_B) * logsigmoid(h_B) + wrong_B * logsigmoid(-h_B)).sum()
 

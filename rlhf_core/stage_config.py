@@ -1,4 +1,4 @@
-"""The configurations of ``rlhf sft``, ``reward``, ``dpo``, ``eval`` and ``pipeline``; that of ``train`` is in ``config``."""
+"""The configurations of the commands but ``rlhf train``, whose is in ``config``."""
 
 from dataclasses import dataclass, field
 from typing import Literal
