@@ -53,7 +53,7 @@ METRICS = (
     ),
     Metric("return_mean", "reward", "mean over response tokens of advantage + value", logged="with values"),
     Metric(
-        "flat_groups", "1", "share of prompts whose completions all have the same score: nothing is learnt from them",
+        "reward_zero_std_frac", "1", "share of prompts whose completions all have the same score: nothing is learnt from them",
         (0.0, 0.9), logged="with groups",
     ),
     Metric("response_length_mean", "tokens", "mean over sequences of response tokens, EOS included", (1.0, None)),
@@ -201,7 +201,7 @@ def rollout_metrics(
     if values is not None and returns is not None:
         found |= value_metrics(values[on].astype(np.float64), returns[on].astype(np.float64))
     if group_size > 1:
-        found["flat_groups"] = float((np.ptp(scores.reshape(-1, group_size), axis=1) == 0).mean())
+        found["reward_zero_std_frac"] = float((np.ptp(scores.reshape(-1, group_size), axis=1) == 0).mean())
     return found
 
 

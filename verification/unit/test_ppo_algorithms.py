@@ -36,7 +36,7 @@ def test_a_step_logs_the_metrics_that_its_algorithm_has_and_its_first_ratio_is_e
         row = log_row(step, metrics)
         assert row["nonfinite"] == []
         assert VALUE_METRICS & row.keys() == (VALUE_METRICS if algorithm == "ppo" else set())
-        assert ("flat_groups" in row) == (config.ppo.recipe.group_size > 1)
+        assert ("reward_zero_std_frac" in row) == (config.ppo.recipe.group_size > 1)
         assert metrics["ratio_max_dev_first"] == 0.0
         assert metrics["grad_norm"] > 0.0
 
