@@ -13,7 +13,7 @@ from rlhf_core.run_setup import DATA_FOLDER
 from rlhf_core.tokenization import load_tokenizer
 
 KINDS = {
-    "train": "policy trained with PPO",
+    "train": "policy trained with {algorithm}",
     "sft": "language model, fine-tuned",
     "reward": "reward model",
     "dpo": "policy trained with DPO",
@@ -101,7 +101,8 @@ def _model_of(run: Path, kind: str) -> Path:
 
 def model_card(run: Path, kind: str, config: dict[str, Any], source: Path) -> str:
     """Return the card as Markdown, with the front matter of the hub."""
-    tags = {"train": ["rlhf", "ppo"], "sft": ["sft"], "reward": ["rlhf", "reward-model"], "dpo": ["rlhf", "dpo"]}[kind]
+    algorithm = config["ppo"].get("algorithm", "ppo") if kind == "train" else ""
+    tags = {"train": ["rlhf", algorithm], "sft": ["sft"], "reward": ["rlhf", "reward-model"]}.get(kind, ["rlhf", kind])
     task = "text-classification" if kind == "reward" else "text-generation"
     rows = list(runlog.read(run / runlog.METRICS_FILE)) if (run / runlog.METRICS_FILE).is_file() else []
     lines = [
@@ -112,7 +113,7 @@ def model_card(run: Path, kind: str, config: dict[str, Any], source: Path) -> st
         *(f"- {tag}" for tag in tags),
         "---",
     ]
-    lines += ["", f"# A {KINDS[kind]}", ""]
+    lines += ["", f"# A {KINDS[kind].format(algorithm=algorithm.upper())}", ""]
     step = int(source.parent.name.removeprefix("step_")) if kind == "train" else rows[-1]["step"] if rows else 0
     lines += [f"Made by `rlhf {kind}` of the RLHF Systems Kit, after {step:,} steps, with seed {config['seed']}.", ""]
     lines += ["## How to load", "", "```python", *_loading(kind), "```", "", "## Data", "", *_data_lines(run, config)]

@@ -28,6 +28,7 @@ from rlhf_core.config import TrainConfig, for_data, read_config_file, to_json
 ROOT = Path(__file__).parents[2]
 TASKS = ("embedded", "sentences")
 METHODS = ("ppo", "grpo", "rloo", "dpo", "best-of-n")
+FROM_BASE = ("dpo", "best-of-n")
 SEEDS = range(5)
 PARTS = 4
 """Into which the curve of training rewards is averaged."""
@@ -51,7 +52,7 @@ class Cell:
         if self.task == "sentences" and not sentences:
             raise LookupError("SENTENCES in the environment has to name a folder with *.pos and *.neg")
         base = for_data(sentences) if self.task == "sentences" and sentences else TrainConfig()
-        algorithm: Any = self.method if self.method in ("grpo", "rloo") else "ppo"
+        algorithm: Any = "ppo" if self.method in FROM_BASE else self.method
         return dataclasses.replace(
             base, seed=self.seed, threads=1, device="cpu", ppo=dataclasses.replace(base.ppo, algorithm=algorithm)
         )
@@ -59,10 +60,10 @@ class Cell:
     def folder(self) -> Path:
         """Return where the cell's run is kept."""
         settings = to_json(dataclasses.replace(self.config(), data=None))
-        if self.method in ("dpo", "best-of-n"):
+        if self.method in FROM_BASE:
             settings += json.dumps([DPO_EPOCHS, DPO_BATCH, DPO_RATE, DPO_BETA])
         key = hashlib.sha256(settings.encode()).hexdigest()[:12]
-        return kept() / f"{self}-{key}"
+        return kept() / f"{str(self).replace('+', 'p')}-{key}"
 
 
 def kept() -> Path:
@@ -83,7 +84,7 @@ def result(cell: Cell) -> dict[str, Any]:
 
 def run(cell: Cell, folder: Path) -> None:
     """Run a cell in a process of its own, because the environment decides torch's instructions when it loads."""
-    if cell.method in ("dpo", "best-of-n"):
+    if cell.method in FROM_BASE:
         result(dataclasses.replace(cell, method="ppo"))
         command = [sys.executable, str(Path(__file__)), *map(str, dataclasses.astuple(cell))]
     else:

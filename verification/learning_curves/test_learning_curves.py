@@ -23,6 +23,12 @@ def test_the_reward_rises_beyond_its_interval(cell):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("algorithm", ["dr-grpo", "reinforce++", "reinforce++-baseline"])
+def test_the_other_algorithms_learn_the_embedded_task_too(algorithm):
+    assert result(Cell("embedded", algorithm, 0))["rewards"]["reward"]["change"]["low"] > 0
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("task", TASKS)
 def test_the_mean_over_seeds_rises_and_is_written_down(task):
     needed(task)

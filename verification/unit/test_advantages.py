@@ -110,6 +110,29 @@ def test_a_return_is_the_sum_over_the_mask():
     assert sequence_returns(rewards, MASK).tolist() == [3.0, 5.0, 0.0, 3.0]
 
 
+def gradient_of_a_penalty_in_the_reward(estimator, distance):
+    """E_π[k ∇ log π] of a softmax at a distance from its reference, and the gradients of both directions of the KL."""
+    ref = torch.tensor([-0.2, 0.5, 0.3, 0.1], dtype=torch.float64).log_softmax(0)
+    direction = torch.tensor([1.0, -0.6, 0.2, -0.3], dtype=torch.float64)
+    theta = (ref + distance * direction).requires_grad_()
+    logp = theta.log_softmax(0)
+    penalties = kl_penalties(logp.detach(), ref, estimator)
+    [got] = torch.autograd.grad((logp.exp().detach() * penalties * logp).sum(), theta, retain_graph=True)
+    [reverse] = torch.autograd.grad((logp.exp() * (logp - ref)).sum(), theta, retain_graph=True)
+    [forward] = torch.autograd.grad((ref.exp() * (ref - logp)).sum(), theta)
+    return got, reverse, forward
+
+
+def test_only_k1_in_the_reward_has_the_gradient_of_the_kl():
+    got, reverse, _ = gradient_of_a_penalty_in_the_reward("k1", 0.8)
+    torch.testing.assert_close(got, reverse, rtol=0, atol=1e-15)
+    got, reverse, forward = gradient_of_a_penalty_in_the_reward("k3", 0.8)
+    torch.testing.assert_close(got, reverse - forward, rtol=0, atol=1e-15)
+    for estimator in ("k2", "k3"):
+        got, reverse, _ = gradient_of_a_penalty_in_the_reward(estimator, 0.01)
+        assert float(got.norm()) < 0.02 * float(reverse.norm())  # near the reference they hardly pull
+
+
 RETURNS = torch.tensor([1.0, 2.0, 6.0, 5.0, 5.0, 5.0], dtype=torch.float64)
 
 

@@ -186,6 +186,11 @@ def test_the_command_line_selects_the_algorithm(tmp_path, algorithm):
     rows = [json.loads(line) for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()]
     assert len(rows) == 5
     assert not any(VALUE_METRICS & row.keys() for row in rows)
+    exported = run_command("export", tmp_path / "a", tmp_path / "b")
+    assert exported.code == 0, exported.err
+    card = (tmp_path / "b" / "README.md").read_text()
+    assert f"# A policy trained with {algorithm.upper()}\n" in card
+    assert f"- {algorithm}\n" in card
 
 
 @pytest.mark.usefixtures("reviews_drawn_once")
