@@ -299,7 +299,9 @@ def learn(
             assert scores.values_BT is not None
             assert targets.returns_BT is not None
             metrics["target_error"] = target_error(
-                scores_B=scores_B.numpy(),
+                rewards_B=rewards_B.numpy(),
+                ended_B=rollout.ended_B.cpu().numpy(),
+                missing_eos_penalty=ppo.missing_eos_penalty,
                 logprobs_BT=scores.logprobs_BT.cpu().numpy(),
                 ref_logprobs_BT=scores.ref_logprobs_BT.cpu().numpy(),
                 values_BT=scores.values_BT.cpu().numpy(),
