@@ -21,6 +21,12 @@ CONTEXT = WINDOW + STRIDE
 MAD_TO_STD = 1.4826
 """Standard deviation of a normal variable over its median absolute deviation."""
 
+NONFINITE = "nonfinite"
+STEP_ADVANCE = "step_advance"
+DERIVED = (NONFINITE, STEP_ADVANCE, "kl_per_token", "rollout_logprob_diff")
+"""Columns made of a log's own: non-finite values of a row, its step less the one before, and what trainers log under
+several names."""
+
 
 @dataclass(frozen=True)
 class Series:
@@ -36,13 +42,13 @@ class Series:
     def __getitem__(self, metric: str) -> np.ndarray:
         return self.columns[metric]
 
-    def __contains__(self, metric: str) -> bool:
-        return metric in self.columns
+    def __len__(self) -> int:
+        return len(self.columns["step"])
 
     @property
     def rows(self) -> np.ndarray:
         """[N] absolute row numbers."""
-        return self.offset + np.arange(len(next(iter(self.columns.values()))))
+        return self.offset + np.arange(len(self))
 
     def beginning(self, metric: str) -> np.ndarray:
         """Return [N] the median of the run's first ``HEAD`` rows; NaN in those rows themselves."""
@@ -70,6 +76,11 @@ class Series:
         padded = np.concatenate([np.full(rows - 1, np.nan), self[metric]])
         return median_by_row(sliding_window_view(padded, rows), rows)
 
+    def recent_mean(self, values: np.ndarray, rows: int) -> np.ndarray:
+        """Return [N] the mean of each of [N] values and those just before it; NaN where there are fewer."""
+        padded = np.concatenate([np.full(rows - 1, np.nan), values])
+        return np.sum([padded[shift : shift + len(values)] for shift in range(rows)], axis=0) / rows
+
 
 def median_by_row(x: np.ndarray, least: int) -> np.ndarray:
     """Return [N] the median of each row of [N, M] without its NaN; NaN where fewer than ``least`` numbers are left."""
@@ -85,3 +96,30 @@ def run_lengths(flags: np.ndarray, carried: int) -> np.ndarray:
     index = np.arange(1, len(flags) + 1)
     last_false = np.maximum.accumulate(np.where(flags, 0, index))
     return np.where(last_false == 0, index + carried, index - last_false) * flags
+
+
+def derive(
+    block: Mapping[str, np.ndarray], logged: Mapping[str, np.ndarray], step_before: float
+) -> dict[str, np.ndarray]:
+    """Return the columns ``DERIVED`` of a block of rows; NaN where a row has nothing to make them of.
+
+    Args:
+        block: ``step`` and metrics, [N] float64.
+        logged: [N] bool by metric, where a row has it.
+        step_before: the step of the row before the first.
+    """
+    nothing = np.full(len(block["step"]), np.nan)
+    lost = np.zeros_like(nothing)
+    for name, has in logged.items():
+        lost += has & ~np.isfinite(block[name])
+    with np.errstate(divide="ignore", invalid="ignore"):
+        per_token = block.get("kl", nothing) / block.get("response_length_mean", nothing)
+    difference = block.get("rollout_logprob_diff_p99", nothing)
+    return {
+        NONFINITE: lost,
+        STEP_ADVANCE: np.diff(block["step"], prepend=step_before),
+        "kl_per_token": np.where(np.isfinite(per_token), per_token, block.get("kl_k3", nothing)),
+        "rollout_logprob_diff": np.where(
+            np.isfinite(difference), difference, block.get("rollout_logprob_diff_mean", nothing)
+        ),
+    }

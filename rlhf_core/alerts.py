@@ -8,14 +8,25 @@ No clock, no file, no torch: the trainer, the command line, the tests and the da
     ['ratio_off_one']
 """
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
 import numpy as np
 
-from rlhf_core.alert_rules import NONFINITE, RULES, STALLED, STEP_ADVANCE, Rule, Settings
-from rlhf_core.alert_series import CONTEXT, HEAD, MAD_TO_STD, Series, median_by_row, run_lengths
+from rlhf_core.alert_judges import Settings, Verdict, number
+from rlhf_core.alert_rules import RULES, STALLED, Rule
+from rlhf_core.alert_series import (
+    CONTEXT,
+    DERIVED,
+    HEAD,
+    MAD_TO_STD,
+    NONFINITE,
+    Series,
+    derive,
+    median_by_row,
+    run_lengths,
+)
 
 Severity = Literal["info", "warning", "critical"]
 SEVERITIES: tuple[Severity, ...] = ("info", "warning", "critical")
@@ -66,6 +77,18 @@ class Alert:
         """Return the alert as a JSON object."""
         return asdict(self) | {"moved_with": list(self.moved_with)}
 
+    @classmethod
+    def from_json(cls, row: Mapping[str, Any]) -> "Alert":
+        """Return the alert of a JSON object.
+
+        Raises:
+            ValueError: a field is missing, or one is unknown.
+        """
+        known = {item.name for item in fields(cls)}
+        if row.keys() != known:
+            raise ValueError(f"an alert has {', '.join(sorted(known))}; these differ: {sorted(row.keys() ^ known)}")
+        return cls(**{**row, "moved_with": tuple(row["moved_with"])})
+
 
 def check(
     columns: Mapping[str, np.ndarray], thresholds: Thresholds, *, age_of_last_row_s: float | None = None
@@ -85,6 +108,11 @@ def check(
     monitor = Monitor(thresholds)
     monitor.extend(columns)
     return monitor.alerts(age_of_last_row_s)
+
+
+def worst_first(alerts: Iterable[Alert]) -> list[Alert]:
+    """Return the standing alerts before the passed, and each from the worst severity to the least."""
+    return sorted(alerts, key=lambda one: (not one.standing, -SEVERITIES.index(one.severity), one.first_step))
 
 
 class Monitor:
@@ -115,20 +143,18 @@ class Monitor:
         return raised
 
     def _extend(self, columns: Mapping[str, np.ndarray]) -> list[Alert]:
-        steps = np.asarray(columns["step"]).astype(np.int64)
-        block = {name: _float64(column) for name, column in columns.items() if name != "step"}
-        present = {name: ~np.ma.getmaskarray(columns[name]) for name in block}
-        finite = {name: np.isfinite(block[name]) & present[name] for name in block}
-        block[NONFINITE] = sum((present[n] & ~finite[n] for n in finite), np.zeros(len(steps))).astype(np.float64)
-        before = np.concatenate([[self._last_step if self._rows else steps[0] - 1], steps[:-1]])
-        block[STEP_ADVANCE] = (steps - before).astype(np.float64)
-        for name in (NONFINITE, STEP_ADVANCE):
-            finite[name] = np.ones(len(steps), dtype=bool)
-        self._seen |= {name for name in finite if finite[name].any() or name in (NONFINITE, STEP_ADVANCE)}
+        block = {name: _float64(column) for name, column in columns.items()}
+        logged = {name: ~np.ma.getmaskarray(columns[name]) for name in block if name != "step"}
+        steps = block["step"].astype(np.int64)
+        block |= derive(block, logged, self._last_step if self._rows else steps[0] - 1)
+        for name, has in logged.items():
+            block[name] = np.where(has & ~np.isfinite(block[name]), np.inf, block[name])
+        finite = {name: np.isfinite(block[name]) for name in block}
+        self._seen |= {name for name in finite if finite[name].any()}
         self._last_step, self._rows = int(steps[-1]), self._rows + len(steps)
         if "step_time_s" in block:
             self._step_times = np.concatenate([self._step_times, block["step_time_s"][finite["step_time_s"]]])[-20:]
-        recent = _joined(self._tail, {"step": steps.astype(np.float64)} | block)
+        recent = _joined(self._tail, block)
         found = [alert for track in self._tracks for alert in track.extend(steps, block, finite, recent)]
         self._tail = {name: column[-2 * CONTEXT :] for name, column in recent.items()}
         return found
@@ -138,7 +164,7 @@ class Monitor:
         found = [alert for track in self._tracks for alert in track.alerts()]
         if age_of_last_row_s is not None and self._rows:
             found += self._judge_age(age_of_last_row_s)
-        return sorted(found, key=lambda one: (not one.standing, -SEVERITIES.index(one.severity), one.first_step))
+        return worst_first(found)
 
     def not_checked(self) -> dict[str, tuple[str, ...]]:
         """Return the rules that could not look, and the metrics that the log lacks for each."""
@@ -149,12 +175,25 @@ class Monitor:
 
     def _judge_age(self, age_s: float) -> list[Alert]:
         usual = float(np.median(self._step_times)) if len(self._step_times) else 0.0
-        limit = max(float(self._stalled["threshold"]) * usual, float(self._stalled["least_s"]))
+        limit = max(number(self._stalled, "threshold") * usual, number(self._stalled, "least_s"))
         if not age_s > limit:
             return []
-        evidence = f"the last row is {age_s:.0f} s old; a step takes {usual:.3g} s"
-        step = self._last_step
-        return [_alert(STALLED, self._stalled, STALLED.metrics[0], (step, step, step), age_s, limit, (), evidence)]
+        return [
+            Alert(
+                name=STALLED.name,
+                severity=_severity(self._stalled),
+                metric=STALLED.metrics[0],
+                first_step=self._last_step,
+                raised_step=self._last_step,
+                step=self._last_step,
+                value=age_s,
+                threshold=limit,
+                moved_with=(),
+                cause=STALLED.cause,
+                remedy=STALLED.remedy,
+                evidence=f"the last row is {age_s:.0f} s old; a step takes {usual:.3g} s",
+            )
+        ]
 
 
 @dataclass
@@ -167,9 +206,11 @@ class _Episode:
     value: float
     limit: float
     sign: int
-    worst: float
+    level: int
+    """Index of its worst severity."""
     good_rows: int = 0
     standing: bool = True
+    metric: str = ""
     moved_with: tuple[str, ...] = ()
     evidence: str = ""
 
@@ -203,17 +244,15 @@ class _Track:
         if not count:
             return []
         series = self._series(new)
-        verdict = self.rule.judge(series, self.settings)
-        known = len(series["step"]) - count
-        rows = series.rows
-        bad = (verdict.bad & (rows >= float(self.settings["warm_up"])))[known:]
-        value, limit = verdict.value[known:], verdict.limit[known:]
-        raised = self._follow(new["step"], bad, value, limit, verdict.sign)
+        known = len(series) - count
+        verdict = self.rule.judge(series, self.settings).since(known)
+        bad = verdict.bad & (series.rows[known:] >= number(self.settings, "warm_up"))
+        raised = self._follow(new["step"], bad, verdict, _levels(verdict, self.settings))
         self.tail = {name: column[-CONTEXT:] for name, column in series.columns.items()}
         self.rows += count
         kept = [episode for episode in raised if any(episode is one for one in self.episodes)]
         for episode in kept:
-            episode.moved_with, episode.evidence = _explain(self.rule, episode, recent)
+            _explain(self.rule, episode, recent)
         return [self._alert(episode) for episode in kept]
 
     def _series(self, new: Mapping[str, np.ndarray]) -> Series:
@@ -223,56 +262,50 @@ class _Track:
         joined = _joined(self.tail, new)
         return Series(joined, self.rows - (len(joined["step"]) - len(new["step"])), self.head)
 
-    def _follow(
-        self, steps: np.ndarray, bad: np.ndarray, value: np.ndarray, limit: np.ndarray, sign: int
-    ) -> list[_Episode]:
+    def _follow(self, steps: np.ndarray, bad: np.ndarray, verdict: Verdict, levels: np.ndarray) -> list[_Episode]:
         """Walk from the start of one episode to its end to the start of the next; return those that began here."""
         raised: list[_Episode] = []
         lengths = run_lengths(bad, self.streak)
-        long_enough = np.flatnonzero(lengths >= float(self.settings["steps"]))
+        long_enough = np.flatnonzero(lengths >= number(self.settings, "steps"))
         at = 0
         while at < len(steps):
             episode = self.episodes[-1] if self.episodes and self.episodes[-1].standing else None
-            if episode is None:
-                later = np.searchsorted(long_enough, at)
-                if later == len(long_enough):
-                    break
-                at = int(long_enough[later])
-                begin = at - int(lengths[at]) + 1
-                first = int(steps[begin]) if begin >= 0 else self.streak_step
-                now = float(value[at])
-                episode = _Episode(first, int(steps[at]), int(steps[at]), now, float(limit[at]), sign, now)
-                raised.append(episode)
-                self.episodes.append(episode)
-                del self.episodes[1 : -MOST_EPISODES + 1]
-                at += 1
-            else:
-                at = self._to_the_end(episode, at, steps, value)
-        if lengths[-1] and lengths[-1] <= len(steps):
+            if episode is not None:
+                at = self._to_the_end(episode, at, steps, verdict, levels)
+                continue
+            later = np.searchsorted(long_enough, at)
+            if later == len(long_enough):
+                break
+            at = int(long_enough[later])
+            begin = at - int(lengths[at]) + 1
+            first = int(steps[begin]) if begin >= 0 else self.streak_step
+            step, value, limit = int(steps[at]), float(verdict.value[at]), float(verdict.limit[at])
+            raised.append(_Episode(first, step, step, value, limit, verdict.sign, int(levels[at])))
+            self.episodes.append(raised[-1])
+            del self.episodes[1 : -MOST_EPISODES + 1]
+            at += 1
+        if 0 < lengths[-1] <= len(steps):
             self.streak_step = int(steps[len(steps) - int(lengths[-1])])
         self.streak = int(lengths[-1])
         return raised
 
-    def _to_the_end(self, episode: _Episode, at: int, steps: np.ndarray, value: np.ndarray) -> int:
+    def _to_the_end(self, episode: _Episode, at: int, steps: np.ndarray, verdict: Verdict, levels: np.ndarray) -> int:
         """Follow an episode, against the limit that it was raised by, and return the row behind its end."""
-        clears, size = float(self.settings["clears"]), 32
-        while at < len(steps):
-            part = slice(at, at + size)
-            bad = episode.sign * (value[part] - episode.limit) > 0
+        clears, size = number(self.settings, "clears"), 32
+        while at < len(steps) and episode.standing:
+            value = verdict.value[at : at + size]
+            bad = episode.sign * (value - episode.limit) > 0
             good_rows = run_lengths(~bad, episode.good_rows)
             ends = np.flatnonzero(good_rows >= clears)
             stop = int(ends[0]) + 1 if len(ends) else len(bad)
             bad_rows = np.flatnonzero(bad[:stop])
             if len(bad_rows):
-                last = at + int(bad_rows[-1])
-                episode.step, episode.value = int(steps[last]), float(value[last])
-                worst = episode.sign * np.max(episode.sign * value[part][:stop][bad_rows])
-                episode.worst = episode.sign * max(episode.sign * episode.worst, episode.sign * float(worst))
+                last = int(bad_rows[-1])
+                episode.step, episode.value = int(steps[at + last]), float(value[last])
+                episode.level = max(episode.level, int(levels[at + bad_rows].max()))
             episode.good_rows = int(good_rows[stop - 1])
+            episode.standing = not len(ends)
             at, size = at + stop, 2 * size
-            if len(ends):
-                episode.standing = False
-                break
         return at
 
     def alerts(self) -> list[Alert]:
@@ -280,59 +313,61 @@ class _Track:
         return [self._alert(episode) for episode in self.episodes]
 
     def _alert(self, episode: _Episode) -> Alert:
-        steps = (episode.first_step, episode.raised_step, episode.step)
-        settings = self.settings
-        if "critical" in settings and episode.sign * (episode.worst - float(settings["critical"])) > 0:
-            settings = {**settings, "severity": "critical"}
-        alert = _alert(
-            self.rule, settings, self.rule.metrics[0], steps, episode.value, episode.limit, episode.moved_with,
-            episode.evidence,
-        )  # fmt: skip
-        return replace(alert, standing=episode.standing)
+        return Alert(
+            name=self.rule.name,
+            severity=SEVERITIES[episode.level],
+            metric=episode.metric,
+            first_step=episode.first_step,
+            raised_step=episode.raised_step,
+            step=episode.step,
+            value=episode.value,
+            threshold=episode.limit,
+            moved_with=episode.moved_with,
+            cause=self.rule.cause,
+            remedy=self.rule.remedy,
+            evidence=episode.evidence,
+            standing=episode.standing,
+        )
 
 
-def _alert(
-    rule: Rule,
-    settings: Settings,
-    metric: str,
-    steps: tuple[int, int, int],
-    value: float,
-    limit: float,
-    moved_with: tuple[str, ...],
-    evidence: str,
-) -> Alert:
-    severity = next(one for one in SEVERITIES if one == settings["severity"])
-    first, raised, last = steps
-    return Alert(
-        rule.name, severity, metric, first, raised, last, value, limit, moved_with, rule.cause, rule.remedy, evidence
-    )
+def _levels(verdict: Verdict, settings: Settings) -> np.ndarray:
+    """Return [N] the index of each row's severity, were it bad."""
+    levels = np.full(len(verdict.value), SEVERITIES.index(_severity(settings)))
+    for index, name in enumerate(SEVERITIES):
+        if name in settings:
+            levels[verdict.beyond(number(settings, name)) & (levels < index)] = index
+    return levels
 
 
-def _explain(rule: Rule, episode: _Episode, recent: Mapping[str, np.ndarray]) -> tuple[tuple[str, ...], str]:
-    """Return which metrics moved with an episode's raise, and the figures in a line."""
-    names = [name for name in recent if name not in ("step", NONFINITE, STEP_ADVANCE)]
-    if not names:
-        return (), ""
-    steps = recent["step"]
-    since = int(np.searchsorted(steps, episode.first_step))
-    until = int(np.searchsorted(steps, episode.raised_step, side="right"))
-    matrix = np.stack([recent[name] for name in names])
-    matrix = np.where(np.isfinite(matrix), matrix, np.nan)
-    before, during = matrix[:, max(0, since - CONTEXT) : since], matrix[:, since:until]
-    now = median_by_row(during, 1)
-    if before.shape[1] == 0:
-        figures = [f"{name} {now[names.index(name)]:.4g}" for name in rule.metrics if name in names]
-        return (), ", ".join(figures)
-    usual = median_by_row(before, 3)
-    spread = MAD_TO_STD * median_by_row(np.abs(before - usual[:, None]), 3)
-    distance = np.abs(now - usual) / (spread + 1e-3 * np.abs(usual) + 1e-12)
-    order = np.argsort(-np.nan_to_num(distance), kind="stable")
-    moved = tuple(
-        names[i] for i in order if distance[i] > MOVED_DEVIATIONS and names[i] not in rule.metrics
-    )[:MOST_MOVED]  # fmt: skip
-    shown = [name for name in (*rule.metrics, *moved) if name in names]
-    figures = [f"{name} {usual[names.index(name)]:.4g} → {now[names.index(name)]:.4g}" for name in shown]
-    return moved, ", ".join(figures)
+def _severity(settings: Settings) -> Severity:
+    return next(one for one in SEVERITIES if one == settings["severity"])
+
+
+def _explain(rule: Rule, episode: _Episode, recent: Mapping[str, np.ndarray]) -> None:
+    """Find which metrics moved when an episode was raised, and write its figures in a line."""
+    names = [name for name in recent if name != "step" and name not in DERIVED]
+    until = int(np.flatnonzero(recent["step"] == episode.raised_step)[-1]) + 1
+    began = np.flatnonzero(recent["step"][:until] == episode.first_step)
+    since = int(began[-1]) if len(began) else 0
+    shown = [name for name in rule.metrics if name in recent]
+    matrix = np.stack([recent[name] for name in (*shown, *names)])
+    lost = [name for name in names if np.isinf(recent[name][since:until]).any()]
+    matrix[~np.isfinite(matrix)] = np.nan
+    before, now = matrix[:, max(0, since - CONTEXT) : since], median_by_row(matrix[:, since:until], 1)
+    usual = median_by_row(before, 3) if since else np.full(len(matrix), np.nan)
+    spread = MAD_TO_STD * median_by_row(np.abs(before - usual[:, None]), 3) if since else usual
+    distance = np.nan_to_num(np.abs(now - usual) / (spread + 1e-2 * np.abs(usual) + 1e-9))[len(shown) :]
+    order = [int(i) for i in np.argsort(-distance, kind="stable") if distance[i] > MOVED_DEVIATIONS]
+    moved = [names[i] for i in order if names[i] not in rule.metrics][:MOST_MOVED]
+    figures = dict(zip((*shown, *names), zip(usual.tolist(), now.tolist(), strict=True), strict=True))
+    texts = [_figure(name, *figures[name]) for name in (*shown, *moved) if name != NONFINITE]
+    episode.metric = lost[0] if lost and rule.metrics[0] == NONFINITE else rule.metrics[0]
+    episode.moved_with = tuple(moved)
+    episode.evidence = ", ".join([*(f"{name} is not finite" for name in lost), *texts])
+
+
+def _figure(name: str, before: float, now: float) -> str:
+    return f"{name} {now:.4g}" if np.isnan(before) else f"{name} {before:.4g} → {now:.4g}"
 
 
 def _row_count(columns: Mapping[str, np.ndarray]) -> int:
@@ -361,15 +396,42 @@ def _joined(tail: Mapping[str, np.ndarray], new: Mapping[str, np.ndarray]) -> di
     }
 
 
+def nonfinite_alert(step: int, name: str, thresholds: Thresholds) -> Alert:
+    """Return the alert of a step that a trainer gave up because ``name`` was not finite, and did not log."""
+    rule = next(rule for rule in RULES if rule.name == "nonfinite")
+    return Alert(
+        name=rule.name,
+        severity=_severity(thresholds[rule.name]),
+        metric=name,
+        first_step=step,
+        raised_step=step,
+        step=step,
+        value=None,
+        threshold=None,
+        moved_with=(),
+        cause=rule.cause,
+        remedy=rule.remedy,
+        evidence=f"{name} is not finite; the trainer stopped in this step and did not log it",
+    )
+
+
 def synthetic_alerts(thresholds: Thresholds) -> list[Alert]:
     """Return one made-up alert of each rule, marked synthetic: to see what they look like."""
     return [
-        replace(
-            _alert(
-                rule, thresholds[rule.name], rule.metrics[0], (10, 12, 20), 2.0, 1.0, ("reward_mean", "entropy"),
-                f"synthetic: {rule.metrics[0]} 0.5 → 2",
-            ),
+        Alert(
+            name=rule.name,
+            severity=_severity(thresholds[rule.name]),
+            metric=rule.metrics[0],
+            first_step=10,
+            raised_step=12,
+            step=20,
+            value=2.0,
+            threshold=1.0,
+            moved_with=("reward_mean", "entropy"),
+            cause=rule.cause,
+            remedy=rule.remedy,
+            evidence=f"synthetic: {rule.metrics[0]} 0.5 → 2",
             synthetic=True,
         )
         for rule in (*RULES, STALLED)
-    ]  # fmt: skip
+    ]

@@ -47,6 +47,12 @@ METRICS = (
     Metric("lr", "1", "the optimizer's rate in this step", (0.0, None)),
     Metric("rollout_logprob_diff_max", "nats", "largest |sampler − trainer| log-prob of a response token", (0.0, 1e-3)),
     Metric("rollout_logprob_diff_p99", "nats", "99th percentile of |sampler − trainer| log-prob", (0.0, 1e-3)),
+    Metric("sampling_z", "1", "Σ x / √Σ x² over response tokens, x = −log π − entropy", (-4.0, 4.0)),
+    Metric("tokens_after_eos", "tokens", "tokens that count as response behind their sequence's end", (0.0, 0.0)),
+    Metric("reward_length_corr", "1", "correlation of reward and response tokens over sequences", (-0.9, 0.9)),
+    Metric("target_error", "1", "largest deviation of advantages and returns from float64, relative", (0.0, 1e-4)),
+    Metric("first_gradient_error", "1", "same of the first minibatch's gradient from its closed form", (0.0, 1e-4)),
+    Metric("value_gradient_share", "1", "share of the value loss in that gradient, squared", (0.0, 0.99)),
 )  # fmt: skip
 
 BY_NAME = {metric.name: metric for metric in METRICS}
@@ -97,6 +103,8 @@ def rollout_metrics(
     sampler_diff = np.abs(sampler_logprobs[on].astype(np.float64) - logprobs[on].astype(np.float64))
     values64, returns64 = values[on].astype(np.float64), returns[on].astype(np.float64)
     return_var = float(returns64.var())
+    surprise = -logprobs[on].astype(np.float64) - entropies[on]
+    surprise_norm = float(np.sqrt((surprise**2).sum()))
     return {
         "kl": kl,
         "kl_k3": float((np.expm1(-ratio) + ratio).mean()),
@@ -116,7 +124,16 @@ def rollout_metrics(
         "eos_rate": float(ended.astype(np.float64).mean()),
         "rollout_logprob_diff_max": float(sampler_diff.max()),
         "rollout_logprob_diff_p99": float(np.percentile(sampler_diff, 99)),
+        "sampling_z": float(surprise.sum()) / surprise_norm if surprise_norm > 0 else 0.0,
+        "reward_length_corr": correlation(rewards.astype(np.float64), on.sum(axis=1).astype(np.float64)),
     }
+
+
+def correlation(x: np.ndarray, y: np.ndarray) -> float:
+    """Return Pearson's correlation of [N] and [N]; 0 where one of them is constant."""
+    x, y = x - x.mean(), y - y.mean()
+    norm = math.sqrt(float((x * x).sum()) * float((y * y).sum()))
+    return float((x * y).sum()) / norm if norm > 1e-12 else 0.0
 
 
 def log_row(step: int, values: dict[str, float]) -> dict[str, Any]:

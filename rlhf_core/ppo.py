@@ -15,6 +15,8 @@ import torch
 
 from rlhf_core.advantages import adapt_kl_coef, penalize_missing_eos, token_rewards
 from rlhf_core.config import PPOConfig, TrainConfig
+from rlhf_core.gradient_probe import GradientProbe
+from rlhf_core.invariants import target_error, tokens_after_end
 from rlhf_core.losses import clipped_value_loss, kl_k3, log_ratio, masked_sum, ppo_policy_loss
 from rlhf_core.metrics import rollout_metrics
 from rlhf_core.optim import clip_gradients, gradients, set_learning_rate, total_norm
@@ -33,6 +35,8 @@ class NonFiniteError(FloatingPointError):
     """A tensor of the step holds NaN or infinity."""
 
     def __init__(self, step: int, name: str) -> None:
+        self.step = step
+        self.name = name
         super().__init__(
             f"step {step}: {name} is not finite, so training stops and nothing more is saved; "
             "lower the learning rate, or look at the reward"
@@ -183,11 +187,12 @@ def accumulate_gradients(
     targets: Targets,
     minibatch: list[torch.Tensor],
     config: TrainConfig,
+    probe: GradientProbe | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, int]:
     """Add the gradient of a minibatch's loss to the parameters, one micro-batch after the other.
 
     Every micro-batch is divided by the tokens of the whole minibatch, so their gradients add up to its gradient
-    however it is split.
+    however it is split. A probe gets to see the gradient with respect to log-probs and values.
 
     Returns:
         The minibatch's sums of policy loss, value loss, k3 and clipped tokens; max |ρ − 1|; its tokens.
@@ -205,6 +210,8 @@ def accumulate_gradients(
         value_loss = clipped_value_loss(
             values_BT, scores.values_BT[rows], targets.returns_BT[rows], mask_BT, clip_range=ppo.value_clip_range
         )
+        if probe is not None:
+            probe.watch(rows, logprobs_BT, values_BT, targets.advantages_BT[rows], targets.returns_BT[rows])
         ((policy_loss + ppo.value_coef * value_loss) / tokens).backward()
         with torch.no_grad():
             off_BT = (log_ratio_BT.exp() - 1.0).abs()
@@ -232,12 +239,17 @@ def update(
             a weight is no longer finite after the last one.
     """
     parameters = [parameter for parameter in state.model.parameters() if parameter.requires_grad]
-    statistics = UpdateStatistics()
+    # Which tokens count, the probe takes from the attention mask, and so not from where the loss takes it.
+    real_BT = rollout.attention_mask_BL[:, -rollout.response_length :].bool()
+    statistics, probe = UpdateStatistics(), GradientProbe(real_BT, config.ppo.value_coef)
     for epoch in range(config.ppo.epochs):
         plan = first_plan if epoch == 0 else plan_epoch(config.ppo, config.seed, step, epoch)
-        for minibatch in plan:
+        for number, minibatch in enumerate(plan):
             with clock.stage("forward_backward"):
-                sums, deviation, tokens = accumulate_gradients(state, rollout, scores, targets, minibatch, config)
+                first = probe if epoch == number == 0 else None
+                sums, deviation, tokens = accumulate_gradients(
+                    state, rollout, scores, targets, minibatch, config, first
+                )
             with clock.stage("optimizer"):
                 grads = gradients(parameters)
                 norm = total_norm(grads)
@@ -248,7 +260,7 @@ def update(
                 state.optimizer.step()
                 state.optimizer.zero_grad(set_to_none=True)
     require_finite(step, None, **dict(state.model.named_parameters()))
-    return statistics.metrics()
+    return statistics.metrics() | probe.metrics()
 
 
 def first_nonfinite_of_update(model: ActorCritic, sums: torch.Tensor) -> str:
@@ -348,6 +360,24 @@ def ppo_step(
             kl_target=ppo.kl_target,
         )
         metrics["lr"] = lr
+        metrics["tokens_after_eos"] = tokens_after_end(
+            rollout.response_ids_BT.cpu().numpy(), mask_BT.cpu().numpy(), eos_id
+        )
+        metrics["target_error"] = target_error(
+            scores_B=scores_B.numpy(),
+            logprobs_BT=scores.logprobs_BT.cpu().numpy(),
+            ref_logprobs_BT=scores.ref_logprobs_BT.cpu().numpy(),
+            values_BT=scores.values_BT.cpu().numpy(),
+            mask_BT=mask_BT.cpu().numpy(),
+            kl_coef=state.kl_coef,
+            gamma=ppo.gamma,
+            lam=ppo.lam,
+            whiten_rewards=ppo.whiten_rewards,
+            whiten_advantages=ppo.whiten_advantages,
+            raw_advantages_BT=raw_advantages_BT.cpu().numpy(),
+            advantages_BT=targets.advantages_BT.cpu().numpy(),
+            returns_BT=targets.returns_BT.cpu().numpy(),
+        )
         if ppo.kl_control == "adaptive":
             n = len(prompt_ids)
             state.kl_coef = adapt_kl_coef(

@@ -5,16 +5,18 @@ import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
 from rlhf_core import config as configuration
 from rlhf_core import runlog
+from rlhf_core.alert_thresholds import default_thresholds, read_thresholds
 from rlhf_core.commands.options import USAGE_ERROR, UsageError, complain, describe, parse
 from rlhf_core.config import TrainConfig
 from rlhf_core.numerics import apply_environment
 from rlhf_core.stopping import Stopped
+from rlhf_core.watch import WatchOptions
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,16 @@ class Options:
     """Where runs are kept."""
     resume: bool = False
     """Continue the run --name (or the latest) from its newest sound checkpoint, with the options it began with."""
+    stop_on: Literal["critical", "warning", "never"] = "never"
+    """Stop, saved and ready to --resume, when an alert of this severity or a worse one is raised; see rlhf alerts."""
+    thresholds: Path | None = None
+    """A .toml file that changes severities and thresholds of the alerts."""
+
+    @property
+    def watch(self) -> WatchOptions:
+        """What the run is watched by."""
+        thresholds = default_thresholds() if self.thresholds is None else read_thresholds(self.thresholds)
+        return WatchOptions(thresholds, None if self.stop_on == "never" else self.stop_on)
 
 
 def run(arguments: list[str]) -> int:
@@ -45,16 +57,19 @@ def run(arguments: list[str]) -> int:
         folder = runlog.find_run(early["name"] or "latest", runs)
         recorded = configuration.read_config_file(folder / runlog.CONFIG_FILE, TrainConfig())
         asked = configuration.read_config_file(file, recorded) if file else recorded
-        asked = parse(Options, arguments, "train", Options(train=asked)).train
-        _refuse_changes(recorded, asked)
-        return _train(recorded, lambda: folder, resumed=True)
+        options = parse(Options, arguments, "train", Options(train=asked))
+        _refuse_changes(recorded, options.train)
+        return _train(recorded, lambda: folder, options.watch, resumed=True)
     base = configuration.defaults(early["data"], file)
-    config = parse(Options, arguments, "train", Options(train=base)).train
+    options = parse(Options, arguments, "train", Options(train=base))
+    config = options.train
     configuration.check_sources(config)
     runlog.check_new_name(runs, early["name"])
     task = Path(config.data).resolve().name if config.data else "embedded"
     default_name, content = f"{task}-seed{config.seed}", configuration.to_json(config)
-    return _train(config, lambda: runlog.create_run(runs, early["name"], default_name, content), resumed=False)
+    return _train(
+        config, lambda: runlog.create_run(runs, early["name"], default_name, content), options.watch, resumed=False
+    )
 
 
 def _refuse_changes(recorded: TrainConfig, asked: TrainConfig) -> None:
@@ -67,7 +82,7 @@ def _refuse_changes(recorded: TrainConfig, asked: TrainConfig) -> None:
         )
 
 
-def _train(config: TrainConfig, open_run: Callable[[], Path], *, resumed: bool) -> int:
+def _train(config: TrainConfig, open_run: Callable[[], Path], watch: WatchOptions, *, resumed: bool) -> int:
     apply_environment(config.numerics, config.resolved_threads)
     # These load torch, which reads the environment once.
     from rlhf_core.experiment import load_inputs
@@ -78,7 +93,7 @@ def _train(config: TrainConfig, open_run: Callable[[], Path], *, resumed: bool) 
     place = folder.resolve()
     resume = f"rlhf train --resume --name {shlex.quote(place.name)} --runs {shlex.quote(str(place.parent))}"
     try:
-        run_training(config, inputs, folder, resumed=resumed)
+        run_training(config, inputs, folder, resumed=resumed, watch=watch)
     except Stopped as stopped:
         return complain(f"{stopped}; continue with: {resume}", stopped.exit_code)
     except FloatingPointError as error:
