@@ -14,9 +14,9 @@ import numpy as np
 from dashboard import folder, jsonl, series
 from dashboard.jsonl import Columns
 from dashboard.series import Curve
-from rlhf_core import runlog
+from rlhf_core import readers, runlog
 from rlhf_core.alert_thresholds import default_thresholds
-from rlhf_core.alerts import Alert, Monitor
+from rlhf_core.alerts import Alert, Monitor, worst_first
 
 MOST_RUNS = 12
 """Runs that are held at a time; the one not asked for the longest goes."""
@@ -220,7 +220,18 @@ class Run:
         progress = self.progress()
         with self._lock:
             waiting = progress.steps is not None and not progress.ended and progress.read == 1.0
-            return self._monitor.alerts(progress.age_s if waiting else None)
+            found = self._monitor.alerts(progress.age_s if waiting else None)
+        return worst_first([*found, *self._unlogged_alerts(progress.last_step or 0)])
+
+    def _unlogged_alerts(self, last_step: int) -> list[Alert]:
+        """Return the alert of a step that the trainer gave up, and so did not log."""
+        path = folder.plain_file(self.path, runlog.ALERTS_FILE)
+        if path is None or path.stat().st_size > JSON_BYTES:
+            return []
+        try:
+            return readers.unlogged_alerts(self.path, last_step)
+        except (OSError, ValueError):
+            return []
 
     def not_checked(self) -> dict[str, tuple[str, ...]]:
         """Return the rules that cannot look at this log, with the metrics that each lacks."""
