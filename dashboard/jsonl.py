@@ -103,7 +103,9 @@ def _from_table(table: pa.Table) -> Columns | None:
         if pa.types.is_struct(column.type):
             for field, inner in zip(column.type, column.flatten(), strict=True):
                 _add_numbers(columns, f"{name}/{field.name}", inner)
-        elif column.null_count or (name == "nonfinite" and len(column.flatten())):
+        elif column.null_count or (
+            name == "nonfinite" and (not pa.types.is_list(column.type) or len(column.flatten()))
+        ):
             return None
         else:
             _add_numbers(columns, name, column)
