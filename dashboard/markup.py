@@ -9,7 +9,8 @@ from rlhf_core.terminal import printable
 STYLE = """<style>
 [data-testid="stMainBlockContainer"] {padding: 0.7rem 1.4rem 2rem; max-width: 1900px}
 [data-testid="stHeader"] {background: transparent; height: 2.6rem; min-height: 2.6rem; pointer-events: none}
-[data-testid="stHeader"] * {pointer-events: auto}
+[data-testid="stHeader"] * {pointer-events: none}
+[data-testid="stHeader"] button, [data-testid="stHeader"] button * {pointer-events: auto}
 .st-key-toolbar {padding-right: 3rem}
 .st-key-toolbar > div:first-child {flex: 1 1 15rem; min-width: 12rem}
 .st-key-questions > div {flex: 1 1 300px !important; min-width: min(300px, 100%) !important}

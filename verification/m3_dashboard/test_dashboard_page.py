@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 from dashboard_runs import HOSTILE, append, lines, make_run, metrics_row, sample_row, timing_row
+from dashboard_server import ROOT, environment
 from streamlit.testing.v1 import AppTest
 
-from conftest import ROOT, environment
 from dashboard import charts
 from rlhf_core.alert_rules import RULES, STALLED
 
@@ -80,10 +80,11 @@ def test_alerts_come_before_the_metrics_and_lead_to_their_step(runs):
     assert "1 critical" in words
     assert words.index("nonfinite") < words.index("Is it learning?")
     link = next(button for button in app.button if button.label == "Step 9")
-    ran(link.click())
+    link.click()
+    ran(app)
     assert (app.session_state["view"], app.session_state["step"]) == ("Completions", 9)
     assert app.dataframe[0].value["completion"].tolist() == ["number 0", "number 1", "number 2"]
-    metrics = app.dataframe[1].value.set_index("metric")["value"]
+    metrics = app.dataframe[len(app.dataframe) - 1].value.set_index("metric")["value"]
     assert metrics["⚠ kl, nats"] == "not finite"
 
 
