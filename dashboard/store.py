@@ -23,6 +23,8 @@ MOST_RUNS = 12
 AT_ONCE_BYTES = 1 << 24
 """A log with less than this unread is read while the page waits; a longer one in the background."""
 PREVIEW_ROWS = 400
+HEAD_START_S = 1.0
+"""How long the reading in the background waits, so that the page is drawn first."""
 LATE_S = 1.0
 """How long a row waits for its timings, which are written a moment later."""
 JSON_BYTES = 1 << 20
@@ -102,6 +104,7 @@ class Run:
         self._closed = True
 
     def _read_on(self) -> None:
+        time.sleep(HEAD_START_S)
         more = True
         while more and not self._closed:
             with self._lock:

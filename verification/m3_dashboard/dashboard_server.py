@@ -1,11 +1,15 @@
 """The dashboard as a process, and how its tests ask it."""
 
+import contextlib
 import http.client
 import json
 import os
 import shutil
 import socket
-from dataclasses import dataclass
+import subprocess
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,3 +63,21 @@ def free_port() -> int:
 def environment() -> dict[str, str]:
     paths = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
     return os.environ | {"PYTHONPATH": os.pathsep.join(path for path in paths if path)}
+
+
+@contextlib.contextmanager
+def started(command: Sequence[str], server: Server, variables: dict[str, str]) -> Iterator[Server]:
+    """Start a server from another folder, wait until it answers, and end it after the block."""
+    with server.log.open("wb") as output:
+        process = subprocess.Popen(command, cwd="/", env=variables, stdout=output, stderr=subprocess.STDOUT)
+    try:
+        for _ in range(600):
+            assert process.poll() is None, server.log.read_text()
+            with contextlib.suppress(OSError):
+                server.request("/health")
+                break
+            time.sleep(0.1)
+        yield replace(server, pid=process.pid)
+    finally:
+        process.terminate()
+        process.wait(timeout=20)
