@@ -304,12 +304,12 @@ def ppo_step(
     step, ppo, clock = state.step + 1, config.ppo, clock or StageClock(state.step + 1)
     if len(prompt_ids) != ppo.batch_size:
         raise ValueError(f"step {step} has {len(prompt_ids)} prompts; ppo.batch_size is {ppo.batch_size}")
-    require_finite(step, None, **dict(state.model.named_parameters()))
     lr = learning_rate(ppo, step)
     set_learning_rate(state.optimizer, lr)
 
     # 1. Rollout: a completion for each prompt, its uniforms keyed by (seed, step, sample, position).
     with clock.stage("rollout"):
+        require_finite(step, None, **dict(state.model.named_parameters()))
         length = config.sampling.max_new_tokens
         uniforms = CounterUniforms(config.seed, "rollout", step, np.arange(len(prompt_ids)), length)
         device = next(state.model.parameters()).device
@@ -388,5 +388,6 @@ def train(
     """
     while state.step < config.ppo.steps:
         clock = new_clock(state.step + 1)
-        prompt_ids = prompts_of_step(state.step + 1)
+        with clock.stage("prompts"):
+            prompt_ids = prompts_of_step(state.step + 1)
         yield ppo_step(state, prompt_ids, reward, config, eos_id=eos_id, pad_id=pad_id, clock=clock)
