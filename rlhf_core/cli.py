@@ -9,7 +9,14 @@ from types import ModuleType
 
 from rlhf_core.commands.options import USAGE_ERROR, UsageError, complain, describe
 
-COMMANDS = ("train", "compare", "samples", "check-profile")
+COMMANDS = (
+    "train",
+    "compare",
+    "samples",
+    "alerts",
+    "dashboard",
+    "check-profile",
+)
 """Each is the module of that name in ``rlhf_core.commands`` (with ``_`` for ``-``): ``Options`` and ``run``."""
 
 

@@ -16,7 +16,7 @@ _REMEDY = {
     "cython": "build it with `pip install -e .` (a C compiler is needed)",
     "cuda": "build it with `RLHF_KERNELS_CUDA=1 pip install -e .` (needs the CUDA toolkit)",
 }
-_NATIVE_FOR_DEVICE = {"cpu": "cython", "cuda": "cuda"}
+_NATIVE_FOR_DEVICE = {"cpu": "cython", "cuda": "cuda", "meta": "cython"}  # meta: shapes only
 
 
 class BackendUnavailableError(RuntimeError):
@@ -38,7 +38,7 @@ def _try_import(module: str) -> str | None:
 
 _WHY_MISSING: dict[str, str | None] = {
     "reference": None,
-    "cython": _try_import("rlhf_kernels.cpu.launch"),
+    "cython": _try_import("rlhf_kernels.cpu.linear"),
     "cuda": "the CUDA extension is not built",
 }
 _warned: set[str] = set()

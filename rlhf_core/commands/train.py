@@ -6,16 +6,18 @@ import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
 from rlhf_core import config as configuration
 from rlhf_core import runlog
+from rlhf_core.alert_thresholds import default_thresholds, read_thresholds
 from rlhf_core.commands.options import USAGE_ERROR, UsageError, complain, describe, parse
 from rlhf_core.config import TrainConfig
 from rlhf_core.numerics import apply_environment
 from rlhf_core.stopping import Stopped
+from rlhf_core.watch import WatchOptions
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,16 @@ class Options:
     """Continue the run --name (or the latest) from its newest sound checkpoint, with the options it began with."""
     profile: bool = False
     """Write profiles/: time and memory by stage, a trace for Perfetto, operators. Changes no number of the run."""
+    stop_on: Literal["critical", "warning", "never"] = "never"
+    """Stop, saved and ready to --resume, when an alert of this severity or a worse one is raised; see rlhf alerts."""
+    thresholds: Path | None = None
+    """A .toml file that changes severities and thresholds of the alerts."""
+
+    @property
+    def watch(self) -> WatchOptions:
+        """What the run is watched by."""
+        thresholds = default_thresholds() if self.thresholds is None else read_thresholds(self.thresholds)
+        return WatchOptions(thresholds, None if self.stop_on == "never" else self.stop_on)
 
 
 def run(arguments: list[str]) -> int:
@@ -72,6 +84,7 @@ def _refuse_changes(recorded: TrainConfig, asked: TrainConfig) -> None:
 
 
 def _train(config: TrainConfig, options: Options, open_run: Callable[[], Path]) -> int:
+    watch = options.watch
     apply_environment(config.numerics, config.resolved_threads)
     if options.profile:
         # Kineto, torch's recorder of operators, prints lines of its own unless told before torch is loaded.
@@ -85,7 +98,7 @@ def _train(config: TrainConfig, options: Options, open_run: Callable[[], Path]) 
     place = folder.resolve()
     resume = f"rlhf train --resume --name {shlex.quote(place.name)} --runs {shlex.quote(str(place.parent))}"
     try:
-        run_training(config, inputs, folder, resumed=options.resume, profile=options.profile)
+        run_training(config, inputs, folder, resumed=options.resume, watch=watch, profile=options.profile)
     except Stopped as stopped:
         return complain(f"{stopped}; continue with: {resume}", stopped.exit_code)
     except FloatingPointError as error:
