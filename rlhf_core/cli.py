@@ -11,6 +11,11 @@ from rlhf_core.commands.options import USAGE_ERROR, UsageError, complain, descri
 
 COMMANDS = (
     "train",
+    "sft",
+    "reward",
+    "eval",
+    "pipeline",
+    "export",
     "compare",
     "samples",
     "alerts",

@@ -79,6 +79,52 @@ TIMINGS = (
 )
 
 
+SFT_METRICS = (
+    Metric("loss", "nats", "mean negative log-likelihood of the tokens that are learned", (0.0, None)),
+    Metric("grad_norm", "1", "total gradient norm before clipping", (0.0, None)),
+    Metric("lr", "1", "the optimizer's rate in this step", (0.0, None)),
+    Metric("units", "tokens", "tokens of the step that are learned: those of completions, EOS included"),
+    Metric("token_accuracy", "1", "share of them that are the model's likeliest", (0.0, 1.0)),
+)
+"""What a row of ``rlhf sft`` has."""
+
+REWARD_METRICS = (
+    Metric("loss", "nats", "mean over pairs of −log σ(r_c − r_r − margin), and the centring term", (0.0, None)),
+    Metric("grad_norm", "1", "total gradient norm before clipping", (0.0, None)),
+    Metric("lr", "1", "the optimizer's rate in this step", (0.0, None)),
+    Metric("units", "pairs", "pairs of the step"),
+    Metric("accuracy", "1", "share of pairs whose chosen one has the higher reward; equal ones count half", (0.5, 1.0)),
+    Metric("gap_mean", "reward", "mean of r_c − r_r"),
+    Metric("reward_mean", "reward", "mean reward of both completions"),
+)
+"""What a row of ``rlhf reward`` has."""
+
+
+EVAL_METRICS = (
+    Metric("completions", "1", "completions of the batch"),
+    Metric("reward_mean", "reward", "mean over completions of the weighted sum of rewards"),
+    Metric("kl", "nats", "mean over completions of Σ_t (log π − log π_ref); 0 without a reference", (0.0, 30.0)),
+    Metric("entropy", "nats", "mean over response tokens of the entropy over the whole vocabulary", (0.1, None)),
+    Metric("response_length_mean", "tokens", "mean over completions of response tokens, EOS included", (1.0, None)),
+    Metric("eos_rate", "1", "share of completions that ended with EOS", (0.1, 1.0)),
+)
+"""What a row of ``rlhf eval`` has; a step is a batch."""
+
+
+def stage_row(step: int, values: dict[str, float], table: tuple[Metric, ...]) -> dict[str, Any]:
+    """Return a row of a stage's metrics.jsonl, as :func:`log_row` does for PPO's.
+
+    Raises:
+        KeyError: a value is missing from the table, or the table names one that is not given.
+    """
+    names = {metric.name for metric in table}
+    if values.keys() != names:
+        raise KeyError(f"metrics and their table differ in {sorted(values.keys() ^ names)}")
+    nonfinite = sorted(name for name, value in values.items() if not math.isfinite(value))
+    row: dict[str, Any] = {name: None if name in nonfinite else rounded(value) for name, value in values.items()}
+    return row | {"step": step, "nonfinite": nonfinite}
+
+
 def rollout_metrics(
     *,
     rewards: np.ndarray,

@@ -28,11 +28,11 @@ from rlhf_core.losses import (
 )
 from rlhf_core.metrics import rollout_metrics
 from rlhf_core.optim import clip_gradients, gradients, set_learning_rate, total_norm
-from rlhf_core.policy import ActorCritic, Reference
+from rlhf_core.policy import ActorCritic, Reference, autocast
 from rlhf_core.profiling import StageClock
 from rlhf_core.reward import Reward
 from rlhf_core.rollout import Rollout, sample
-from rlhf_core.scoring import Plan, Scores, autocast, evaluate_rows, score_rollout
+from rlhf_core.scoring import Plan, Scores, evaluate_rows, score_rollout
 from rlhf_core.seeding import CounterUniforms, permutation
 from rlhf_core.targets import Targets, make_targets
 

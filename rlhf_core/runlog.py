@@ -174,7 +174,7 @@ def create_run(runs: Path, name: str | None, default_name: str, config: str) -> 
     check_new_name(runs, name)
     try:
         runs.mkdir(parents=True, exist_ok=True)
-        folder = _make_first_free(runs, _plain(default_name)) if name is None else _make(runs / name)
+        folder = _make_first_free(runs, plain(default_name)) if name is None else _make(runs / name)
     except OSError as error:
         raise OSError(
             f"cannot make a run in {str(runs)!r} ({error.strerror}); give --runs a folder to write to"
@@ -188,7 +188,8 @@ def create_run(runs: Path, name: str | None, default_name: str, config: str) -> 
     return folder
 
 
-def _plain(name: str) -> str:
+def plain(name: str) -> str:
+    """Return a name with what a plain folder name cannot have in it replaced by ``-``."""
     return re.sub(r"[^A-Za-z0-9._-]+", "-", name).lstrip("._-") or "run"
 
 

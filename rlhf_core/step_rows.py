@@ -1,7 +1,9 @@
 """The rows of a step that samples.jsonl and timings.jsonl keep."""
 
+from collections.abc import Mapping
 from typing import Any
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_core.metrics import rounded
@@ -11,11 +13,18 @@ from rlhf_core.profiling import StageClock, peak_memory_bytes
 from rlhf_core.reward import decode
 
 
-def sample_rows(step: int, result: StepResult, tokenizer: PreTrainedTokenizerBase, most: int) -> list[dict[str, Any]]:
+def sample_rows(
+    step: int,
+    result: StepResult,
+    tokenizer: PreTrainedTokenizerBase,
+    most: int,
+    parts: Mapping[str, torch.Tensor] | None = None,
+) -> list[dict[str, Any]]:
     """Return the rows of samples.jsonl: the first rollouts of a step, ``most`` of them where there are so many.
 
     ``tokens``, ``logprobs`` and ``ref_logprobs`` go with ``token_ids``: each token's text, the policy's log-prob of it
-    when it was drawn and the reference's, so that Σ (logprobs − ref_logprobs) is ``kl``.
+    when it was drawn and the reference's, so that Σ (logprobs − ref_logprobs) is ``kl``. ``parts`` are the [B]
+    unweighted scores that a weighted sum of rewards is made of, by name.
     """
     rollout, scores = result.rollout, result.scores
     mask_BT = rollout.response_mask_BT.cpu()
@@ -34,6 +43,7 @@ def sample_rows(step: int, result: StepResult, tokenizer: PreTrainedTokenizerBas
             "ref_logprobs": [rounded(value) for value in ref_logprobs_BT[row][mask_BT[row]].tolist()],
             "reward": rounded(result.rewards_B[row].item()),
             "kl": rounded(result.kl_B[row].item()),
+            **({"rewards": {name: rounded(part_B[row].item()) for name, part_B in parts.items()}} if parts else {}),
         }
         for row in shown
     ]

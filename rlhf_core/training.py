@@ -1,26 +1,25 @@
 """``rlhf train`` from beginning to end: the experiment, PPO, evaluation."""
 
+import copy
 import json
 from contextlib import nullcontext
 from pathlib import Path
 
 import torch
-import transformers
 
-from rlhf_core import checkpoint, data, runlog
+from rlhf_core import batches, checkpoint, runlog
 from rlhf_core.config import TrainConfig
-from rlhf_core.environment import environment
 from rlhf_core.evaluation import Evaluation, evaluate
-from rlhf_core.experiment import Experiment, Inputs, choose_device, prepare
+from rlhf_core.experiment import Experiment, Inputs, prepare
 from rlhf_core.metrics import log_row
-from rlhf_core.policy import ActorCritic, Reference, load_model
+from rlhf_core.policy import ActorCritic, Reference
 from rlhf_core.ppo import PPOState, train
 from rlhf_core.profile_files import PROFILES_FOLDER
 from rlhf_core.profiler import Profiler
 from rlhf_core.profiling import StageClock
 from rlhf_core.report import evaluation_summary, print_evaluation
 from rlhf_core.reward import decode
-from rlhf_core.seeding import set_all_seeds
+from rlhf_core.run_setup import begin_run
 from rlhf_core.step_rows import sample_rows, timing_row
 from rlhf_core.stopping import StopRequest, by_alert, by_signal
 from rlhf_core.terminal import console, progress_bar
@@ -37,20 +36,13 @@ def run_training(
         Stopped: a signal arrived, or an alert that ``watch`` stops at; the state is saved.
         FileNotFoundError, ValueError, FloatingPointError, OSError: what went wrong, in one line.
     """
-    torch.set_num_threads(config.resolved_threads)
-    transformers.utils.logging.disable_progress_bar()
-    set_all_seeds(config.seed)
-    device = choose_device(config)
-    if not resumed:
-        runlog.write_atomically(
-            run / runlog.ENVIRONMENT_FILE, (json.dumps(environment(device), indent=2) + "\n").encode()
-        )
+    device = begin_run(config, run, resumed=resumed)
     with StopRequest().listening() as stop:
         experiment = prepare(config, inputs, run, device, stop)
         state = start_or_resume(experiment, config, run, device)
         with Profiler(run / PROFILES_FOLDER) if profile else nullcontext() as profiler:
             run_ppo(state, experiment, config, run, stop, Watch(run, watch), profiler)
-    if config.log.evaluation_prompts:
+    if config.log.evaluation_prompts and len(experiment.held_out_ids):
         report(state, experiment, config, run)
     console.print(f"run folder: {run}", soft_wrap=True, markup=False)
 
@@ -63,8 +55,9 @@ def start_or_resume(experiment: Experiment, config: TrainConfig, run: Path, devi
     if newest is None:
         if checkpoint.steps(checkpoints):
             console.print("no checkpoint is sound; starting over at step 0")
-        copy = load_model(run / "models" / "base", config.model.attention)
-        state = new_state(ActorCritic(copy, config.value_model).to(device), reference, config)
+        # Its own parameters; the reference's are frozen.
+        policy = copy.deepcopy(experiment.base).requires_grad_(True)
+        state = new_state(ActorCritic(policy, config.value_model).to(device), reference, config)
         save_checkpoint(state, experiment, config, run)
     else:
         state = load_state(newest, reference, config, device)
@@ -94,7 +87,7 @@ def run_ppo(
     prompt_ids, prompts = experiment.prompt_ids, config.ppo.prompts_per_step
 
     def prompts_of_step(step: int) -> list[list[int]]:
-        return [prompt_ids[row] for row in data.prompt_rows(len(prompt_ids), prompts, step, config.seed)]
+        return [prompt_ids[row] for row in batches.prompt_rows(len(prompt_ids), prompts, step, config.seed)]
 
     steps = train(
         state,
@@ -110,7 +103,8 @@ def run_ppo(
             metrics = log_row(state.step, result.metrics)
             with result.clock.stage("logging"):
                 runlog.append(run / runlog.METRICS_FILE, [metrics])
-                samples = sample_rows(state.step, result, experiment.task.tokenizer, config.log.samples_per_step)
+                parts = getattr(experiment.reward, "parts", {})
+                samples = sample_rows(state.step, result, experiment.task.tokenizer, config.log.samples_per_step, parts)
                 runlog.append(run / runlog.SAMPLES_FILE, samples)
             last = state.step == config.ppo.steps or stop.signal_number is not None
             saved = last or state.step % config.log.save_every == 0
@@ -153,5 +147,5 @@ def report(state: PPOState, experiment: Experiment, config: TrainConfig, run: Pa
         run / runlog.EVALUATION_FILE, (json.dumps(summary, sort_keys=True, indent=2) + "\n").encode()
     )
     completions = {name: decode(experiment.task.tokenizer, one.response_ids[:5]) for name, one in results.items()}
-    shown = zip(experiment.task.held_out_prompts, completions["before"], completions["after"], strict=False)
+    shown = zip(decode(experiment.task.tokenizer, prompts[:5]), *completions.values(), strict=False)
     print_evaluation(summary, list(shown))

@@ -285,7 +285,7 @@ import sys
 from pathlib import Path
 from transformers.utils.import_utils import is_kernels_available
 from rlhf_core.config import ModelConfig
-from rlhf_core.data import load_tokenizer, word_tokenizer
+from rlhf_core.tokenization import load_tokenizer, word_tokenizer
 from rlhf_core.policy import build_model, load_model
 from rlhf_core.rollout import left_pad
 import rlhf_kernels

@@ -284,7 +284,7 @@ def sample_tokens(
         raise ValueError(f"logits have an empty vocabulary: shape {tuple(logits.shape)}")
     logits, uniforms = logits.detach(), uniforms.detach()
     top_k = 0 if top_k >= logits.shape[1] else top_k
-    if choose_backend(backend, logits, _LOGITS) == "reference":
+    if choose_backend(backend, logits, _LOGITS, lacking=("cuda",)) == "reference":
         _require_distributions(logits)
         _require_uniforms(uniforms)
         if logits.shape[0] == 0:
@@ -303,7 +303,7 @@ def whiten(x: Tensor, mask: Tensor, *, shift_mean: bool = True, backend: str = "
         x: any shape, float32 or float64.
         mask: same shape, bool, True = counts.
         shift_mean: False keeps the mean.
-        backend: auto, reference or cython.
+        backend: auto, reference, cython or cuda.
 
     Returns:
         Same shape and dtype as x, 0 outside the mask; all 0 where the mask is empty.

@@ -89,7 +89,9 @@ class _Batch:
 
     def metrics(self, kl_coef: float) -> dict[str, float]:
         """Return what a log should say of this rollout."""
-        log_ratios = [[p - q for p, q in zip(*pair, strict=True)] for pair in zip(self.logp, self.ref_logp, strict=True)]
+        log_ratios = [
+            [p - q for p, q in zip(*pair, strict=True)] for pair in zip(self.logp, self.ref_logp, strict=True)
+        ]
         scores, n = self.case.scores, len(self.case.scores)
         mean = sum(scores) / n
         return {

@@ -111,9 +111,11 @@ def old_logprobs_at_another_temperature(monkeypatch):
     replace(
         monkeypatch,
         "score_rollout",
-        lambda right: lambda state, rollout, plan, temperature, dtype: dataclasses.replace(
-            right(state, rollout, plan, temperature, dtype),
-            logprobs_BT=right(state, rollout, plan, 1.0, dtype).logprobs_BT,
+        lambda right: (
+            lambda state, rollout, plan, temperature, dtype: dataclasses.replace(
+                right(state, rollout, plan, temperature, dtype),
+                logprobs_BT=right(state, rollout, plan, 1.0, dtype).logprobs_BT,
+            )
         ),
     )
 
@@ -198,7 +200,9 @@ def mask_without_the_end_of_sequence_token(monkeypatch):
     def make(right):
         def wrong(*args, eos_id, **kwargs):
             drawn = right(*args, eos_id=eos_id, **kwargs)
-            mask_BT = drawn.response_mask_BT & ((drawn.response_ids_BT != eos_id) | (drawn.response_mask_BT.sum(1) == 1)[:, None])
+            mask_BT = drawn.response_mask_BT & (
+                (drawn.response_ids_BT != eos_id) | (drawn.response_mask_BT.sum(1) == 1)[:, None]
+            )
             return dataclasses.replace(drawn, response_mask_BT=mask_BT)
 
         return wrong
@@ -307,7 +311,11 @@ def sample_variance_in_whitening(monkeypatch):
     def make(right):
         def wrong(x, mask, shift_mean=True):
             n = int(mask.sum())
-            return right(x, mask, shift_mean=shift_mean) * ((n - 1) / n) ** 0.5 if shift_mean else right(x, mask, shift_mean=False)
+            return (
+                right(x, mask, shift_mean=shift_mean) * ((n - 1) / n) ** 0.5
+                if shift_mean
+                else right(x, mask, shift_mean=False)
+            )
 
         return wrong
 
@@ -331,9 +339,11 @@ def reference_at_another_temperature(monkeypatch):
     replace(
         monkeypatch,
         "score_rollout",
-        lambda right: lambda state, rollout, plan, temperature, dtype: dataclasses.replace(
-            right(state, rollout, plan, temperature, dtype),
-            ref_logprobs_BT=right(state, rollout, plan, 1.0, dtype).ref_logprobs_BT,
+        lambda right: (
+            lambda state, rollout, plan, temperature, dtype: dataclasses.replace(
+                right(state, rollout, plan, temperature, dtype),
+                ref_logprobs_BT=right(state, rollout, plan, 1.0, dtype).ref_logprobs_BT,
+            )
         ),
     )
 
