@@ -335,7 +335,8 @@ def check_operators(profile: Profile) -> str:
 def _operator_figures(profile: Profile) -> Iterator[tuple[Event, list[int], list[int]]]:
     """Yield each call with its own figures and its total ones: ns on CPU, ns on GPU, bytes on CPU, bytes on GPU.
 
-    The total of a call that lies in a call of the same operator is zero: it is in that one's.
+    A call that does not lie in another whole lies beside it. The total of a call in a call of the same operator is
+    zero: it is in that one's.
     """
     threads: dict[int, list[tuple[Event, list[int], list[int]]]] = defaultdict(list)
     done: list[tuple[Event, list[int], list[int]]] = []
@@ -351,7 +352,7 @@ def _operator_figures(profile: Profile) -> Iterator[tuple[Event, list[int], list
 
     for event in profile.spans("operator"):
         stack = threads[event.thread]
-        while stack and stack[-1][0].end_ns <= event.start_ns:
+        while stack and stack[-1][0].end_ns < max(event.end_ns, event.start_ns + 1):
             close(stack)
         given = [event.arguments.get(name, 0) for name in ("cuda_ns", "cpu_bytes", "cuda_bytes")]
         whole = all(type(value) is int for value in given)
@@ -372,7 +373,6 @@ def check_operator_time(profile: Profile) -> str:
     starts = [event.start_ns for event in top]
     threads = {event.thread for event in profile.spans("operator")}
     own: dict[int, int] = defaultdict(int)
-    outside = 0
     steps = profile.steps
     for event, figures, _ in _operator_figures(profile):
         wall = steps[event.step]
@@ -381,8 +381,6 @@ def check_operator_time(profile: Profile) -> str:
         index = bisect.bisect_right(starts, event.start_ns) - 1
         if index >= 0 and event.end_ns <= top[index].end_ns:
             own[index] += figures[0]
-        else:
-            outside += figures[0]
     largest = 0.0
     for index, ns in own.items():
         stage = top[index]

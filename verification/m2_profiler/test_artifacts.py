@@ -81,7 +81,7 @@ def test_the_trace_is_chromes_format(trace):
 
 
 def test_operators_lie_in_the_stage_that_calls_them(trace):
-    """The optimizer's kernel in the optimizer, the sampler's embedding in the rollout, the minibatches in the update."""
+    """The optimizer's kernel in the optimizer, an embedding in the rollout, the minibatches in the update."""
 
     def inside(name, category, outer):
         inner = [event for event in spans(trace, category) if event["name"] == name and event["args"]["step"] == 1]
