@@ -21,6 +21,7 @@ COMMANDS = (
     "alerts",
     "dashboard",
     "check-profile",
+    "check-metrics",
 )
 """Each is the module of that name in ``rlhf_core.commands`` (with ``_`` for ``-``): ``Options`` and ``run``."""
 
