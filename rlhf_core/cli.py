@@ -22,6 +22,7 @@ COMMANDS = (
     "dashboard",
     "check-profile",
     "check-metrics",
+    "report",
 )
 """Each is the module of that name in ``rlhf_core.commands`` (with ``_`` for ``-``): ``Options`` and ``run``."""
 

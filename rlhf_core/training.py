@@ -10,6 +10,7 @@ import torch
 from rlhf_core import batches, checkpoint, runlog
 from rlhf_core.config import TrainConfig
 from rlhf_core.evaluation import Evaluation, evaluate
+from rlhf_core.evaluation_table import evaluation_summary, print_evaluation
 from rlhf_core.experiment import Experiment, Inputs, prepare
 from rlhf_core.metrics import log_row
 from rlhf_core.policy import ActorCritic, Reference
@@ -17,7 +18,6 @@ from rlhf_core.ppo import PPOState, train
 from rlhf_core.profile_files import PROFILES_FOLDER
 from rlhf_core.profiler import Profiler, timing_row
 from rlhf_core.profiling import StageClock
-from rlhf_core.report import evaluation_summary, print_evaluation
 from rlhf_core.reward import decode
 from rlhf_core.rollout_file import keep_rollout, prune_rollouts
 from rlhf_core.run_setup import begin_run
