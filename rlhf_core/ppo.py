@@ -206,10 +206,10 @@ def ppo_step(
             f"{ppo.recipe.group_size}, so it takes {ppo.prompts_per_step}"
         )
     prompt_ids = [prompt for prompt in prompt_ids for _ in range(ppo.recipe.group_size)]
-    require_finite(step, None, **dict(state.model.named_parameters()))
 
     # 1. Rollout: a group of completions for each prompt, their uniforms keyed by (seed, step, sample, position).
     with clock.stage("rollout"):
+        require_finite(step, None, **dict(state.model.named_parameters()))
         length = config.sampling.max_new_tokens
         uniforms = CounterUniforms(config.seed, "rollout", step, np.arange(len(prompt_ids)), length)
         device = next(state.model.parameters()).device
@@ -341,5 +341,6 @@ def train(
     """
     while state.step < config.ppo.steps:
         clock = new_clock(state.step + 1)
-        prompt_ids = prompts_of_step(state.step + 1)
+        with clock.stage("prompts"):
+            prompt_ids = prompts_of_step(state.step + 1)
         yield ppo_step(state, prompt_ids, reward, config, eos_id=eos_id, pad_id=pad_id, clock=clock)
