@@ -81,6 +81,10 @@ class EmulatedKernels(DeviceKernels):
         """In which order threads run between barriers: 0 ascending, 1 descending, else shuffled."""
         self._library.emulation_set_order(seed)
 
+    def allow(self, begin: int, end: int) -> None:
+        """From now on vector reads must lie in a range that was allowed."""
+        self._library.emulation_allow(ctypes.c_size_t(begin), ctypes.c_size_t(end))
+
     def launches(self) -> int:
         return self._library.emulation_launches()
 

@@ -207,7 +207,20 @@ def test_ignored_rows_and_rows_without_upstream_gradient_are_not_read(kernels):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(
     ("batch", "tokens"),
-    [(41, 401), (3, 1271), (1, 1), (5, 1), (1, 17), (2, 0), (0, 7), (300, 20), (2, 512), (3, 4096), (2, 5003), (1, 20000)],
+    [
+        (41, 401),
+        (3, 1271),
+        (1, 1),
+        (5, 1),
+        (1, 17),
+        (2, 0),
+        (0, 7),
+        (300, 20),
+        (2, 512),
+        (3, 4096),
+        (2, 5003),
+        (1, 20000),
+    ],
 )
 @pytest.mark.parametrize("with_bootstrap", [False, True])
 def test_gae_equals_the_sum_of_discounted_residuals(kernels, batch, tokens, dtype, with_bootstrap):
@@ -286,7 +299,9 @@ def test_gae_takes_any_strides(kernels):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("shape", [(41, 401), (3, 1271), (1,), (0,), (2, 0, 3), (7, 11, 13), (4096,), (4097,), (40, 2000)])
+@pytest.mark.parametrize(
+    "shape", [(41, 401), (3, 1271), (1,), (0,), (2, 0, 3), (7, 11, 13), (4096,), (4097,), (40, 2000)]
+)
 @pytest.mark.parametrize("shift_mean", [True, False])
 def test_whitening_equals_numpy(kernels, shape, dtype, shift_mean):
     x, mask = torch.randn(shape, dtype=dtype) * 3 + 2, torch.rand(shape) < 0.6
@@ -399,7 +414,8 @@ kernels, libc, page = EmulatedKernels(Path(sys.argv[1])), ctypes.CDLL(None, use_
 keep = []
 
 def fenced(tensor, at_start):
-    # the tensor's copy touches a page that must not be read: the one behind its last byte, or before its first
+    # the tensor's copy touches a page that must not be read: the one behind its last byte, or before its first;
+    # vector reads are held to the tensor itself, but for what shares the first 16 bytes with it
     pages = -(-max(tensor.nbytes, 1) // page)
     memory = mmap.mmap(-1, (pages + 2) * page)
     first = ctypes.addressof(ctypes.c_char.from_buffer(memory))
@@ -407,6 +423,7 @@ def fenced(tensor, at_start):
         assert libc.mprotect(ctypes.c_void_p(fence), page, 0) == 0
     offset = page if at_start else (pages + 1) * page - tensor.nbytes
     keep.append(memory)
+    kernels.allow((first + offset) // 16 * 16, first + offset + tensor.nbytes)
     bytes_ = torch.frombuffer(memory, dtype=torch.uint8, count=tensor.nbytes, offset=offset)
     copy = bytes_.view(tensor.dtype).view(tensor.shape)
     return copy.copy_(tensor)
