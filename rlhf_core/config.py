@@ -15,9 +15,14 @@ import typing
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
+import tyro
+
+from rlhf_core.algorithms import ALGORITHMS, Advantage, Algorithm, AlgorithmName, KLEstimator, KLPlace, LossMean
 from rlhf_core.numerics import Numerics
+
+C = TypeVar("C", bound="RunConfig")
 
 
 def default_seed() -> int:
@@ -40,8 +45,7 @@ def _require(condition: bool, message: str) -> None:
 
 def _section(owner: object) -> str:
     """Return the prefix of a configuration's options, as in ``ppo.`` for :class:`PPOConfig`."""
-    section = type(owner).__name__.removesuffix("Config").lower()
-    return "" if section == "train" else f"{section}."
+    return "" if isinstance(owner, RunConfig) else f"{type(owner).__name__.removesuffix('Config').lower()}."
 
 
 def _require_field(owner: object, name: str, holds: Callable[[Any], bool], wanted: str) -> None:
@@ -94,7 +98,7 @@ class ModelConfig:
     vocabulary: int = 2048
     """Size of the byte-pair vocabulary trained on --data; the embedded task has its own words."""
     value: Literal["shared", "separate"] = "separate"
-    """Value model: a head on the policy's trunk, or a network of its own that starts from the same weights."""
+    """Value model, where there is one: a head on the policy's trunk, or a network that starts from the same weights."""
     attention: Literal["eager", "sdpa"] = "eager"
     """Attention code of transformers; eager is the one whose bits are the same on every processor."""
 
@@ -162,12 +166,16 @@ class SamplingConfig:
 
 @dataclass(frozen=True)
 class PPOConfig:
-    """Proximal policy optimisation for language models."""
+    """Policy-gradient updates: PPO, and the algorithms that differ from it in advantage and loss."""
 
+    algorithm: AlgorithmName = "ppo"
+    """Decides the advantage estimator, and every option below that is None: see rlhf_core/algorithms.py."""
     steps: int = 80
-    """PPO steps: one rollout and its updates each."""
+    """Steps: one rollout and its updates each."""
     batch_size: int = 64
-    """Prompts, and so completions, a step."""
+    """Completions a step."""
+    group_size: int | None = None
+    """Completions a prompt; divides batch_size. None: the algorithm's own (1, or 4 or 8 where it compares them)."""
     minibatch_size: int = 16
     """Completions an optimizer step; divides batch_size."""
     micro_batch_size: int = 16
@@ -186,22 +194,30 @@ class PPOConfig:
     """AdamW's decoupled weight decay."""
     max_grad_norm: float = 1.0
     """Gradients of a longer total norm are scaled down to it."""
+    advantage: Advantage | None = None
+    """Advantage estimator; gae alone trains a value model. None: the algorithm's own."""
     gamma: float = 1.0
-    """Discount of GAE."""
+    """Discount of gae and reward-to-go."""
     lam: float = 0.95
-    """λ of GAE."""
+    """λ of gae."""
     clip_range: float = 0.2
     """ε of the clipped ratio."""
     value_clip_range: float = 0.2
     """How far a value may move from the rollout's before its loss is clipped."""
     value_coef: float = 0.5
     """Weight of the value loss."""
-    whiten_advantages: bool = True
-    """Advantages of a step are shifted and scaled to mean 0 and variance 1 over the mask."""
+    loss_mean: LossMean | None = None
+    """What a minibatch's loss is a mean of: see losses.loss_count. None: the algorithm's own."""
+    whiten_advantages: bool | None = None
+    """Advantages of a step are scaled to mean 0 and variance 1 over the mask. None: the algorithm's own."""
     whiten_rewards: bool = False
-    """Rewards of a step are scaled to variance 1 over the mask; their mean stays."""
+    """Rewards of a step are scaled to variance 1 over the mask; their mean stays (gae and reward-to-go)."""
+    kl_place: KLPlace | None = None
+    """Where the KL penalty enters. None: the algorithm's own."""
+    kl_estimator: KLEstimator | None = None
+    """What estimates a token's KL: in the reward take k1, in the loss k3-weighted or k2. None: the algorithm's own."""
     kl_coef: float = 0.1
-    """Weight of the per-token KL penalty (its start, when kl_control is adaptive)."""
+    """Weight of the KL penalty (its start, when kl_control is adaptive)."""
     kl_control: Literal["adaptive", "fixed"] = "adaptive"
     """Whether the coefficient follows kl_target."""
     kl_target: float = 4.0
@@ -223,6 +239,42 @@ class PPOConfig:
         _require_field(self, "adam_beta2", lambda value: 0 <= value < 1, "lie in [0, 1)")
         _require_divides(self, "minibatch_size", "batch_size")
         _require_divides(self, "micro_batch_size", "minibatch_size")
+        self._check_recipe()
+
+    def _check_recipe(self) -> None:
+        recipe = self.recipe
+        n, whole = recipe.group_size, self.batch_size
+        _require(n > 0, f"ppo.group_size is {n}; it must be greater than 0")
+        _require(
+            n > 1 or not recipe.compares_groups,
+            f"ppo.group_size is {n}; it must be 2 or more, as {recipe.advantage!r} compares a prompt's completions",
+        )
+        _require(whole % n == 0, f"ppo.batch_size {whole} is not divisible by group_size {n}; take a multiple of {n}")
+        _require(
+            not self.whiten_rewards or not recipe.compares_groups,
+            f"ppo.whiten_rewards scales rewards of tokens, which advantage {recipe.advantage!r} adds up; leave it out",
+        )
+        _require(
+            (recipe.kl_place, recipe.kl_estimator) != ("loss", "k1"),
+            "ppo.kl_estimator is k1 and kl_place loss: the gradient of k1 is the score function, whose expectation is "
+            "zero, so nothing pulls towards the reference; take k3-weighted or k2, or kl_place reward",
+        )
+        _require(
+            (recipe.kl_place, recipe.kl_estimator) != ("reward", "k3-weighted"),
+            "ppo.kl_estimator is k3-weighted and kl_place reward: a reward has no importance weight; take k1",
+        )
+
+    @property
+    def recipe(self) -> Algorithm:
+        """The algorithm, with what the options change of it."""
+        options = {item.name: getattr(self, item.name) for item in dataclasses.fields(Algorithm)}
+        changes = {name: value for name, value in options.items() if value is not None}
+        return dataclasses.replace(ALGORITHMS[self.algorithm], **changes)
+
+    @property
+    def prompts_per_step(self) -> int:
+        """Prompts a step, each with ``group_size`` completions."""
+        return self.batch_size // self.recipe.group_size
 
 
 @dataclass(frozen=True)
@@ -244,13 +296,21 @@ class LogConfig:
 
 
 @dataclass(frozen=True)
-class TrainConfig:
-    """Train a language model with PPO: on the embedded film reviews, or on your own sentences with --data."""
+class RunConfig:
+    """What every run has."""
 
     seed: int = field(default_factory=default_seed)
     """Seed of everything; SEED in the environment sets the default."""
     data: str | None = None
-    """Folder with sentences one a line, positive ones in *.pos and negative ones in *.neg. None: the embedded task."""
+    """A data file or a folder of them, or hub:NAME; for train also a folder of *.pos and *.neg. None: embedded task."""
+    data_errors: Literal["stop", "skip"] = "stop"
+    """A row that cannot be used ends the run with its place, or is left out and counted."""
+    held_out: float = 0.1
+    """Share of the prompts, by a stable hash of each, whose rows are kept for evaluation."""
+    reward: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """A reward model's folder or module:function, with =WEIGHT behind it or not; several are summed."""
+    reward_timeout_s: float = 60.0
+    """Seconds that a reward function may take for a batch."""
     numerics: Numerics = "native"
     """portable: the same bits on every x86-64 processor, one thread, slower. native: this processor's fastest."""
     threads: int | None = None
@@ -259,6 +319,30 @@ class TrainConfig:
     """Where to compute; auto takes the GPU when there is one."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """bfloat16 runs the models under autocast; weights, log-probs and losses stay float32."""
+
+    def __post_init__(self) -> None:
+        _require_finite(self)
+        _require_field(self, "seed", lambda seed: 0 <= seed < 2**63, "lie in [0, 2**63)")
+        _require_field(self, "held_out", lambda share: 0 <= share < 1, "lie in [0, 1)")
+        _require_positive(self, "reward_timeout_s")
+        _require_field(self, "threads", lambda threads: threads is None or threads > 0, "be greater than 0")
+        if self.numerics == "portable":
+            attention = getattr(getattr(self, "model", None), "attention", "eager")
+            _require(self.threads in (None, 1), f"threads is {self.threads}; numerics 'portable' runs on 1")
+            _require(self.device != "cuda", "numerics 'portable' runs on the CPU; take --device cpu")
+            _require(self.dtype == "float32", "numerics 'portable' needs --dtype float32")
+            _require(attention == "eager", "numerics 'portable' needs --model.attention eager")
+
+    @property
+    def resolved_threads(self) -> int:
+        """Threads of one operation."""
+        return self.threads or (1 if self.numerics == "portable" else 2)
+
+
+@dataclass(frozen=True)
+class TrainConfig(RunConfig):
+    """Train a language model with PPO: on the embedded film reviews, your own sentences, or prompts and a reward."""
+
     model: ModelConfig = field(default_factory=ModelConfig)
     """The language model."""
     pretrain: PretrainConfig = field(default_factory=PretrainConfig)
@@ -268,31 +352,22 @@ class TrainConfig:
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     """How completions are drawn."""
     ppo: PPOConfig = field(default_factory=PPOConfig)
-    """The PPO updates."""
+    """The updates of the policy."""
     log: LogConfig = field(default_factory=LogConfig)
     """Checkpoints, samples, evaluation."""
 
-    def __post_init__(self) -> None:
-        _require_field(self, "seed", lambda seed: 0 <= seed < 2**63, "lie in [0, 2**63)")
-        _require_field(self, "threads", lambda threads: threads is None or threads > 0, "be greater than 0")
-        if self.numerics == "portable":
-            _require(self.threads in (None, 1), f"threads is {self.threads}; numerics 'portable' runs on 1")
-            _require(self.device != "cuda", "numerics 'portable' runs on the CPU; take --device cpu")
-            _require(self.dtype == "float32", "numerics 'portable' needs --dtype float32")
-            _require(self.model.attention == "eager", "numerics 'portable' needs --model.attention eager")
-
     @property
-    def resolved_threads(self) -> int:
-        """Threads of one operation."""
-        return self.threads or (1 if self.numerics == "portable" else 2)
+    def value_model(self) -> Literal["shared", "separate"] | None:
+        """The value model that is trained, or None where the advantage needs none."""
+        return self.model.value if self.ppo.recipe.has_value_model else None
 
 
-def to_json(config: TrainConfig) -> str:
+def to_json(config: RunConfig) -> str:
     """Return the configuration as JSON with sorted keys."""
     return json.dumps(dataclasses.asdict(config), sort_keys=True, indent=2) + "\n"
 
 
-def read_config_file(path: Path, base: TrainConfig) -> TrainConfig:
+def read_config_file(path: Path, base: C) -> C:
     """Return ``base`` with the fields that a TOML file, or a run's ``config.json``, sets.
 
     Raises:
@@ -308,7 +383,8 @@ def read_config_file(path: Path, base: TrainConfig) -> TrainConfig:
         kind = "JSON" if path.suffix == ".json" else "TOML"
         raise ValueError(f"{path} is not valid {kind}: {error}; correct the file") from None
     _require(isinstance(tree, dict), f"{path} holds a {type(tree).__name__}; it must hold a table of options")
-    return _replace(base, tree, str(path), ())
+    replaced: C = _replace(base, tree, str(path), ())
+    return replaced
 
 
 def _replace(base: Any, tree: dict[str, Any], source: str, path: tuple[str, ...]) -> Any:
@@ -332,11 +408,17 @@ def _replace(base: Any, tree: dict[str, Any], source: str, path: tuple[str, ...]
 
 def _checked(value: Any, wanted: Any, where: str) -> Any:
     """Return ``value`` when it is of the field's type; an int serves as a float."""
-    if typing.get_origin(wanted) is Literal:
-        choices = typing.get_args(wanted)
-        _require(value in choices, f"{where} is {value!r}; choose from {', '.join(map(str, choices))}")
+    accepted = typing.get_args(wanted) if typing.get_origin(wanted) in (types.UnionType, typing.Union) else (wanted,)
+    choices = [choice for kind in accepted if typing.get_origin(kind) is Literal for choice in typing.get_args(kind)]
+    if choices:
+        named = ", ".join([*map(str, choices), *(["null"] if type(None) in accepted else [])])
+        allowed = value in choices or (value is None and type(None) in accepted)
+        _require(allowed, f"{where} is {value!r}; choose from {named}")
         return value
-    accepted = typing.get_args(wanted) if isinstance(wanted, types.UnionType) else (wanted,)
+    if typing.get_origin(wanted) is tuple:
+        whole = isinstance(value, list | tuple) and all(type(one) is str for one in value)
+        _require(whole, f"{where} is {value!r}; it must be a list of strings")
+        return tuple(value)
     if float in accepted and type(value) is int:
         _require(abs(value) <= sys.float_info.max, f"{where} is {value}; it must be a finite number")
         return float(value)
@@ -375,7 +457,11 @@ def for_data(data: str) -> TrainConfig:
     )
 
 
-def check_sources(config: TrainConfig) -> None:
-    """Raise FileNotFoundError when the data folder is missing, before anything is created or loaded."""
-    if config.data is not None and not Path(config.data).is_dir():
-        raise FileNotFoundError(f"no data folder {config.data!r}; give a folder with a *.pos and a *.neg file")
+def check_sources(config: RunConfig) -> None:
+    """Raise FileNotFoundError when the data is missing, before anything is created or loaded."""
+    if config.data is not None and not config.data.startswith("hub:") and not Path(config.data).exists():
+        hub = f", and for the hub write hub:{config.data}" if config.data.count("/") == 1 else ""
+        raise FileNotFoundError(
+            f"no data folder {config.data!r}, nor a file of that name; give a folder with a *.pos and a *.neg file, or "
+            f"a data file (.jsonl .json .csv .tsv .parquet .txt){hub}"
+        )

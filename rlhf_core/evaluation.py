@@ -10,8 +10,7 @@ from scipy import stats
 from transformers import PreTrainedModel
 
 from rlhf_core.config import SamplingConfig
-from rlhf_core.policy import ForwardArguments, Reference, response_logits
-from rlhf_core.ppo import autocast
+from rlhf_core.policy import ForwardArguments, Reference, autocast, response_logits
 from rlhf_core.reward import Reward
 from rlhf_core.rollout import sample
 from rlhf_core.seeding import CounterUniforms

@@ -15,7 +15,7 @@ BACKENDS: tuple[str, ...] = get_args(Backend)
 ENVIRONMENT_VARIABLE = "RLHF_KERNELS_BACKEND"
 
 _REMEDY = "build it with `pip install -e .` (a C compiler is needed)"
-_NATIVE_FOR_DEVICE = {"cpu": "cython", "cuda": "cuda"}
+_NATIVE_FOR_DEVICE = {"cpu": "cython", "cuda": "cuda", "meta": "cython"}  # meta: shapes only
 
 
 class BackendUnavailableError(RuntimeError):
@@ -37,7 +37,7 @@ def _try_import(module: str) -> str | None:
 
 _WHY_MISSING: dict[str, str | None] = {
     "reference": None,
-    "cython": _try_import("rlhf_kernels.cpu.launch"),
+    "cython": _try_import("rlhf_kernels.cpu.linear"),
 }
 _warned: set[str] = set()
 
