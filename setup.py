@@ -20,7 +20,7 @@ CPU = "kernels/rlhf_kernels/cpu"
 CUDA_FOLDER = "kernels/rlhf_kernels/cuda"
 CUDA_EXTENSION = "rlhf_kernels.cuda.kernels"
 CUDA = runpy.run_path(f"{CUDA_FOLDER}/build.py")
-HEADERS = sorted(str(path) for path in Path(CPU).glob("*.h"))
+HEADERS = sorted(str(path) for folder in (CPU, "kernels/rlhf_kernels/shared") for path in Path(folder).glob("*.h"))
 # Contraction to fused multiply-add differs by machine and compiler: where one is meant, the source says so.
 NUMERICS = ["-O3", "-std=gnu11", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden", "-Wno-psabi"]
 UNITS = {"portable_kernels": []}
