@@ -225,7 +225,7 @@ def linear_token_logprobs(
     if weight.shape[0] == 0 and labels.numel() > 0:
         raise ValueError(f"weight has an empty vocabulary: shape {tuple(weight.shape)}")
     entropy: Tensor | None
-    if choose_backend(backend, hidden, _LOGITS) == "reference":
+    if choose_backend(backend, hidden, _LOGITS, lacking=("cuda",)) == "reference":
         _require_labels_in_range(labels, weight.shape[0], ignore_index)
         logp, entropy = reference.linear_token_logprobs(
             hidden, weight, labels, bias, temperature, with_entropy, ignore_index

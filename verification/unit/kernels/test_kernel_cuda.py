@@ -1,4 +1,4 @@
-"""The CUDA kernels against float64, on a GPU where there is one, and everywhere compiled for the CPU from their sources.
+"""The CUDA kernels against float64: on a GPU where there is one, everywhere compiled for the CPU from their sources.
 
 The emulation runs what a GPU would, thread by thread, so what it cannot show is left to `test_kernel_cuda_device.py`:
 the processor's own exponential, streams, graphs and speed.
@@ -438,7 +438,8 @@ for at_start in (True, False):
             kernels.backward(logits, labels, forward, torch.ones(3), torch.ones(3))
     for dtype in (torch.float32, torch.float64):
         for tokens in (1, 3, 4, 5, 127, 128, 129, 2047, 2048, 2049, 2052):
-            x, mask = fenced(torch.randn(3, tokens, dtype=dtype), at_start), fenced(torch.rand(3, tokens) < 0.5, at_start)
+            x = fenced(torch.randn(3, tokens, dtype=dtype), at_start)
+            mask = fenced(torch.rand(3, tokens) < 0.5, at_start)
             kernels.gae(x, x, mask, fenced(torch.randn(3, dtype=dtype), at_start))
             kernels.whiten(x, mask)
 print("stayed inside")
