@@ -191,7 +191,7 @@ for vocabulary in (1, 7, 64, 257, 2500, 9001):
         logits = torch.randn(5, vocabulary, device="cuda").to(dtype).requires_grad_()
         labels = torch.randint(0, vocabulary, (5,), device="cuda")
         logp, entropy = rlhf_kernels.token_logprobs(logits, labels, with_entropy=True, backend="cuda")
-        (logp.sum() + entropy.sum()).backward()
+        torch.autograd.grad([logp, entropy], logits, [torch.ones_like(logp), torch.ones_like(entropy)])
 for rows, tokens in ((3, 1), (3, 129), (2, 4100), (2, 4101), (1030, 5)):
     for dtype in (torch.float32, torch.float64):
         x = torch.randn(rows, tokens, dtype=dtype, device="cuda")
@@ -209,9 +209,9 @@ def test_compute_sanitizer_finds_nothing(tool):
     sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     if not os.access(sanitizer, os.X_OK):
         pytest.skip("no compute-sanitizer")
-    # every tensor an allocation of its own, so that reading past one is seen; only our kernels are looked at
+    # every tensor is an allocation of its own, so that reading past one is seen
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sanitizer, "--tool", tool, "--error-exitcode", "9", "--kernel-regex", "kns=rlhf"]
+    command = [sanitizer, "--tool", tool, "--error-exitcode", "9"]
     done = subprocess.run(
         [*command, sys.executable, "-c", EVERYTHING],
         env=environment,
