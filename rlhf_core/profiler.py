@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,7 +37,7 @@ from rlhf_core.profile_files import (
     TRACE_FILE,
     TRAINING,
 )
-from rlhf_core.profiling import Kind, PeakMemory, Span, StageClock, now_ns
+from rlhf_core.profiling import Kind, PeakMemory, Span, StageClock, now_ns, peak_memory_bytes
 from rlhf_core.runlog import errors_name, write_atomically
 
 
@@ -289,3 +290,18 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     writer.writerow(columns)
     writer.writerows(rows)
     return text.getvalue()
+
+
+def timing_row(clock: StageClock, profiler: Profiler | None = None) -> dict[str, Any]:
+    """Return the row of timings.jsonl: nothing in it can be reproduced, which is why it has a file of its own.
+
+    ``profiled_from`` is the first step of the profile that the step belongs to.
+    """
+    row = {
+        "step": clock.step,
+        "step_time_s": clock.wall.seconds,
+        "stages_s": clock.stage_seconds(),
+        "tokens_per_second": clock.wall.arguments["tokens"] / clock.wall.seconds,
+        "peak_mem_bytes": peak_memory_bytes() if profiler is None else profiler.peak_memory_bytes(),
+    }
+    return row if profiler is None else row | {"profiled_from": profiler.first_step}

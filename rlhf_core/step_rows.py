@@ -1,4 +1,4 @@
-"""The rows of a step that samples.jsonl and timings.jsonl keep."""
+"""The rows of a step that samples.jsonl keeps."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,8 +8,6 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf_core.metrics import rounded
 from rlhf_core.ppo import StepResult
-from rlhf_core.profiler import Profiler
-from rlhf_core.profiling import StageClock, peak_memory_bytes
 from rlhf_core.reward import decode
 
 
@@ -47,18 +45,3 @@ def sample_rows(
         }
         for row in shown
     ]
-
-
-def timing_row(clock: StageClock, profiler: Profiler | None = None) -> dict[str, Any]:
-    """Return the row of timings.jsonl: nothing in it can be reproduced, which is why it has a file of its own.
-
-    ``profiled_from`` is the first step of the profile that the step belongs to.
-    """
-    row = {
-        "step": clock.step,
-        "step_time_s": clock.wall.seconds,
-        "stages_s": clock.stage_seconds(),
-        "tokens_per_second": clock.wall.arguments["tokens"] / clock.wall.seconds,
-        "peak_mem_bytes": peak_memory_bytes() if profiler is None else profiler.peak_memory_bytes(),
-    }
-    return row if profiler is None else row | {"profiled_from": profiler.first_step}

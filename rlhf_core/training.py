@@ -15,12 +15,12 @@ from rlhf_core.metrics import log_row
 from rlhf_core.policy import ActorCritic, Reference
 from rlhf_core.ppo import PPOState, train
 from rlhf_core.profile_files import PROFILES_FOLDER
-from rlhf_core.profiler import Profiler
+from rlhf_core.profiler import Profiler, timing_row
 from rlhf_core.profiling import StageClock
 from rlhf_core.report import evaluation_summary, print_evaluation
 from rlhf_core.reward import decode
 from rlhf_core.run_setup import begin_run
-from rlhf_core.step_rows import sample_rows, timing_row
+from rlhf_core.step_rows import sample_rows
 from rlhf_core.stopping import StopRequest, by_alert, by_signal
 from rlhf_core.terminal import console, progress_bar
 from rlhf_core.trainer_state import load_state, new_state, save_state

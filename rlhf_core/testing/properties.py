@@ -34,7 +34,6 @@ from rlhf_core.testing.readings import (
     parallel,
     policy_change,
     read_advantages,
-    read_flat,
     rows,
     short_case,
     value_change,
@@ -65,7 +64,7 @@ def broken(trainer: Trainer) -> dict[str, str]:
     for item in PROPERTIES.values():
         try:
             item.check(trainer)
-        except Exception as error:  # noqa: BLE001 - a trainer that fails in any way breaks the property
+        except Exception as error:
             found[item.name] = f"{type(error).__name__}: {error}"
     return found
 

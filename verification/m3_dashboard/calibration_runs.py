@@ -16,7 +16,8 @@ import torch
 from calibration_faults import FAULTS
 from transformers import PreTrainedModel
 
-from rlhf_core import data, ppo, reviews
+from rlhf_core import ppo, reviews
+from rlhf_core.batches import prompt_rows
 from rlhf_core.config import ModelConfig, PPOConfig, PretrainConfig, SamplingConfig, TrainConfig
 from rlhf_core.experiment import Experiment
 from rlhf_core.metrics import log_row
@@ -26,6 +27,7 @@ from rlhf_core.reward import TextReward
 from rlhf_core.seeding import set_all_seeds
 from rlhf_core.sft import train_language_model
 from rlhf_core.tasks import Task, load_task
+from rlhf_core.tokenization import encode_prompts, encode_sentences
 from rlhf_core.trainer_state import new_state
 
 STEPS = 30
@@ -91,7 +93,7 @@ def base_model(architecture: str) -> PreTrainedModel:
     set_all_seeds(0)
     task = embedded_task()
     model = build_model(config.model, task.tokenizer)
-    sequences = data.encode_sentences(task.tokenizer, task.texts[:4000], config.model.context)
+    sequences = encode_sentences(task.tokenizer, task.texts[:4000], config.model.context)
     steps = PRETRAIN_STEPS
     train_language_model(
         model, sequences, PretrainConfig(batch_size=32, learning_rate=5e-3), steps=steps,
@@ -106,7 +108,7 @@ PRETRAIN_STEPS = 250
 @functools.cache
 def prompts() -> list[list[int]]:
     task = embedded_task()
-    return data.encode_prompts(task.tokenizer, task.prompts)
+    return encode_prompts(task.tokenizer, task.prompts)
 
 
 def run(configuration: str, seed: int, fault: str | None = None, begins: int = 1, steps: int = STEPS) -> Result:
@@ -127,7 +129,7 @@ def run(configuration: str, seed: int, fault: str | None = None, begins: int = 1
             step = state.step + 1
             if fault is not None and step == begins:
                 FAULTS[fault](world)
-            ids = [prompts()[row] for row in data.prompt_rows(len(prompts()), config.ppo.batch_size, step, seed)]
+            ids = [prompts()[row] for row in prompt_rows(len(prompts()), config.ppo.batch_size, step, seed)]
             try:
                 result = ppo.ppo_step(
                     state, ids, world.reward, world.config, eos_id=experiment.eos_id, pad_id=experiment.pad_id

@@ -8,7 +8,7 @@ from tiny_models import EOS, PAD, PROMPTS, share_of_sevens, tiny_config, tiny_st
 from rlhf_core import ppo
 from rlhf_core.gradient_probe import GradientProbe
 from rlhf_core.invariants import target_error, tokens_after_end
-from rlhf_core.losses import clipped_value_loss, log_ratio, ppo_policy_loss
+from rlhf_core.losses import clipped_policy_losses, clipped_value_losses, log_ratio, masked_sum
 
 
 def targets(**changes):
@@ -80,8 +80,8 @@ def probed(loss_of, *, attached=False):
         logprobs, values = (leaf * 1.0 for leaf in leaves)
         a = advantages[rows] + (0.0 * values if attached else 0.0)
         probe.watch(rows, logprobs, values, a, returns[rows])
-        policy = ppo_policy_loss(log_ratio(logprobs, old[rows], mask[rows]), a, mask[rows], clip_range=0.2)
-        value = clipped_value_loss(values, values_before[rows], returns[rows], mask[rows], clip_range=0.2)
+        policy = masked_sum(clipped_policy_losses(log_ratio(logprobs, old[rows], mask[rows]), a, mask[rows], clip_range=0.2), mask[rows])
+        value = masked_sum(clipped_value_losses(values, values_before[rows], returns[rows], mask[rows], clip_range=0.2), mask[rows])
         (loss_of(policy, value, logprobs, values, advantages[rows]) / tokens).backward()
     return probe.metrics(), advantages, values_before - returns
 

@@ -34,3 +34,21 @@ INLINE void lanes_store_bf16(uint16_t *p, lanes x) {
 INLINE void lanes_store_f16(uint16_t *p, lanes x) {
     _mm256_storeu_si256((__m256i *)p, _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
+
+/* Eight float64 lanes, and a choice for each. */
+typedef __m512d wide;
+typedef __mmask8 wide_mask;
+
+INLINE wide wide_set(double x) { return _mm512_set1_pd(x); }
+INLINE wide wide_load(const double *p) { return _mm512_loadu_pd(p); }
+INLINE wide wide_load_float(const float *p) { return _mm512_cvtps_pd(_mm256_loadu_ps(p)); }
+INLINE void wide_store(double *p, wide x) { _mm512_storeu_pd(p, x); }
+INLINE void wide_store_float(float *p, wide x) { _mm256_storeu_ps(p, _mm512_cvtpd_ps(x)); }
+INLINE wide wide_add(wide a, wide b) { return _mm512_add_pd(a, b); }
+INLINE wide wide_sub(wide a, wide b) { return _mm512_sub_pd(a, b); }
+INLINE wide wide_mul(wide a, wide b) { return _mm512_mul_pd(a, b); }
+INLINE wide_mask wide_load_mask(const uint8_t *p) {
+    __m512i bytes = _mm512_cvtepu8_epi64(_mm_loadl_epi64((const __m128i *)p));
+    return _mm512_test_epi64_mask(bytes, bytes);
+}
+INLINE wide wide_choose(wide_mask mask, wide a, wide b) { return _mm512_mask_blend_pd(mask, b, a); }
