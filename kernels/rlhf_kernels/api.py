@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rlhf_kernels import ops, reference
-from rlhf_kernels.dispatch import BackendUnavailableError, choose_backend
+from rlhf_kernels.dispatch import choose_backend
 
 _FLOATS = (torch.float32, torch.float64)
 _LOGITS = (torch.float32, torch.bfloat16, torch.float16)
@@ -69,12 +69,7 @@ def gae(
     gamma, lam = _per_token("gamma", gamma, rewards, mask), _per_token("lam", lam, rewards, mask)
     gammas, lams = (x if isinstance(x, Tensor) else None for x in (gamma, lam))
     _refuse_gradient("gae", rewards, values, bootstrap, gammas, lams)
-    chosen = choose_backend(backend, rewards, _FLOATS)
-    if chosen == "cuda" and (gammas is not None or lams is not None):
-        if backend == "cuda":
-            raise BackendUnavailableError("the CUDA kernel of gae takes numbers for gamma and lam; use backend='auto'")
-        chosen = "reference"
-    if chosen == "reference":
+    if choose_backend(backend, rewards, _FLOATS) == "reference":
         if rewards.numel() == 0:
             return torch.zeros_like(rewards), torch.zeros_like(rewards)
         return reference.gae(rewards, values, mask, bootstrap, gamma, lam)

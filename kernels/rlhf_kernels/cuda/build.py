@@ -12,7 +12,7 @@ from pathlib import Path
 
 LIBRARY = "librlhf_kernels_cuda.so"
 SOURCES = ("gae.cu", "token_logprobs.cu", "whiten.cu", "binding.cpp")
-HEADERS = ("device.cuh", "kernels.h", "../shared/scalar.h")
+HEADERS = ("device.cuh", "gae_scan.cuh", "kernels.h", "../shared/scalar.h")
 ARCHITECTURES = (80, 90, 100)
 """Machine code for these; a GPU of the same generation runs it too, a newer one compiles what is kept of the last."""
 

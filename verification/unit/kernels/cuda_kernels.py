@@ -62,6 +62,9 @@ class DeviceKernels:
     def gae(self, rewards, values, mask, bootstrap=None, gamma=0.99, lam=0.95):
         return self._run("gae", rewards, values, mask, bootstrap, gamma, lam)
 
+    def gae_per_token(self, rewards, values, mask, bootstrap, gammas, lams, gamma=0.99, lam=0.95):
+        return self._run("gae_per_token", rewards, values, mask, bootstrap, gammas, lams, gamma, lam)
+
     def whiten(self, x, mask, shift_mean=True):
         return self._run("whiten", x, mask, shift_mean)
 

@@ -241,6 +241,34 @@ def test_gae_equals_the_sum_of_discounted_residuals(kernels, batch, tokens, dtyp
     assert same_bits(got[1][mask], (got[0] + values)[mask])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("batch", "tokens"), [(5, 401), (1, 1), (3, 512), (2, 2 * CHUNK + 57), (2, 0)])
+@pytest.mark.parametrize("which", ["both", "gamma", "lam"])
+def test_gae_takes_gamma_and_lambda_per_token(kernels, batch, tokens, dtype, which):
+    rewards, values, mask, bootstrap = gae_case(batch, tokens, dtype)
+    mask[0, CHUNK - 5 : CHUNK + 9] = False
+    gammas, lams = (0.9 + 0.1 * torch.rand(batch, tokens, dtype=dtype) for _ in range(2))
+    gammas[~mask] = lams[~mask] = math.nan
+    gammas, lams = (None if which == "lam" else gammas), (None if which == "gamma" else lams)
+    got = kernels.gae_per_token(rewards, values, mask, bootstrap, gammas, lams, 0.99, 0.95)
+    expected = gae_by_definition(
+        rewards, values, mask, 0.99 if gammas is None else gammas, 0.95 if lams is None else lams, bootstrap
+    )
+    tolerance = 2e-6 if dtype == torch.float32 else 1e-11
+    for g, e in zip(got, expected, strict=True):
+        torch.testing.assert_close(g.double(), e, rtol=tolerance, atol=tolerance)
+    assert same_bits(got[1][mask], (got[0] + values)[mask])
+
+
+def test_gae_per_token_splits_few_long_rows_and_gets_the_bits_of_whole_rows(kernels):
+    rewards, values, mask, bootstrap = gae_case(2, CHUNK + 3)
+    gammas, lams = torch.rand(2, 2, CHUNK + 3)
+    few = kernels.gae_per_token(rewards, values, mask, bootstrap, gammas, lams)
+    inputs = (rewards, values, mask, bootstrap, gammas, lams)
+    whole = kernels.gae_per_token(*(x.repeat(MANY_ROWS // 2, *[1] * (x.dim() - 1)) for x in inputs))
+    assert all(same_bits(a, b[:2]) for a, b in zip(few, whole, strict=True))
+
+
 @pytest.mark.parametrize("tokens", [CHUNK + 1, CHUNK + 4])  # read word by word, and in vectors
 def test_gae_splits_few_long_rows_and_gets_the_bits_of_whole_rows(kernels, tokens):
     rewards, values, mask, bootstrap = gae_case(3, tokens)
@@ -349,6 +377,7 @@ def everything(kernels, seed, rows, vocabulary, dtype):
         *forward,
         kernels.backward(logits, labels, forward, grads[0], grads[1]),
         *kernels.gae(random, random * random, mask, random[:, 0].contiguous()),
+        *kernels.gae_per_token(random, random, mask, None, random.sigmoid(), None),
         kernels.whiten(random, mask),
     ]
 
@@ -441,6 +470,7 @@ for at_start in (True, False):
             x = fenced(torch.randn(3, tokens, dtype=dtype), at_start)
             mask = fenced(torch.rand(3, tokens) < 0.5, at_start)
             kernels.gae(x, x, mask, fenced(torch.randn(3, dtype=dtype), at_start))
+            kernels.gae_per_token(x, x, mask, None, x, x)
             kernels.whiten(x, mask)
 print("stayed inside")
 """

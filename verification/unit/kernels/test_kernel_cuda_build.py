@@ -17,7 +17,7 @@ from rlhf_kernels.cuda import build
 pytestmark = pytest.mark.slow
 
 # Kernels that stream through memory: each must use 16-byte accesses. Of gae.cu only the template for aligned rows can.
-VECTOR_READS = ("forward_kernel", "backward_kernel", "rows_kernelILb1", "lines_kernelILb1", "chunks_kernelILb1")
+VECTOR_READS = ("forward_kernel", "backward_kernel", "rows_kernelILb1", "maps_kernelILb1", "chunks_kernelILb1")
 VECTOR_WRITES = ("backward_kernel", "rows_kernelILb1", "chunks_kernelILb1")
 
 
@@ -156,7 +156,7 @@ LOAD = """
 import sys, torch
 import rlhf_kernels.ops
 torch.ops.load_library(sys.argv[1])
-for name in ("gae", "token_logprobs", "token_logprobs_backward", "whiten"):
+for name in ("gae", "gae_per_token", "token_logprobs", "token_logprobs_backward", "whiten"):
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"rlhf_kernels::{name}", "CUDA"), name
 try:
     whiten = torch.ops.rlhf_kernels.whiten.default

@@ -39,11 +39,15 @@ def calls(device="cuda", vocabulary=5003):
         ),
         "gae": lambda: OPERATORS.gae(many, many, inside_many, None, 0.99, 0.95),
         "gae in chunks": lambda: OPERATORS.gae(long, long, inside_long, None, 0.99, 0.95),
+        "gae per token": lambda: OPERATORS.gae_per_token(
+            long, long, inside_long, None, long.sigmoid(), None, 0.0, 0.95
+        ),
         "whiten": lambda: OPERATORS.whiten(many, inside_many, True),
     }
 
 
-NAMES = ["token_logprobs", "token_logprobs bfloat16", "token_logprobs_backward", "gae", "gae in chunks", "whiten"]
+NAMES = ["token_logprobs", "token_logprobs bfloat16", "token_logprobs_backward", "gae", "gae in chunks"]
+NAMES += ["gae per token", "whiten"]
 
 
 def tensors(results):
@@ -197,6 +201,7 @@ for rows, tokens in ((3, 1), (3, 129), (2, 4100), (2, 4101), (1030, 5)):
         x = torch.randn(rows, tokens, dtype=dtype, device="cuda")
         mask = torch.rand_like(x) < 0.5
         rlhf_kernels.gae(x, x, mask, gamma=0.99, lam=0.9, backend="cuda")
+        rlhf_kernels.gae(x, x, mask, gamma=x.sigmoid(), lam=0.9, backend="cuda")
         rlhf_kernels.whiten(x, mask, backend="cuda")
 torch.cuda.synchronize()
 print("done")
