@@ -24,7 +24,6 @@ constexpr int BLOCKS = ALIGNED ? 16 : std::is_same_v<recursion, steady> ? 8 : 4;
 
 // A tile in memory order and in lane order, where lane l holds tokens LANE_TOKENS*l and on. Rows whose tiles are 16-byte
 // aligned go straight between memory and lanes; others through shared memory, so that a warp still touches 32 neighbours.
-template <typename T>
 __device__ inline int padded(int i) {
     return i + i / LANE_TOKENS;  // so that lanes reading their own tokens meet different banks
 }
@@ -68,10 +67,10 @@ __device__ void to_lanes(lane_tokens<T>& x, T* stage, int lane) {
     if constexpr (!ALIGNED) {
         __syncwarp();
 #pragma unroll
-        for (int j = 0; j < LANE_TOKENS; j++) stage[padded<T>(j * WARP + lane)] = x.token[j];
+        for (int j = 0; j < LANE_TOKENS; j++) stage[padded(j * WARP + lane)] = x.token[j];
         __syncwarp();
 #pragma unroll
-        for (int j = 0; j < LANE_TOKENS; j++) x.token[j] = stage[padded<T>(lane * LANE_TOKENS + j)];
+        for (int j = 0; j < LANE_TOKENS; j++) x.token[j] = stage[padded(lane * LANE_TOKENS + j)];
     }
 }
 
@@ -87,11 +86,11 @@ __device__ void write_tile(T* tile, int size, const lane_tokens<T>& x, T* stage,
     } else {
         __syncwarp();
 #pragma unroll
-        for (int j = 0; j < LANE_TOKENS; j++) stage[padded<T>(lane * LANE_TOKENS + j)] = x.token[j];
+        for (int j = 0; j < LANE_TOKENS; j++) stage[padded(lane * LANE_TOKENS + j)] = x.token[j];
         __syncwarp();
 #pragma unroll
         for (int j = 0; j < LANE_TOKENS; j++)
-            if (j * WARP + lane < size) tile[j * WARP + lane] = stage[padded<T>(j * WARP + lane)];
+            if (j * WARP + lane < size) tile[j * WARP + lane] = stage[padded(j * WARP + lane)];
     }
 }
 
