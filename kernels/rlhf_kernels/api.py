@@ -127,7 +127,8 @@ def token_logprobs(
         logp [...], or (logp, entropy), float32 (float64 for float64 logits).
 
     Raises:
-        IndexError: a label outside [0, V), with its value and position.
+        IndexError: a label outside [0, V), with its value and position. The CUDA kernel, which is not waited for, prints
+            them and stops with a device-side assertion instead.
         ValueError: a shape, device or temperature that does not fit.
         TypeError: a dtype that does not fit.
     """
@@ -376,8 +377,10 @@ def _per_token(name: str, number: float | Tensor, other: Tensor, mask: Tensor) -
 
 
 def _has_values(tensor: Tensor) -> bool:
-    """Whether values can be looked at: not while tracing, and not without data."""
-    return tensor.device.type != "meta" and not torch.compiler.is_compiling()
+    """Whether values can be looked at: not while tracing or capturing a CUDA graph, and not without data."""
+    if torch.compiler.is_compiling() or tensor.device.type == "meta":
+        return False
+    return not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def _require_none(name: str, tensor: Tensor, bad: Tensor, rule: str) -> None:

@@ -83,6 +83,25 @@ def test_a_captured_graph_gives_the_bits_of_the_call(name):
     assert all(same_bits(a, b) for a, b in zip(captured, expected, strict=True))
 
 
+def test_the_public_functions_can_be_captured():
+    rewards = torch.randn(5, 300, device="cuda")
+    mask, gamma = torch.rand_like(rewards) < 0.8, rewards.sigmoid()
+    logits, labels = torch.randn(5, 300, device="cuda"), torch.randint(0, 300, (5,), device="cuda")
+
+    def step():
+        advantages, _ = rlhf_kernels.gae(rewards, rewards, mask, gamma=gamma, lam=0.95, backend="cuda")
+        logp = rlhf_kernels.token_logprobs(logits, labels, backend="cuda")
+        return [rlhf_kernels.whiten(advantages, mask, backend="cuda"), logp]
+
+    expected, graph = step(), torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        captured = step()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert all(same_bits(a, b) for a, b in zip(captured, expected, strict=True))
+
+
 def test_work_is_queued_on_the_current_stream():
     slow, stream = torch.randn(4096, 4096, device="cuda"), torch.cuda.Stream()
     logits, labels = torch.zeros(64, 5003, device="cuda"), torch.zeros(64, dtype=torch.int64, device="cuda")
