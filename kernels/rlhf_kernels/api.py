@@ -127,8 +127,8 @@ def token_logprobs(
         logp [...], or (logp, entropy), float32 (float64 for float64 logits).
 
     Raises:
-        IndexError: a label outside [0, V), with its value and position. The CUDA kernel, which is not waited for, prints
-            them and stops with a device-side assertion instead.
+        IndexError: a label outside [0, V), with its value and position. The CUDA kernel, which nobody waits for, prints
+            value and row and stops with a device-side assertion instead.
         ValueError: a shape, device or temperature that does not fit.
         TypeError: a dtype that does not fit.
     """
@@ -380,7 +380,7 @@ def _has_values(tensor: Tensor) -> bool:
     """Whether values can be looked at: not while tracing or capturing a CUDA graph, and not without data."""
     if torch.compiler.is_compiling() or tensor.device.type == "meta":
         return False
-    return not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
+    return not (tensor.is_cuda and torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())
 
 
 def _require_none(name: str, tensor: Tensor, bad: Tensor, rule: str) -> None:
