@@ -77,9 +77,8 @@ def _model_of(run: Path, kind: str) -> Path:
         damaged: list[str] = []
         newest = checkpoint.newest_sound(run / "checkpoints", damaged.append)
         if newest is None:
-            raise FileNotFoundError(
-                f"{run} has no sound checkpoint; {'; '.join(damaged) or 'it has not begun its steps'}"
-            )
+            why = "; ".join(damaged) or "it has not begun its steps"
+            raise FileNotFoundError(f"{run} has no sound checkpoint; {why}")
         return newest / "policy"
     folder = run / "model"
     if not folder.is_dir():

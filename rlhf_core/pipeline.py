@@ -1,8 +1,8 @@
 """``rlhf pipeline``: preferences → sft on the chosen ones → reward model → PPO → evaluation, stage by stage like make.
 
 Each stage is a run in a folder of the pipeline's. Its key is the SHA-256 of its configuration, the data's content and
-the models that it starts from. A finished stage whose key and files are as they were is kept; one that was interrupted goes
-on; one whose key has changed, or whose files were damaged, is done again, and so are those that depend on it.
+the models that it starts from. A finished stage whose key and files are as they were is kept; one that was interrupted
+goes on; one whose key has changed, or whose files were damaged, is done again, and so are those that depend on it.
 """
 
 import dataclasses

@@ -14,7 +14,18 @@ PARTS = {
     "rlhf_kernels": ROOT / "kernels" / "rlhf_kernels",
     "dashboard": ROOT / "dashboard",
 }
-TORCH_FREE = ("config", "metrics", "runlog", "alerts", "terminal", "numerics", "reviews", "review_grammar")
+TORCH_FREE = (
+    "config",
+    "metrics",
+    "runlog",
+    "alerts",
+    "terminal",
+    "numerics",
+    "stage_config",
+    "reward_report",
+    "reviews",
+    "review_grammar",
+)
 CLOCKS_AND_HOSTS = {"time", "datetime", "socket", "uuid", "getpass", "secrets"}
 
 Modules = dict[str, Path]
@@ -188,7 +199,7 @@ def test_nothing_imports_verification_or_dashboard():
 
 
 def test_only_the_command_line_imports_the_whole_training():
-    assert who_imports("rlhf_core.training", PROJECT) == {"rlhf_core.commands.train"}
+    assert who_imports("rlhf_core.training", PROJECT) == {"rlhf_core.commands.train", "rlhf_core.pipeline"}
 
 
 def test_only_tests_import_the_tools_for_tests():
