@@ -121,8 +121,13 @@ def _loading(kind: str) -> list[str]:
     lines = [f"from transformers import {name}, AutoTokenizer", "", 'folder = "path/to/this/folder"']
     lines += [f"model = {name}.from_pretrained(folder)", "tokenizer = AutoTokenizer.from_pretrained(folder)"]
     if kind == "reward":
-        return [*lines, "# Put tokenizer.eos_token_id behind prompt and completion: the reward is read there.",
-                "ids = tokenizer(prompt + completion, return_tensors=\"pt\")", "reward = model(**ids).logits"]  # fmt: skip
+        return [
+            *lines,
+            "# The reward is read at the end-of-sequence token.",
+            "text = prompt + completion + tokenizer.eos_token",
+            'ids = tokenizer(text, split_special_tokens=False, return_tensors="pt")',
+            'reward = model(ids["input_ids"]).logits',
+        ]
     return [
         *lines,
         'ids = tokenizer("A prompt", return_tensors="pt", return_token_type_ids=False)',

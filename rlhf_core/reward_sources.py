@@ -45,7 +45,7 @@ def parse_reward(text: str) -> RewardSource:
     if not math.isfinite(weight):
         raise ValueError(f"--reward {text!r}: the weight must be finite")
     folder = name.removeprefix(MODEL)
-    if name.startswith(MODEL) or Path(name).is_dir():
+    if name.startswith(MODEL) or (name.strip() and Path(name).is_dir()):
         return RewardSource(Path(folder).name or folder, weight, folder)
     if _FUNCTION.fullmatch(name):
         return RewardSource(name, weight, None)

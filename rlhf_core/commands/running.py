@@ -28,6 +28,7 @@ class Job(Generic[C]):
     """A command that makes a run."""
 
     command: str
+    """Its name."""
     options: type
     """The command's options; the field named like the command's first word holds the configuration."""
     field: str
@@ -41,6 +42,7 @@ class Job(Generic[C]):
     execute: Callable[[C, Any, Path, bool], None]
     """Does the run in its folder, given whether it is resumed."""
     default_name: Callable[[C], str]
+    """The run's name where none is given."""
     reopens: bool = False
     """Whether a run of that name is opened again and what changed in it done anew, as ``rlhf pipeline`` does."""
 
