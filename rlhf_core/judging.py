@@ -28,7 +28,7 @@ from rlhf_core.run_setup import DATA_FOLDER, DataPlace, begin_run, choose_device
 from rlhf_core.seeding import CounterUniforms
 from rlhf_core.stage_config import EvalConfig
 from rlhf_core.stages import write_evaluation
-from rlhf_core.stopping import Stopped, StopRequest
+from rlhf_core.stopping import StopRequest, by_signal
 from rlhf_core.tasks import cut_prompt
 from rlhf_core.terminal import console, progress_bar
 from rlhf_core.tokenization import check_vocabulary, load_tokenizer
@@ -108,7 +108,7 @@ def run_judging(config: EvalConfig, inputs: JudgingInputs, run: Path, *, resumed
             runlog.append(run / runlog.METRICS_FILE, [stage_row(number, batch_metrics(rows), EVAL_METRICS)])
             bar.advance(f"reward {np.mean([row['reward'] for row in rows]):+.3f}")
             if stop.signal_number is not None and number < len(batches):
-                raise Stopped(stop.signal_number, f"stopped after batch {number} of {len(batches)}, kept")
+                raise by_signal(stop.signal_number, f"stopped after batch {number} of {len(batches)}, kept")
     summary = judging_summary(
         list(runlog.read_samples(run)),
         {one.source.name: one.source.weight for one in inputs.rewards},

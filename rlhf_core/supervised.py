@@ -7,10 +7,10 @@ optimizer and random generators, and a killed run continues to the same bytes.
 import itertools
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from safetensors.torch import load_file, load_model, save_file, save_model
@@ -19,11 +19,12 @@ from rlhf_core import checkpoint, runlog
 from rlhf_core.batches import batches
 from rlhf_core.metrics import Metric, stage_row
 from rlhf_core.optim import adamw, clip_gradients, gradients, set_learning_rate, total_norm
-from rlhf_core.profiling import StageClock, peak_memory_bytes
+from rlhf_core.profiler import timing_row
+from rlhf_core.profiling import StageClock
 from rlhf_core.seeding import rng_state, set_rng_state
 from rlhf_core.sft import warmup_then_linear
 from rlhf_core.stage_config import TrainingConfig
-from rlhf_core.stopping import Stopped, StopRequest
+from rlhf_core.stopping import StopRequest, by_signal
 from rlhf_core.terminal import console, progress_bar
 
 
@@ -123,7 +124,8 @@ def run_supervised(
     steps = number_of_steps(config, len(lengths))
     order = itertools.islice(batches(lengths, config.batch_size, seed, title), state.step, steps)
     with progress_bar(title, steps, done=state.step) as bar:
-        for rows, clock in zip(order, _clocks(), strict=False):
+        for rows in order:
+            clock = StageClock(state.step + 1)
             rate = peak_rate * warmup_then_linear(state.step, steps)
             with clock.stage("update"):
                 figures = supervised_step(state, rows, objective, config, rate)
@@ -132,29 +134,12 @@ def run_supervised(
             if state.step == steps or stop.signal_number is not None or state.step % config.save_every == 0:
                 with clock.stage("checkpoint"):
                     _save(state, run, config.keep)
-            runlog.append(
-                run / runlog.TIMINGS_FILE, [_timing_row(state.step, clock, sum(lengths[row] for row in rows))]
-            )
+            clock.stop(int(sum(lengths[row] for row in rows)))
+            runlog.append(run / runlog.TIMINGS_FILE, [timing_row(clock)])
             bar.advance(f"loss {figures['loss']:.4f}")
             if stop.signal_number is not None and state.step < steps:
-                raise Stopped(stop.signal_number, f"stopped after step {state.step} of {steps}, saved")
+                raise by_signal(stop.signal_number, f"stopped after step {state.step} of {steps}, saved")
     return state
-
-
-def _clocks() -> Iterator[StageClock]:
-    while True:
-        yield StageClock()
-
-
-def _timing_row(step: int, clock: StageClock, tokens: int) -> dict[str, Any]:
-    seconds = clock.total()
-    return {
-        "step": step,
-        "step_time_s": seconds,
-        "stages_s": clock.seconds,
-        "tokens_per_second": int(tokens) / seconds,
-        "peak_mem_bytes": peak_memory_bytes(),
-    }
 
 
 def _start_or_resume(model: torch.nn.Module, config: TrainingConfig, run: Path) -> SupervisedState:

@@ -15,6 +15,7 @@ PARTS = {
     "dashboard": ROOT / "dashboard",
 }
 TORCH_FREE = (
+    "algorithms",
     "config",
     "metrics",
     "runlog",
@@ -23,6 +24,11 @@ TORCH_FREE = (
     "numerics",
     "stage_config",
     "reward_report",
+    "alert_thresholds",
+    "readers",
+    "watch",
+    "terminal",
+    "numerics",
     "reviews",
     "review_grammar",
 )
@@ -239,12 +245,12 @@ def test_no_clock_or_host_name_comes_near_a_log_that_must_be_reproducible():
         for name, path in CORE.items()
         if (found := {top(one) for one in imports(path, name)} & CLOCKS_AND_HOSTS)
     }
-    assert offences == {"rlhf_core.profiling": {"time"}}
+    assert offences == {"rlhf_core.profiling": {"time"}, "rlhf_core.file_age": {"time"}}
 
 
 def test_what_the_page_and_the_command_line_start_with_never_imports_torch_even_through_others():
     wanted = [f"rlhf_core.{name}" for name in TORCH_FREE if f"rlhf_core.{name}" in CORE]
-    assert len(wanted) >= len(TORCH_FREE) - 1  # alerts come with a later issue
+    assert len(wanted) == len(TORCH_FREE)
     wanted += ["rlhf_core.cli", "rlhf_core.testing.assertions", "rlhf_core.testing.command"]
     program = f"import sys, {', '.join(wanted)}\nprint(sorted({{'torch', 'transformers', 'scipy'}} & set(sys.modules)))"
     outcome = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)

@@ -51,7 +51,7 @@ def _load(config: EvalConfig, place: "DataPlace") -> Any:
     return load_judging(config, place)
 
 
-def _execute(config: EvalConfig, inputs: Any, folder: Path, resumed: bool) -> None:
+def _execute(config: EvalConfig, options: Options, inputs: Any, folder: Path) -> None:
     from rlhf_core.judging import run_judging
 
-    run_judging(config, inputs, folder, resumed=resumed)
+    run_judging(config, inputs, folder, resumed=options.resume)

@@ -52,7 +52,7 @@ def _load(config: PipelineConfig, place: "DataPlace") -> Any:
     return load_pipeline(config, place)
 
 
-def _execute(config: PipelineConfig, inputs: Any, folder: Path, resumed: bool) -> None:
+def _execute(config: PipelineConfig, options: Options, inputs: Any, folder: Path) -> None:
     from rlhf_core.pipeline import run_pipeline
 
-    run_pipeline(config, inputs, folder, resumed=resumed)
+    run_pipeline(config, inputs, folder, resumed=options.resume)

@@ -51,7 +51,7 @@ def _load(config: RewardConfig, place: "DataPlace") -> Any:
     return load_stage_inputs(config, "pair", place)
 
 
-def _execute(config: RewardConfig, inputs: Any, folder: Path, resumed: bool) -> None:
+def _execute(config: RewardConfig, options: Options, inputs: Any, folder: Path) -> None:
     from rlhf_core.stages import run_reward
 
-    run_reward(config, inputs, folder, resumed=resumed)
+    run_reward(config, inputs, folder, resumed=options.resume)

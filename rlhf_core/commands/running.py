@@ -39,10 +39,12 @@ class Job(Generic[C]):
     """What the command line starts from, given ``--data`` and ``--config``."""
     load: Callable[[C, "DataPlace"], Any]
     """Loads what the run needs, so that whatever is wrong with it shows before there is a run."""
-    execute: Callable[[C, Any, Path, bool], None]
-    """Does the run in its folder, given whether it is resumed."""
+    execute: Callable[[C, Any, Any, Path], None]
+    """Does the run, given the command's options, what was loaded and the run's folder."""
     default_name: Callable[[C], str]
     """The run's name where none is given."""
+    before: Callable[[Any], None] = lambda options: None
+    """Looks at the command's options before torch is loaded."""
     reopens: bool = False
     """Whether a run of that name is opened again and what changed in it done anew, as ``rlhf pipeline`` does."""
 
@@ -56,16 +58,18 @@ def make_run(job: Job[C], arguments: list[str]) -> int:
         folder = runlog.find_run(early["name"] or "latest", runs)
         recorded = configuration.read_config_file(folder / runlog.CONFIG_FILE, job.empty())
         asked = configuration.read_config_file(file, recorded) if file else recorded
-        _refuse_changes(recorded, _parsed(job, arguments, asked))
-        return _do(job, located(recorded, working_directory(folder)), folder, lambda: folder)
-    config = _parsed(job, arguments, job.defaults(early["data"], file))
+        options = _parsed(job, arguments, asked)
+        _refuse_changes(recorded, getattr(options, job.field))
+        return _do(job, located(recorded, working_directory(folder)), options, folder, lambda: folder)
+    options = _parsed(job, arguments, job.defaults(early["data"], file))
+    config: C = getattr(options, job.field)
     configuration.check_sources(config)
     if job.reopens and (known := _known(job, config, runs, early["name"])):
         again = configuration.to_json(config)
-        return _do(job, config, None, lambda: _rewritten(known, again), runs)
+        return _do(job, config, options, None, lambda: _rewritten(known, again), runs)
     runlog.check_new_name(runs, early["name"])
     default_name, content = job.default_name(config), configuration.to_json(config)
-    return _do(job, config, None, lambda: runlog.create_run(runs, early["name"], default_name, content), runs)
+    return _do(job, config, options, None, lambda: runlog.create_run(runs, early["name"], default_name, content), runs)
 
 
 def _known(job: Job[C], config: C, runs: Path, name: str | None) -> Path | None:
@@ -86,11 +90,11 @@ def _rewritten(folder: Path, content: str) -> Path:
     return folder
 
 
-def _parsed(job: Job[C], arguments: list[str], base: C) -> C:
+def _parsed(job: Job[C], arguments: list[str], base: C) -> Any:
+    """Return the command's options."""
     if any(one == "--reward" or one.startswith("--reward=") for one in arguments):
         base = dataclasses.replace(base, reward=())  # what is given replaces what a file says, as with other options
-    config: C = getattr(parse(job.options, arguments, job.command, job.options(**{job.field: base})), job.field)
-    return config
+    return parse(job.options, arguments, job.command, job.options(**{job.field: base}))
 
 
 def _refuse_changes(recorded: RunConfig, asked: RunConfig) -> None:
@@ -103,7 +107,15 @@ def _refuse_changes(recorded: RunConfig, asked: RunConfig) -> None:
         )
 
 
-def _do(job: Job[C], config: C, resumed: Path | None, open_run: Callable[[], Path], runs: Path | None = None) -> int:
+def _do(
+    job: Job[C],
+    config: C,
+    options: Any,
+    resumed: Path | None,
+    open_run: Callable[[], Path],
+    runs: Path | None = None,
+) -> int:
+    job.before(options)
     apply_environment(config.numerics, config.resolved_threads)
     # This loads torch, which reads the environment once.
     from rlhf_core.run_setup import data_place
@@ -117,7 +129,7 @@ def _do(job: Job[C], config: C, resumed: Path | None, open_run: Callable[[], Pat
     home = folder.resolve()
     resume = f"rlhf {job.command} --resume --name {shlex.quote(home.name)} --runs {shlex.quote(str(home.parent))}"
     try:
-        job.execute(config, inputs, folder, resumed is not None)
+        job.execute(config, options, inputs, folder)
     except Stopped as stopped:
         return complain(f"{stopped}; continue with: {resume}", stopped.exit_code)
     except FloatingPointError as error:

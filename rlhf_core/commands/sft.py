@@ -51,7 +51,7 @@ def _load(config: SFTConfig, place: "DataPlace") -> Any:
     return load_stage_inputs(config, "demonstration", place)
 
 
-def _execute(config: SFTConfig, inputs: Any, folder: Path, resumed: bool) -> None:
+def _execute(config: SFTConfig, options: Options, inputs: Any, folder: Path) -> None:
     from rlhf_core.stages import run_sft
 
-    run_sft(config, inputs, folder, resumed=resumed)
+    run_sft(config, inputs, folder, resumed=options.resume)

@@ -1,14 +1,17 @@
 """``rlhf train``."""
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
 from rlhf_core import config as configuration
+from rlhf_core.alert_thresholds import default_thresholds, read_thresholds
 from rlhf_core.commands.running import Job, make_run, source_name
 from rlhf_core.config import TrainConfig
+from rlhf_core.watch import WatchOptions
 
 if TYPE_CHECKING:
     from rlhf_core.run_setup import DataPlace
@@ -31,6 +34,18 @@ class Options:
     """Where runs are kept."""
     resume: bool = False
     """Continue the run --name (or the latest) from its newest sound checkpoint, with the options it began with."""
+    profile: bool = False
+    """Write profiles/: time and memory by stage, a trace for Perfetto, operators. Changes no number of the run."""
+    stop_on: Literal["critical", "warning", "never"] = "never"
+    """Stop, saved and ready to --resume, when an alert of this severity or a worse one is raised; see rlhf alerts."""
+    thresholds: Path | None = None
+    """A .toml file that changes severities and thresholds of the alerts."""
+
+    @property
+    def watch(self) -> WatchOptions:
+        """What the run is watched by."""
+        thresholds = default_thresholds() if self.thresholds is None else read_thresholds(self.thresholds)
+        return WatchOptions(thresholds, None if self.stop_on == "never" else self.stop_on)
 
 
 def run(arguments: list[str]) -> int:
@@ -45,9 +60,17 @@ def run(arguments: list[str]) -> int:
             load=_load,
             execute=_execute,
             default_name=lambda config: f"{source_name(config)}-seed{config.seed}",
+            before=_before,
         ),
         arguments,
     )
+
+
+def _before(options: Options) -> None:
+    _ = options.watch  # a file of thresholds that cannot be read shows before there is a run
+    if options.profile:
+        # Kineto, torch's recorder of operators, prints lines of its own unless told before torch is loaded.
+        os.environ.setdefault("KINETO_LOG_LEVEL", "6")
 
 
 def _load(config: TrainConfig, place: "DataPlace") -> Any:
@@ -56,7 +79,7 @@ def _load(config: TrainConfig, place: "DataPlace") -> Any:
     return load_inputs(config, place)
 
 
-def _execute(config: TrainConfig, inputs: Any, folder: Path, resumed: bool) -> None:
+def _execute(config: TrainConfig, options: Options, inputs: Any, folder: Path) -> None:
     from rlhf_core.training import run_training
 
-    run_training(config, inputs, folder, resumed=resumed)
+    run_training(config, inputs, folder, resumed=options.resume, watch=options.watch, profile=options.profile)
