@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_core import checkpoint, runlog
+from rlhf_core.alert_thresholds import default_thresholds
 from rlhf_core.config import RunConfig, TrainConfig, to_json
 from rlhf_core.dataset import DataReport, fingerprint, read_examples
 from rlhf_core.dialogues import Chat
@@ -30,6 +31,7 @@ from rlhf_core.stages import load_stage_inputs, run_reward, run_sft
 from rlhf_core.terminal import console
 from rlhf_core.tokenization import load_tokenizer
 from rlhf_core.training import run_training
+from rlhf_core.watch import WatchOptions
 
 STAGE_FILE = "stage.json"
 NOT_OUTPUTS = (STAGE_FILE, runlog.TIMINGS_FILE, runlog.ENVIRONMENT_FILE)
@@ -65,10 +67,14 @@ def stages_of(config: PipelineConfig) -> list[Stage]:
     return [
         Stage("sft", sft, (), lambda one, place: load_stage_inputs(one, "demonstration", place), run_sft),
         Stage("reward", reward, ("sft",), lambda one, place: load_stage_inputs(one, "pair", place), run_reward),
-        Stage("ppo", ppo, ("sft", "reward"), load_inputs, run_training),
+        Stage("ppo", ppo, ("sft", "reward"), load_inputs, _train),
         Stage("eval-sft", judged("sft"), ("sft", "reward"), load_judging, run_judging),
         Stage("eval-ppo", judged("ppo"), ("sft", "reward", "ppo"), load_judging, run_judging),
     ]
+
+
+def _train(config: TrainConfig, inputs: Any, run: Path, *, resumed: bool) -> None:
+    run_training(config, inputs, run, resumed=resumed, watch=WatchOptions(default_thresholds(), None))
 
 
 def located_in(config: Any, run: Path) -> Any:

@@ -80,12 +80,8 @@ def probed(loss_of, *, attached=False):
         logprobs, values = (leaf * 1.0 for leaf in leaves)
         a = advantages[rows] + (0.0 * values if attached else 0.0)
         probe.watch(rows, logprobs, values, a, returns[rows])
-        policy = masked_sum(
-            clipped_policy_losses(log_ratio(logprobs, old[rows], mask[rows]), a, mask[rows], clip_range=0.2), mask[rows]
-        )
-        value = masked_sum(
-            clipped_value_losses(values, values_before[rows], returns[rows], mask[rows], clip_range=0.2), mask[rows]
-        )
+        policy = masked_sum(clipped_policy_losses(log_ratio(logprobs, old[rows], mask[rows]), a, mask[rows], clip_range=0.2), mask[rows])
+        value = masked_sum(clipped_value_losses(values, values_before[rows], returns[rows], mask[rows], clip_range=0.2), mask[rows])
         (loss_of(policy, value, logprobs, values, advantages[rows]) / tokens).backward()
     return probe.metrics(), advantages, values_before - returns
 
