@@ -23,7 +23,6 @@ TORCH_FREE = (
     "terminal",
     "numerics",
     "stage_config",
-    "reward_report",
     "alert_thresholds",
     "readers",
     "watch",

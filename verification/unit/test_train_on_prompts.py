@@ -174,7 +174,7 @@ def test_data_none_is_the_embedded_task_and_a_reward_function_may_replace_its_ow
     outcome = run_command("train", *TINY_RUN, "--data", "None", "--name", "a")
     assert outcome.code == 0, outcome.err
     assert_runs_identical(finished_run, place / "runs" / "a")
-    outcome = run_command("train", *TINY_RUN, "--reward", "kit_rewards:length", "--name", "b")
+    outcome = run_command("train", *TINY_RUN, "--ppo.steps", "1", "--reward", "kit_rewards:length", "--name", "b")
     assert outcome.code == 0, outcome.err
     assert assert_runs_differ(finished_run, place / "runs" / "b").name == "adv_var"
 
