@@ -107,6 +107,7 @@ def quiet_transformers() -> Iterator[None]:
     """Keep transformers' report on a load off the terminal: what matters of it becomes an error."""
     level = transformers.utils.logging.get_verbosity()
     transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
     try:
         yield
     finally:

@@ -14,7 +14,7 @@ from rlhf_core.testing.assertions import assert_runs_differ, assert_runs_identic
 from rlhf_core.testing.command import TINY_RUN, run_command
 
 pytestmark = pytest.mark.usefixtures("reviews_drawn_once")
-COMMANDS = ("train", "compare", "samples")
+COMMANDS = ("train", "sft", "reward", "eval", "pipeline", "export", "compare", "samples")
 
 
 @pytest.fixture
