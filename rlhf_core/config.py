@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from rlhf_core.algorithms import ALGORITHMS, Advantage, Algorithm, AlgorithmName, KLEstimator, KLPlace, LossMean
 from rlhf_core.numerics import Numerics
 
 
@@ -94,7 +95,7 @@ class ModelConfig:
     vocabulary: int = 2048
     """Size of the byte-pair vocabulary trained on --data; the embedded task has its own words."""
     value: Literal["shared", "separate"] = "separate"
-    """Value model: a head on the policy's trunk, or a network of its own that starts from the same weights."""
+    """Value model, where there is one: a head on the policy's trunk, or a network that starts from the same weights."""
     attention: Literal["eager", "sdpa"] = "eager"
     """Attention code of transformers; eager is the one whose bits are the same on every processor."""
 
@@ -162,12 +163,16 @@ class SamplingConfig:
 
 @dataclass(frozen=True)
 class PPOConfig:
-    """Proximal policy optimisation for language models."""
+    """Policy-gradient updates: PPO, and the algorithms that differ from it in advantage and loss."""
 
+    algorithm: AlgorithmName = "ppo"
+    """Decides the advantage estimator, and every option below that is None: see rlhf_core/algorithms.py."""
     steps: int = 80
-    """PPO steps: one rollout and its updates each."""
+    """Steps: one rollout and its updates each."""
     batch_size: int = 64
-    """Prompts, and so completions, a step."""
+    """Completions a step."""
+    group_size: int | None = None
+    """Completions a prompt; divides batch_size. None: the algorithm's own (1, or 4 or 8 where it compares them)."""
     minibatch_size: int = 16
     """Completions an optimizer step; divides batch_size."""
     micro_batch_size: int = 16
@@ -186,22 +191,30 @@ class PPOConfig:
     """AdamW's decoupled weight decay."""
     max_grad_norm: float = 1.0
     """Gradients of a longer total norm are scaled down to it."""
+    advantage: Advantage | None = None
+    """Advantage estimator; gae alone trains a value model. None: the algorithm's own."""
     gamma: float = 1.0
-    """Discount of GAE."""
+    """Discount of gae and reward-to-go."""
     lam: float = 0.95
-    """λ of GAE."""
+    """λ of gae."""
     clip_range: float = 0.2
     """ε of the clipped ratio."""
     value_clip_range: float = 0.2
     """How far a value may move from the rollout's before its loss is clipped."""
     value_coef: float = 0.5
     """Weight of the value loss."""
-    whiten_advantages: bool = True
-    """Advantages of a step are shifted and scaled to mean 0 and variance 1 over the mask."""
+    loss_mean: LossMean | None = None
+    """What a minibatch's loss is a mean of: see losses.loss_count. None: the algorithm's own."""
+    whiten_advantages: bool | None = None
+    """Advantages of a step are scaled to mean 0 and variance 1 over the mask. None: the algorithm's own."""
     whiten_rewards: bool = False
-    """Rewards of a step are scaled to variance 1 over the mask; their mean stays."""
+    """Rewards of a step are scaled to variance 1 over the mask; their mean stays (gae and reward-to-go)."""
+    kl_place: KLPlace | None = None
+    """Where the KL penalty enters. None: the algorithm's own."""
+    kl_estimator: KLEstimator | None = None
+    """What estimates a token's KL: in the reward take k1, in the loss k3-weighted or k2. None: the algorithm's own."""
     kl_coef: float = 0.1
-    """Weight of the per-token KL penalty (its start, when kl_control is adaptive)."""
+    """Weight of the KL penalty (its start, when kl_control is adaptive)."""
     kl_control: Literal["adaptive", "fixed"] = "adaptive"
     """Whether the coefficient follows kl_target."""
     kl_target: float = 4.0
@@ -223,6 +236,42 @@ class PPOConfig:
         _require_field(self, "adam_beta2", lambda value: 0 <= value < 1, "lie in [0, 1)")
         _require_divides(self, "minibatch_size", "batch_size")
         _require_divides(self, "micro_batch_size", "minibatch_size")
+        self._check_recipe()
+
+    def _check_recipe(self) -> None:
+        recipe = self.recipe
+        n, whole = recipe.group_size, self.batch_size
+        _require(n > 0, f"ppo.group_size is {n}; it must be greater than 0")
+        _require(
+            n > 1 or not recipe.compares_groups,
+            f"ppo.group_size is {n}; it must be 2 or more, as {recipe.advantage!r} compares a prompt's completions",
+        )
+        _require(whole % n == 0, f"ppo.batch_size {whole} is not divisible by group_size {n}; take a multiple of {n}")
+        _require(
+            not self.whiten_rewards or not recipe.compares_groups,
+            f"ppo.whiten_rewards scales rewards of tokens, which advantage {recipe.advantage!r} adds up; leave it out",
+        )
+        _require(
+            (recipe.kl_place, recipe.kl_estimator) != ("loss", "k1"),
+            "ppo.kl_estimator is k1 and kl_place loss: the gradient of k1 is the score function, whose expectation is "
+            "zero, so nothing pulls towards the reference; take k3-weighted or k2, or kl_place reward",
+        )
+        _require(
+            (recipe.kl_place, recipe.kl_estimator) != ("reward", "k3-weighted"),
+            "ppo.kl_estimator is k3-weighted and kl_place reward: a reward has no importance weight; take k1",
+        )
+
+    @property
+    def recipe(self) -> Algorithm:
+        """The algorithm, with what the options change of it."""
+        options = {item.name: getattr(self, item.name) for item in dataclasses.fields(Algorithm)}
+        changes = {name: value for name, value in options.items() if value is not None}
+        return dataclasses.replace(ALGORITHMS[self.algorithm], **changes)
+
+    @property
+    def prompts_per_step(self) -> int:
+        """Prompts a step, each with ``group_size`` completions."""
+        return self.batch_size // self.recipe.group_size
 
 
 @dataclass(frozen=True)
@@ -268,7 +317,7 @@ class TrainConfig:
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     """How completions are drawn."""
     ppo: PPOConfig = field(default_factory=PPOConfig)
-    """The PPO updates."""
+    """The updates of the policy."""
     log: LogConfig = field(default_factory=LogConfig)
     """Checkpoints, samples, evaluation."""
 
@@ -280,6 +329,11 @@ class TrainConfig:
             _require(self.device != "cuda", "numerics 'portable' runs on the CPU; take --device cpu")
             _require(self.dtype == "float32", "numerics 'portable' needs --dtype float32")
             _require(self.model.attention == "eager", "numerics 'portable' needs --model.attention eager")
+
+    @property
+    def value_model(self) -> Literal["shared", "separate"] | None:
+        """The value model that is trained, or None where the advantage needs none."""
+        return self.model.value if self.ppo.recipe.has_value_model else None
 
     @property
     def resolved_threads(self) -> int:
@@ -332,11 +386,13 @@ def _replace(base: Any, tree: dict[str, Any], source: str, path: tuple[str, ...]
 
 def _checked(value: Any, wanted: Any, where: str) -> Any:
     """Return ``value`` when it is of the field's type; an int serves as a float."""
-    if typing.get_origin(wanted) is Literal:
-        choices = typing.get_args(wanted)
-        _require(value in choices, f"{where} is {value!r}; choose from {', '.join(map(str, choices))}")
+    accepted = typing.get_args(wanted) if typing.get_origin(wanted) in (types.UnionType, typing.Union) else (wanted,)
+    choices = [choice for kind in accepted if typing.get_origin(kind) is Literal for choice in typing.get_args(kind)]
+    if choices:
+        named = ", ".join([*map(str, choices), *(["null"] if type(None) in accepted else [])])
+        allowed = value in choices or (value is None and type(None) in accepted)
+        _require(allowed, f"{where} is {value!r}; choose from {named}")
         return value
-    accepted = typing.get_args(wanted) if isinstance(wanted, types.UnionType) else (wanted,)
     if float in accepted and type(value) is int:
         _require(abs(value) <= sys.float_info.max, f"{where} is {value}; it must be a finite number")
         return float(value)

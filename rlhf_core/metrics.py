@@ -5,7 +5,7 @@ This module does not import torch: what shows a run need not load what trains on
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -19,28 +19,42 @@ class Metric:
     definition: str
     healthy: tuple[float | None, float | None] = (None, None)
     """Where a run that learns usually lies; None leaves a side open."""
+    logged: Literal["always", "with values", "with groups"] = "always"
+    """In every run, where there is a value model, or where prompts have several completions."""
 
 
 METRICS = (
     Metric("kl", "nats", "mean over sequences of Σ_t (log π − log π_ref) on response tokens", (0.0, 30.0)),
     Metric("kl_k3", "nats", "mean over response tokens of e^{−x} − 1 + x, x = log π − log π_ref", (0.0, 2.0)),
     Metric("kl_target_error", "nats", "|kl − kl_target|"),
-    Metric("kl_coef", "1", "weight of the per-token KL penalty in this step's rewards", (0.0, None)),
+    Metric("kl_coef", "1", "weight of the KL penalty in this step", (0.0, None)),
     Metric("entropy", "nats", "mean over response tokens of the entropy over the whole vocabulary", (0.1, None)),
     Metric("reward_mean", "reward", "mean over sequences of the task's reward, before any penalty"),
     Metric("reward_var", "reward²", "unbiased variance over sequences of the task's reward", (1e-6, None)),
     Metric("score_mean", "reward", "mean over sequences of the reward after the missing-EOS penalty"),
-    Metric("policy_loss", "1", "clipped surrogate, mean over response tokens and epochs"),
-    Metric("value_loss", "reward²", "half the clipped squared error, mean over tokens and epochs", (0.0, None)),
+    Metric("policy_loss", "1", "clipped surrogate, and the KL penalty if it is in the loss, averaged over epochs"),
+    Metric(
+        "value_loss", "reward²", "half the clipped squared error, averaged likewise", (0.0, None), logged="with values"
+    ),
     Metric("approx_kl", "nats", "k3 of updated policy against the rollout's, mean over tokens and epochs", (0.0, 0.1)),
     Metric("clip_frac", "1", "share of response tokens whose ratio left [1−ε, 1+ε], over the epochs", (0.0, 0.4)),
     Metric("ratio_max_dev_first", "1", "max |ratio − 1| in the first minibatch of the first epoch", (0.0, 0.0)),
     Metric("grad_norm", "1", "total gradient norm before clipping, mean over optimizer steps", (0.0, None)),
     Metric("grad_norm_max", "1", "total gradient norm before clipping, maximum over optimizer steps", (0.0, None)),
-    Metric("adv_var", "reward²", "variance of the GAE advantages over response tokens, before whitening", (1e-8, None)),
-    Metric("explained_variance", "1", "1 − var(returns − values) / var(returns) over response tokens", (None, 1.0)),
-    Metric("value_mean", "reward", "mean over response tokens of the values when the rollout was scored"),
-    Metric("return_mean", "reward", "mean over response tokens of advantage + value"),
+    Metric("adv_var", "reward²", "variance of the advantages over response tokens, before whitening", (1e-8, None)),
+    Metric(
+        "explained_variance", "1", "1 − var(returns − values) / var(returns) over response tokens", (None, 1.0),
+        logged="with values",
+    ),
+    Metric(
+        "value_mean", "reward", "mean over response tokens of the values when the rollout was scored",
+        logged="with values",
+    ),
+    Metric("return_mean", "reward", "mean over response tokens of advantage + value", logged="with values"),
+    Metric(
+        "flat_groups", "1", "share of prompts whose completions all have the same score: nothing is learnt from them",
+        (0.0, 0.9), logged="with groups",
+    ),
     Metric("response_length_mean", "tokens", "mean over sequences of response tokens, EOS included", (1.0, None)),
     Metric("response_tokens", "tokens", "response tokens of the step"),
     Metric("eos_rate", "1", "share of sequences that ended with EOS", (0.1, 1.0)),
@@ -68,11 +82,12 @@ def rollout_metrics(
     ref_logprobs: np.ndarray,
     sampler_logprobs: np.ndarray,
     entropies: np.ndarray,
-    values: np.ndarray,
+    values: np.ndarray | None,
     advantages: np.ndarray,
-    returns: np.ndarray,
+    returns: np.ndarray | None,
     kl_coef: float,
     kl_target: float,
+    group_size: int = 1,
 ) -> dict[str, float]:
     """Return the metrics that a rollout determines, in float64, from response tokens only.
 
@@ -85,19 +100,18 @@ def rollout_metrics(
         ref_logprobs: [B, T] the reference's.
         sampler_logprobs: [B, T] what the sampler said they were.
         entropies: [B, T] the policy's entropy at each position.
-        values: [B, T] values when the rollout was scored.
-        advantages: [B, T] GAE, before whitening.
-        returns: [B, T] advantages + values.
+        values: [B, T] values when the rollout was scored; None without a value model, which leaves their metrics out.
+        advantages: [B, T] before whitening.
+        returns: [B, T] advantages + values; None without a value model.
         kl_coef: weight of the KL penalty in this step.
         kl_target: what the adaptive coefficient steers to.
+        group_size: completions a prompt, which stand side by side.
     """
     on = mask.astype(bool)
     ratio = logprobs[on].astype(np.float64) - ref_logprobs[on].astype(np.float64)
     kl = float(ratio.sum() / len(rewards))
     sampler_diff = np.abs(sampler_logprobs[on].astype(np.float64) - logprobs[on].astype(np.float64))
-    values64, returns64 = values[on].astype(np.float64), returns[on].astype(np.float64)
-    return_var = float(returns64.var())
-    return {
+    found = {
         "kl": kl,
         "kl_k3": float((np.expm1(-ratio) + ratio).mean()),
         "kl_target_error": abs(kl - kl_target),
@@ -107,15 +121,27 @@ def rollout_metrics(
         "reward_var": float(rewards.astype(np.float64).var(ddof=1)) if len(rewards) > 1 else 0.0,
         "score_mean": float(scores.astype(np.float64).mean()),
         "adv_var": float(advantages[on].astype(np.float64).var()),
-        # A step whose returns are all equal has nothing to explain: 0, as for a value model that knows nothing.
-        "explained_variance": 1.0 - float((returns64 - values64).var()) / return_var if return_var > 0 else 0.0,
-        "value_mean": float(values64.mean()),
-        "return_mean": float(returns64.mean()),
         "response_length_mean": float(on.sum() / len(rewards)),
         "response_tokens": int(on.sum()),
         "eos_rate": float(ended.astype(np.float64).mean()),
         "rollout_logprob_diff_max": float(sampler_diff.max()),
         "rollout_logprob_diff_p99": float(np.percentile(sampler_diff, 99)),
+    }
+    if values is not None and returns is not None:
+        found |= value_metrics(values[on].astype(np.float64), returns[on].astype(np.float64))
+    if group_size > 1:
+        found["flat_groups"] = float((np.ptp(scores.reshape(-1, group_size), axis=1) == 0).mean())
+    return found
+
+
+def value_metrics(values: np.ndarray, returns: np.ndarray) -> dict[str, float]:
+    """Return what values and returns [N] of the response tokens say of the value model."""
+    return_var = float(returns.var())
+    return {
+        # A step whose returns are all equal has nothing to explain: 0, as for a value model that knows nothing.
+        "explained_variance": 1.0 - float((returns - values).var()) / return_var if return_var > 0 else 0.0,
+        "value_mean": float(values.mean()),
+        "return_mean": float(returns.mean()),
     }
 
 
@@ -123,10 +149,13 @@ def log_row(step: int, values: dict[str, float]) -> dict[str, Any]:
     """Return a row of metrics.jsonl: floats rounded to 8 decimals, NaN and Inf as null and named in ``nonfinite``.
 
     Raises:
-        KeyError: a value is missing from the table of metrics, or the table names one that is not given.
+        KeyError: a value is missing from the table of metrics, or the table names one that is not given; of those that
+            only some runs log, either all or none are given.
     """
-    if values.keys() != BY_NAME.keys():
-        raise KeyError(f"metrics and their table differ in {sorted(values.keys() ^ BY_NAME.keys())}")
+    kinds = {"always"} | {BY_NAME[name].logged for name in values if name in BY_NAME}
+    expected = {metric.name for metric in METRICS if metric.logged in kinds}
+    if values.keys() != expected:
+        raise KeyError(f"metrics and their table differ in {sorted(values.keys() ^ expected)}")
     nonfinite = sorted(name for name, value in values.items() if not math.isfinite(value))
     row: dict[str, Any] = {name: None if name in nonfinite else rounded(value) for name, value in values.items()}
     return row | {"step": step, "nonfinite": nonfinite}
@@ -140,5 +169,15 @@ def rounded(value: float) -> float:
 def markdown_table() -> str:
     """Return the table of metrics for the documentation."""
     lines = ["| name | unit | definition |", "|---|---|---|"]
-    lines += [f"| `{metric.name}` | {metric.unit} | {metric.definition} |" for metric in (*METRICS, *TIMINGS)]
+    lines += [f"| `{metric.name}` | {metric.unit} | {documented(metric)} |" for metric in (*METRICS, *TIMINGS)]
     return "\n".join(lines)
+
+
+def documented(metric: Metric) -> str:
+    """Return a metric's definition, and where it is logged if that is not everywhere."""
+    where = {
+        "always": "",
+        "with values": " (only with a value model)",
+        "with groups": " (only with ppo.group_size > 1)",
+    }
+    return metric.definition + where[metric.logged]

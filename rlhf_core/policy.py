@@ -164,28 +164,35 @@ class ForwardArguments:
 
 
 class ActorCritic(nn.Module):
-    """A policy and its value model.
+    """A policy and its value model, where there is one.
 
     ``shared`` puts a linear head on the policy's last hidden state; ``separate`` gives the head a copy of the trunk,
     which learns but for its token embeddings: those of a large vocabulary would be most of the copy's weights, and
-    hardly any of them stand in a batch. The head starts at zero: before any update every value is 0.
+    hardly any of them stand in a batch. None has no values. The head starts at zero: before any update every value
+    is 0.
     """
 
-    def __init__(self, lm: PreTrainedModel, value: Literal["shared", "separate"]) -> None:
+    def __init__(self, lm: PreTrainedModel, value: Literal["shared", "separate"] | None) -> None:
         super().__init__()
         self.lm = lm
-        self.value_trunk = copy.deepcopy(lm.base_model) if value == "separate" else None
+        self.value_trunk: Any = copy.deepcopy(lm.base_model) if value == "separate" else None
         if self.value_trunk is not None:
             self.value_trunk.get_input_embeddings().requires_grad_(False)
-        self.value_head = nn.Linear(lm.config.get_text_config().hidden_size, 1)
-        nn.init.zeros_(self.value_head.weight)
-        nn.init.zeros_(self.value_head.bias)
+        self.value_head = nn.Linear(lm.config.get_text_config().hidden_size, 1) if value else None
+        if self.value_head is not None:
+            nn.init.zeros_(self.value_head.weight)
+            nn.init.zeros_(self.value_head.bias)
         self._arguments = ForwardArguments(lm)
         self.eval()  # dropout stays off: the ratio compares two passes of one function
 
+    @property
+    def has_value(self) -> bool:
+        """Whether there is a value model."""
+        return self.value_head is not None
+
     def forward(
         self, input_ids_BL: torch.Tensor, attention_mask_BL: torch.Tensor, response_length: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return the logits that predict the response tokens and the values of the states they are drawn in.
 
         Args:
@@ -194,9 +201,9 @@ class ActorCritic(nn.Module):
             response_length: T; the response takes the last T columns.
 
         Returns:
-            logits [B, T, V], and values [B, T] in the head's own precision, under autocast too.
+            logits [B, T, V], and values [B, T] in the head's own precision, under autocast too; None without a head.
         """
-        shared = self.value_trunk is None
+        shared = self.has_value and self.value_trunk is None
         output = self.lm(
             input_ids=input_ids_BL,
             attention_mask=attention_mask_BL,
@@ -205,6 +212,9 @@ class ActorCritic(nn.Module):
             **self._arguments.positions(attention_mask_BL),
             **self._arguments.keep(response_slice(response_length)),
         )
+        logits_BTV = predicting(output.logits, response_length)
+        if self.value_head is None:
+            return logits_BTV, None
         hidden_BLD = (
             output.hidden_states[-1]
             if self.value_trunk is None
@@ -218,7 +228,7 @@ class ActorCritic(nn.Module):
         hidden_BTD = predicting(hidden_BLD, response_length).to(self.value_head.weight.dtype)
         with torch.autocast(hidden_BTD.device.type, enabled=False):
             values_BT = self.value_head(hidden_BTD).squeeze(-1)
-        return predicting(output.logits, response_length), values_BT
+        return logits_BTV, values_BT
 
 
 def response_slice(response_length: int) -> slice:

@@ -1,8 +1,8 @@
 """The trainer's state as a checkpoint folder, and back.
 
-``policy/`` is an ordinary transformers folder with its tokenizer; beside it lie the value model, the optimizer, the
-random generators (all safetensors) and ``state.json``. The data order and the sampler's uniforms are functions of
-(seed, step), so the step is all that is needed of them.
+``policy/`` is an ordinary transformers folder with its tokenizer; beside it lie the value model where there is one,
+the optimizer, the random generators (all safetensors) and ``state.json``. The data order and the sampler's uniforms are
+functions of (seed, step), so the step is all that is needed of them.
 """
 
 import json
@@ -39,7 +39,8 @@ def save_state(state: PPOState, tokenizer: PreTrainedTokenizerBase, folder: Path
     """Write a state's files into a folder."""
     state.model.lm.save_pretrained(folder / "policy")
     tokenizer.save_pretrained(folder / "policy")
-    save_file(_value_tensors(state.model), folder / "value.safetensors")
+    if state.model.has_value:
+        save_file(_value_tensors(state.model), folder / "value.safetensors")
     save_optimizer(state.optimizer, _parameter_names(state.model), folder / "optimizer.safetensors")
     save_file(rng_state(), folder / "rng.safetensors")
     numbers = {"step": state.step, "kl_coef": state.kl_coef}
@@ -49,8 +50,9 @@ def save_state(state: PPOState, tokenizer: PreTrainedTokenizerBase, folder: Path
 def load_state(folder: Path, reference: Reference, config: TrainConfig, device: torch.device) -> PPOState:
     """Read back what :func:`save_state` wrote; torch's, NumPy's and Python's generators are restored too."""
     lm = load_model(folder / "policy", config.model.attention)
-    model = ActorCritic(lm, config.model.value)
-    model.load_state_dict(load_file(folder / "value.safetensors"), strict=False)
+    model = ActorCritic(lm, config.value_model)
+    if model.has_value:
+        model.load_state_dict(load_file(folder / "value.safetensors"), strict=False)
     state = new_state(model.to(device), reference, config)
     load_optimizer(state.optimizer, _parameter_names(model), folder / "optimizer.safetensors")
     set_rng_state(load_file(folder / "rng.safetensors"))

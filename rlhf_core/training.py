@@ -56,7 +56,7 @@ def start_or_resume(experiment: Experiment, config: TrainConfig, run: Path, devi
         if checkpoint.steps(checkpoints):
             console.print("no checkpoint is sound; starting over at step 0")
         copy = load_model(run / "models" / "base", config.model.attention)
-        state = new_state(ActorCritic(copy, config.model.value).to(device), reference, config)
+        state = new_state(ActorCritic(copy, config.value_model).to(device), reference, config)
         save_checkpoint(state, experiment, config, run)
     else:
         state = load_state(newest, reference, config, device)
@@ -75,10 +75,10 @@ def save_checkpoint(state: PPOState, experiment: Experiment, config: TrainConfig
 
 def run_ppo(state: PPOState, experiment: Experiment, config: TrainConfig, run: Path, stop: StopRequest) -> None:
     """Do the remaining steps, log each and save checkpoints."""
-    prompt_ids, batch_size = experiment.prompt_ids, config.ppo.batch_size
+    prompt_ids, prompts = experiment.prompt_ids, config.ppo.prompts_per_step
 
     def prompts_of_step(step: int) -> list[list[int]]:
-        return [prompt_ids[row] for row in data.prompt_rows(len(prompt_ids), batch_size, step, config.seed)]
+        return [prompt_ids[row] for row in data.prompt_rows(len(prompt_ids), prompts, step, config.seed)]
 
     steps = train(state, prompts_of_step, experiment.reward, config, eos_id=experiment.eos_id, pad_id=experiment.pad_id)
     with progress_bar("ppo", config.ppo.steps, done=state.step) as bar:

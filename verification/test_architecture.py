@@ -14,7 +14,9 @@ PARTS = {
     "rlhf_kernels": ROOT / "kernels" / "rlhf_kernels",
     "dashboard": ROOT / "dashboard",
 }
-TORCH_FREE = ("config", "metrics", "runlog", "alerts", "terminal", "numerics", "reviews", "review_grammar")
+TORCH_FREE = (
+    "algorithms", "config", "metrics", "runlog", "alerts", "terminal", "numerics", "reviews", "review_grammar",
+)  # fmt: skip
 CLOCKS_AND_HOSTS = {"time", "datetime", "socket", "uuid", "getpass", "secrets"}
 
 Modules = dict[str, Path]

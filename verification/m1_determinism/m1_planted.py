@@ -85,7 +85,7 @@ def plant_junk(kind: str) -> None:
     """Fill every tensor of the step with junk where the response mask is False."""
     import torch
 
-    from rlhf_core import ppo
+    from rlhf_core import ppo, scoring, targets
 
     planted = [0]
 
@@ -94,7 +94,7 @@ def plant_junk(kind: str) -> None:
         return [torch.where(mask, tensor, float(kind)) for tensor in tensors]
 
     sample, evaluate_rows, score_rollout = ppo.sample, ppo.evaluate_rows, ppo.score_rollout
-    token_rewards, make_targets, gae = ppo.token_rewards, ppo.make_targets, ppo.gae
+    token_rewards, make_targets, gae = ppo.token_rewards, ppo.make_targets, targets.gae
 
     def sample_with_junk_tokens(*args: Any, **kwargs: Any) -> Any:
         rollout = sample(*args, **kwargs)
@@ -111,8 +111,8 @@ def plant_junk(kind: str) -> None:
     def spoiled_rows(model: Any, rollout: Any, rows: Any, *args: Any) -> Any:
         return tuple(spoil(rollout.response_mask_BT[rows], *evaluate_rows(model, rollout, rows, *args)))
 
-    def spoiled_scores(state: Any, rollout: Any, *args: Any) -> Any:
-        scores = score_rollout(state, rollout, *args)
+    def spoiled_scores(model: Any, reference: Any, rollout: Any, *args: Any) -> Any:
+        scores = score_rollout(model, reference, rollout, *args)
         names = [field.name for field in dataclasses.fields(scores)]
         tensors = spoil(rollout.response_mask_BT, *(getattr(scores, name) for name in names))
         return ppo.Scores(**dict(zip(names, tensors, strict=True)))
@@ -124,15 +124,16 @@ def plant_junk(kind: str) -> None:
         return tuple(spoil(mask, *gae(rewards, values, mask, **kwargs)))
 
     def spoiled_targets(rewards: Any, values: Any, mask: Any, config: Any) -> Any:
-        targets, raw = make_targets(rewards, values, mask, config)
-        advantages, returns, raw = spoil(mask, targets.advantages_BT, targets.returns_BT, raw)
+        right, raw = make_targets(rewards, values, mask, config)
+        advantages, returns, raw = spoil(mask, right.advantages_BT, right.returns_BT, raw)
         return ppo.Targets(advantages, returns), raw
 
     if kind == "tokens":
         ppo.sample = sample_with_junk_tokens
     else:
-        ppo.sample, ppo.evaluate_rows, ppo.score_rollout = spoiled_sample, spoiled_rows, spoiled_scores
-        ppo.token_rewards, ppo.gae, ppo.make_targets = spoiled_rewards, spoiled_gae, spoiled_targets
+        ppo.sample, ppo.score_rollout = spoiled_sample, spoiled_scores
+        ppo.evaluate_rows = scoring.evaluate_rows = spoiled_rows
+        ppo.token_rewards, ppo.make_targets, targets.gae = spoiled_rewards, spoiled_targets, spoiled_gae
 
     train = ppo.train
 

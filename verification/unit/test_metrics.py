@@ -175,4 +175,5 @@ def test_the_table_has_every_metric_of_the_design_once_with_a_unit_and_a_definit
         assert metric.definition
         low, high = metric.healthy
         assert low is None or high is None or low <= high
-        assert f"| `{metric.name}` | {metric.unit} | {metric.definition} |" in markdown_table().splitlines()
+        [line] = [line for line in markdown_table().splitlines() if line.startswith(f"| `{metric.name}` |")]
+        assert f"| {metric.unit} | {metric.definition}" in line
