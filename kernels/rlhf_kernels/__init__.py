@@ -4,7 +4,7 @@ Each function has one signature and several backends; `reference` is obvious tor
 others are fast and give the same bits on every x86-64 processor and for any number of threads.
 """
 
-from rlhf_kernels.api import SampledTokens, gae, sample_tokens, token_logprobs, whiten
+from rlhf_kernels.api import SampledTokens, gae, linear_token_logprobs, sample_tokens, token_logprobs, whiten
 from rlhf_kernels.dispatch import BackendUnavailableError, KernelFallbackWarning, available_backends
 from rlhf_kernels.products import linear
 
@@ -15,6 +15,7 @@ __all__ = [
     "available_backends",
     "gae",
     "linear",
+    "linear_token_logprobs",
     "sample_tokens",
     "token_logprobs",
     "whiten",

@@ -79,6 +79,8 @@ def test_the_metrics_of_a_rollout_are_the_hand_worked_numbers():
         "eos_rate": 0.5,
         "rollout_logprob_diff_max": 0.25,
         "rollout_logprob_diff_p99": 0.245,  # of 0, 0, 0.25: rank 0.99 · 2 = 1.98 lies 0.98 of the way to the last
+        "sampling_z": 1 / math.sqrt(1.5),  # surprises 1, 2, 1 less entropies 0.5, 1, 1.5
+        "reward_length_corr": 1.0,
     }
     assert got == pytest.approx(expected, rel=1e-12)
 
@@ -98,6 +100,8 @@ def test_the_metrics_agree_with_loops_over_plain_numbers(seed):
     rank = 0.99 * (len(sampler) - 1)
     low = math.floor(rank)
     kl = math.fsum(difference) / 6
+    surprise = [-p - h for p, h in zip(inside("logprobs"), inside("entropies"), strict=True)]
+    lengths = [int(row.sum()) for row in arrays["mask"]]
     expected = {
         "kl": kl,
         "kl_k3": statistics.fmean(math.exp(-x) - 1 + x for x in difference),
@@ -116,6 +120,8 @@ def test_the_metrics_agree_with_loops_over_plain_numbers(seed):
         "eos_rate": sum(arrays["ended"].tolist()) / 6,
         "rollout_logprob_diff_max": sampler[-1],
         "rollout_logprob_diff_p99": sampler[low] + (rank - low) * (sampler[low + 1] - sampler[low]),
+        "sampling_z": math.fsum(surprise) / math.hypot(*surprise),
+        "reward_length_corr": statistics.correlation(arrays["rewards"].tolist(), lengths),
     }
     assert got == pytest.approx(expected, rel=1e-9)
 
@@ -136,6 +142,7 @@ def test_a_single_sequence_has_no_variance_of_rewards_and_equal_returns_explain_
     got = rollout_metrics(**arrays, kl_coef=0.1, kl_target=1.5)
     assert got["reward_var"] == 0.0
     assert got["explained_variance"] == 0.0
+    assert got["reward_length_corr"] == 0.0
 
 
 def test_a_row_of_the_log_rounds_to_eight_decimals_and_names_what_is_not_finite():

@@ -58,9 +58,9 @@ def test_each_epoch_of_a_step_goes_through_its_own_plan_once(monkeypatch):
     config = tiny_config(epochs=3)
     seen, right = [], ppo.accumulate_gradients
 
-    def spy(state, rollout, scores, targets, minibatch, config):
+    def spy(state, rollout, scores, targets, minibatch, *others):
         seen.append([rows.tolist() for rows in minibatch])
-        return right(state, rollout, scores, targets, minibatch, config)
+        return right(state, rollout, scores, targets, minibatch, *others)
 
     monkeypatch.setattr(ppo, "accumulate_gradients", spy)
     step_once(tiny_state("gpt2", "shared", config), config)

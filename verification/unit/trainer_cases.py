@@ -84,7 +84,7 @@ def gradient_of(case, minibatch):
     """The gradient of every parameter, and what the minibatch added up."""
     config, state, rollout, scores, targets = case
     state.model.zero_grad(set_to_none=True)
-    sums = accumulate_gradients(state, rollout, scores, targets, minibatch, config)
+    sums = accumulate_gradients(state, rollout, scores, targets, minibatch, config, StageClock(1))
     return {name: p.grad.clone() for name, p in state.model.named_parameters()}, sums
 
 
