@@ -199,7 +199,7 @@ class ActorCritic(nn.Module):
 
     def __init__(self, lm: PreTrainedModel, value: Literal["shared", "separate"] | None) -> None:
         super().__init__()
-        self.lm = lm
+        self.lm = as_computed_here(lm)
         self.value_trunk: Any = copy.deepcopy(lm.base_model) if value == "separate" else None
         if self.value_trunk is not None:
             self.value_trunk.get_input_embeddings().requires_grad_(False)
@@ -289,7 +289,7 @@ class Reference(nn.Module):
 
     def __init__(self, lm: PreTrainedModel) -> None:
         super().__init__()
-        self.lm = lm.requires_grad_(False).eval()
+        self.lm = as_computed_here(lm).requires_grad_(False)
         self._arguments = ForwardArguments(lm)
 
     def forward(
