@@ -4,11 +4,13 @@
 and loads as before.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.activations import NewGELUActivation
+from transformers.masking_utils import eager_mask
 from transformers.pytorch_utils import Conv1D
 
 from rlhf_kernels import linear
@@ -73,6 +75,50 @@ class _LayerNorm(torch.autograd.Function):
         )
 
 
+class _Softmax(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        out = x.softmax(dim=-1)
+        ctx.save_for_backward(out)
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        # torch's own derivative adds a row up in an order that depends on the number of threads.
+        (out,) = ctx.saved_tensors
+        weighted = out * grad
+        return weighted.sub_(out * weighted.sum(dim=-1, keepdim=True))
+
+
+def rowwise_attention(
+    module: nn.Module,
+    query_BHQK: torch.Tensor,
+    key_BGLK: torch.Tensor,
+    value_BGLK: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    **others: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return softmax(s Q Kᵀ + mask) V, [B, Q, H, K], and the weights, as transformers' eager attention does.
+
+    Vaswani et al., "Attention Is All You Need" (2017), eq. 1. No dropout: the kit trains without.
+    """
+    groups = query_BHQK.shape[1] // key_BGLK.shape[1]
+    if groups > 1:
+        key_BGLK, value_BGLK = (x.repeat_interleave(groups, dim=1) for x in (key_BGLK, value_BGLK))
+    scores_BHQL = torch.matmul(query_BHQK, key_BGLK.transpose(2, 3)) * scaling
+    if attention_mask is not None:
+        scores_BHQL = scores_BHQL + attention_mask
+    weights_BHQL = cast("torch.Tensor", _Softmax.apply(scores_BHQL))
+    mixed_BHQK = torch.matmul(weights_BHQL.to(value_BGLK.dtype), value_BGLK)
+    return mixed_BHQK.transpose(1, 2).contiguous(), weights_BHQL
+
+
+ROWWISE = "rowwise"
+AttentionInterface.register(ROWWISE, rowwise_attention)
+AttentionMaskInterface.register(ROWWISE, eager_mask)
+
 EXCHANGES = {
     nn.Linear: RowwiseLinear,
     Conv1D: RowwiseConv1D,
@@ -84,5 +130,7 @@ EXCHANGES = {
 def exchange_layers(model: nn.Module) -> None:
     """Change the layers of a model, in place, to those of this module; layers of other kinds stay."""
     for module in model.modules():
+        if isinstance(module, PreTrainedModel) and module.config._attn_implementation == "eager":
+            module.set_attn_implementation(ROWWISE)
         if type(module) in EXCHANGES:
             module.__class__ = EXCHANGES[type(module)]

@@ -55,16 +55,18 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return product(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], weight.shape[0])
+        rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
+        return product(rows, weight, bias).view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
-        grad = grad.reshape(-1, weight.shape[0])
+        rows = x.shape[:-1].numel()
+        grad, x_rows = grad.reshape(rows, weight.shape[0]), x.reshape(rows, x.shape[-1])
         need_x, need_weight, need_bias = ctx.needs_input_grad
         return (
             product(grad, weight.t()).view(x.shape) if need_x else None,
-            product(grad.t(), x.reshape(-1, x.shape[-1]).t()) if need_weight else None,
+            product(grad.t(), x_rows.t()) if need_weight else None,
             grad.sum(dim=0) if need_bias else None,
         )
