@@ -102,7 +102,12 @@ def test_the_samplers_log_probs_are_the_worlds(kind):
     uniforms = CounterUniforms(2, "test", 0, np.arange(2), world.length)
     with double_precision():
         rollout = sample(
-            lm, [list(prompt) for prompt in world.prompts], uniforms, SamplingConfig(max_new_tokens=2), eos_id=0, pad_id=1
+            lm,
+            [list(prompt) for prompt in world.prompts],
+            uniforms,
+            SamplingConfig(max_new_tokens=2),
+            eos_id=0,
+            pad_id=1,
         )
     for row, response in enumerate(rollout.response_token_ids()):
         exact = token_logprobs(world, lm, row)[world.row_of[tuple(response)]]
@@ -173,9 +178,13 @@ def test_a_world_that_cannot_be_is_refused(fields, complaint):
 
 
 def test_double_precision_ends_with_its_block_even_after_an_error():
-    with pytest.raises(KeyError), double_precision():
-        assert torch.zeros(1).dtype == torch.float64
-        raise KeyError
+    def fail_inside():
+        with double_precision():
+            assert torch.zeros(1).dtype == torch.float64
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail_inside()
     assert torch.zeros(1).dtype == torch.float32
 
 
