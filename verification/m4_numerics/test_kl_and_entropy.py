@@ -20,7 +20,6 @@ from rlhf_core.testing.world import (
     kl,
     sequence_logprobs,
     token_distributions,
-    token_logprobs,
 )
 from rlhf_core.testing.world_models import ARCHITECTURES, tiny_transformer
 
@@ -99,7 +98,7 @@ def test_the_logged_entropy_is_the_mean_over_response_tokens(kind):
 
 @kinds
 def test_the_estimators_of_a_tokens_kl_have_the_means_and_spreads_that_summing_over_tokens_gives(kind):
-    """Given the prefix, over the token: E k1 = E k3 = KL, E k2 = ½ E x²; k3 is never negative and spreads less than k1."""
+    """Given the prefix, over the token: E k1 = E k3 = KL, E k2 = ½ E x², and k3 is never negative."""
     lm, ref, *_ = scored(kind, 0)
     with torch.no_grad():
         logp_NTV, logq_NTV = (token_distributions(WORLD, one, 0) for one in (lm, ref))
@@ -181,5 +180,3 @@ def test_at_a_small_distance_the_published_figures_come_out():
 def test_the_tests_would_notice_a_wrong_estimator():
     mean, _ = gaussian(1.0, lambda q, p: kl_penalties(p, q, "k3"))
     assert abs(mean - 1.0) > 0.1
-    lm, ref = models("tabular")
-    assert float((token_logprobs(WORLD, lm, 0) - token_logprobs(WORLD, ref, 0)).abs().max()) > 0.1
