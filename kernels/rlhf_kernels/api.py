@@ -69,8 +69,7 @@ def gae(
     gamma, lam = _per_token("gamma", gamma, rewards, mask), _per_token("lam", lam, rewards, mask)
     gammas, lams = (x if isinstance(x, Tensor) else None for x in (gamma, lam))
     _refuse_gradient("gae", rewards, values, bootstrap, gammas, lams)
-    per_token = gammas is not None or lams is not None
-    if choose_backend(backend, rewards, _FLOATS, lacking=("cuda",) if per_token else ()) == "reference":
+    if choose_backend(backend, rewards, _FLOATS) == "reference":
         if rewards.numel() == 0:
             return torch.zeros_like(rewards), torch.zeros_like(rewards)
         return reference.gae(rewards, values, mask, bootstrap, gamma, lam)
@@ -128,7 +127,8 @@ def token_logprobs(
         logp [...], or (logp, entropy), float32 (float64 for float64 logits).
 
     Raises:
-        IndexError: a label outside [0, V), with its value and position.
+        IndexError: a label outside [0, V), with its value and position. The CUDA kernel, which nobody waits for, prints
+            value and row and stops with a device-side assertion instead.
         ValueError: a shape, device or temperature that does not fit.
         TypeError: a dtype that does not fit.
     """
@@ -377,8 +377,10 @@ def _per_token(name: str, number: float | Tensor, other: Tensor, mask: Tensor) -
 
 
 def _has_values(tensor: Tensor) -> bool:
-    """Whether values can be looked at: not while tracing, and not without data."""
-    return tensor.device.type != "meta" and not torch.compiler.is_compiling()
+    """Whether values can be looked at: not while tracing or capturing a CUDA graph, and not without data."""
+    if torch.compiler.is_compiling() or tensor.device.type == "meta":
+        return False
+    return not (tensor.is_cuda and torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())
 
 
 def _require_none(name: str, tensor: Tensor, bad: Tensor, rule: str) -> None:
