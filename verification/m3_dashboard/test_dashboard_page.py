@@ -9,7 +9,7 @@ from dashboard_runs import HOSTILE, append, lines, make_run, metrics_row, sample
 from dashboard_server import ROOT, environment
 from streamlit.testing.v1 import AppTest
 
-from dashboard import charts
+from dashboard import charts, profile_view
 from rlhf_core.alert_rules import RULES, STALLED
 
 pytestmark = pytest.mark.m3
@@ -227,6 +227,7 @@ def test_the_profile_shows_stages_operators_and_files(runs):
     (run / "profiles").mkdir()
     (run / "profiles" / "summary.csv").write_text(
         "stage,calls,total_ms,mean_ms,p50_ms,p95_ms,share,tokens,tokens_per_s,cpu_peak_bytes,cuda_peak_bytes\n"
+        "step,2,1000,500,500,500,1,80,80,2000,0\n"
         "rollout,2,200,100,100,100,0.25,80,400,1000,0\nupdate,2,600,300,300,300,0.75,80,133,2000,0\n"
         "update/forward,8,400,50,50,50,0.5,80,200,2000,0\n"
     )
@@ -236,7 +237,11 @@ def test_the_profile_shows_stages_operators_and_files(runs):
     (run / "profiles" / "chrome_trace.json").write_text("{}")
     app = page(view="Profile")
     assert "From profiles/summary.csv" in html(app)
-    assert app.dataframe[0].value["stage"].tolist() == ["rollout", "update", "update/forward"]
+    summary = app.dataframe[0].value
+    assert summary["stage"].tolist() == ["step", "rollout", "update", "update/forward"]
+    assert "cuda_peak_bytes" not in summary, "nothing but zeros"
+    bars = profile_view.stages_of(summary.astype(str).to_dict("records"))
+    assert [(bar["milliseconds"], bar["share"]) for bar in bars] == [(300, 0.75), (200, 0.5), (100, 0.25)]
     assert app.dataframe[1].value["operator"].tolist() == ["aten::mm", "aten::add"]
     urls = [link.proto.url for link in app.get("link_button")]
     assert urls[0] == "/api/metrics.csv?run=a"
