@@ -156,7 +156,9 @@ def test_without_a_value_model_its_metrics_are_left_out():
 def test_a_group_is_flat_when_all_of_its_scores_are_equal():
     arrays = random_arrays(3)
     arrays["scores"] = np.array([0.5, 0.5, 1.0, 2.0, -1.0, -1.0])
-    assert rollout_metrics(**arrays, kl_coef=0.1, kl_target=1.5, group_size=2)["reward_zero_std_frac"] == pytest.approx(2 / 3)
+    assert rollout_metrics(**arrays, kl_coef=0.1, kl_target=1.5, group_size=2)["reward_zero_std_frac"] == pytest.approx(
+        2 / 3
+    )
     assert rollout_metrics(**arrays, kl_coef=0.1, kl_target=1.5, group_size=3)["reward_zero_std_frac"] == 0.0
     assert "reward_zero_std_frac" not in rollout_metrics(**arrays, kl_coef=0.1, kl_target=1.5)
 
