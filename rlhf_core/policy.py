@@ -189,6 +189,13 @@ class ForwardArguments:
         return {"logits_to_keep": positions} if "logits_to_keep" in self._names else {}
 
 
+def value_trunk(lm: PreTrainedModel) -> Any:
+    """Return a copy of a language model's trunk, its token embeddings frozen."""
+    trunk: Any = copy.deepcopy(lm.base_model)
+    trunk.get_input_embeddings().requires_grad_(False)
+    return trunk
+
+
 class ActorCritic(nn.Module):
     """A policy and its value model, where there is one.
 
@@ -201,9 +208,7 @@ class ActorCritic(nn.Module):
     def __init__(self, lm: PreTrainedModel, value: Literal["shared", "separate"] | None) -> None:
         super().__init__()
         self.lm = as_computed_here(lm)
-        self.value_trunk: Any = copy.deepcopy(lm.base_model) if value == "separate" else None
-        if self.value_trunk is not None:
-            self.value_trunk.get_input_embeddings().requires_grad_(False)
+        self.value_trunk = value_trunk(lm) if value == "separate" else None
         self.value_head = nn.Linear(lm.config.get_text_config().hidden_size, 1) if value else None
         if self.value_head is not None:
             nn.init.zeros_(self.value_head.weight)

@@ -101,9 +101,8 @@ def test_small_products_are_computed_by_one_thread_and_the_number_is_given_back(
     model, before = language_model("llama"), torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        with pytest.raises(KeyError), threads_for_decoding(model, 4):
+        with threads_for_decoding(model, 4):
             assert torch.get_num_threads() == 1
-            raise KeyError
         assert torch.get_num_threads() == 2
         with threads_for_decoding(model, 2**30):
             assert torch.get_num_threads() == 2
