@@ -1,5 +1,6 @@
 """The page without a browser: Streamlit runs the script and says what it would show."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -310,3 +311,24 @@ def test_the_page_never_loads_torch(runs):
         [sys.executable, "-c", program], env=environment(), capture_output=True, text=True, check=False
     )
     assert outcome.stdout.strip() == "[]", outcome.stderr
+
+
+@pytest.mark.parametrize("view", ["Metrics", "Completions", "Profile", "Compare"])
+def test_a_run_that_is_deleted_while_it_is_shown_leaves_the_others(runs, view):
+    for name in ("a", "b"):
+        make_run(runs, name, 3)
+    app = page(run=["a", "b"], view=view)
+    shutil.rmtree(runs / "a")
+    ran(app)
+    assert app.multiselect[0].value == ["b"]
+    shutil.rmtree(runs / "b")
+    assert "No runs yet" in html(ran(app))
+
+
+def test_a_log_of_one_row_and_one_of_gaps_alone_are_drawn(runs):
+    make_run(runs, "one", 1)
+    gaps = make_run(runs, "gaps", 0, planned=9)
+    append(gaps / "metrics.jsonl", *(metrics_row(step, kl=None, reward_mean=None) for step in range(1, 5)))
+    append(gaps / "timings.jsonl", *(timing_row(step) for step in range(1, 5)))
+    for query in ({}, {"log": "true"}, {"smooth": "0.9"}, {"x": "time_s", "last": "100"}):
+        assert chart_count(page(run=["one", "gaps"], **query)) == 16
