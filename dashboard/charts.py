@@ -225,7 +225,7 @@ def stage_bars(height_of_bar: int = 22) -> Spec:
         "encoding": {"y": y},
         "layer": [
             {
-                "mark": {"type": "bar", "cornerRadiusEnd": 2},
+                "mark": {"type": "bar", "cornerRadiusEnd": 2, "color": COLOURS[0]},
                 "encoding": {
                     "x": x,
                     "opacity": {"condition": {"test": "datum.inner", "value": 0.45}, "value": 1},

@@ -3,6 +3,7 @@
 import html
 
 import streamlit as st
+from streamlit.delta_generator import DeltaGenerator
 
 from rlhf_core.terminal import printable
 
@@ -14,6 +15,8 @@ STYLE = """<style>
 .st-key-toolbar {padding-right: 3rem}
 .st-key-toolbar > div:first-child {flex: 1 1 15rem; min-width: 12rem}
 .st-key-questions > div {flex: 1 1 300px !important; min-width: min(300px, 100%) !important}
+.st-key-split > div {flex: 1 1 360px !important; min-width: min(360px, 100%) !important}
+.st-key-split > div:first-child {flex: 1.6 1 620px !important}
 [class*="st-key-question_"] {gap: 0.35rem !important}
 [class*="st-key-alert_"] > div:first-child {flex: 1 1 18rem !important; min-width: 0 !important}
 [class*="st-key-alert_"] button {min-height: 1.7rem; padding: 0 0.55rem}
@@ -57,3 +60,9 @@ def show(markup: str) -> None:
 def tile(label: str, value: str) -> str:
     """Return a figure with its name above it."""
     return f'<div class="kit-tile"><small>{text(label)}</small><span>{text(value)}</span></div>'
+
+
+def split() -> tuple[DeltaGenerator, DeltaGenerator]:
+    """Return a wide and a narrow part, side by side where there is room and else below each other."""
+    with st.container(horizontal=True, key="split", gap="medium"):
+        return st.container(key="split_wide"), st.container(key="split_narrow")

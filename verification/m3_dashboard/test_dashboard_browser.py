@@ -67,6 +67,7 @@ def test_new_rows_show_within_three_seconds_in_the_charts_that_are_there(page, s
     page.goto(f"{server.url}/?run=growing&smooth=0.5")
     drawn(page)
     waits_for(page, "step 20 of 40")
+    time.sleep(3)  # a refresh without news, and the page at rest
     page.evaluate("() => document.querySelectorAll('canvas.marks').forEach(one => { one.dataset.seen = 'yes' })")
     before = page.evaluate(PIXELS)
     append(run / "metrics.jsonl", *(metrics_row(step, kl=3.0 + step) for step in range(21, 30)))

@@ -1,5 +1,6 @@
 """The page without a browser: Streamlit runs the script and says what it would show."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ from dashboard_runs import HOSTILE, append, lines, make_run, metrics_row, sample
 from dashboard_server import ROOT, environment
 from streamlit.testing.v1 import AppTest
 
-from dashboard import charts
+from dashboard import charts, profile_view
 from rlhf_core.alert_rules import RULES, STALLED
 
 pytestmark = pytest.mark.m3
@@ -227,6 +228,7 @@ def test_the_profile_shows_stages_operators_and_files(runs):
     (run / "profiles").mkdir()
     (run / "profiles" / "summary.csv").write_text(
         "stage,calls,total_ms,mean_ms,p50_ms,p95_ms,share,tokens,tokens_per_s,cpu_peak_bytes,cuda_peak_bytes\n"
+        "step,2,1000,500,500,500,1,80,80,2000,0\n"
         "rollout,2,200,100,100,100,0.25,80,400,1000,0\nupdate,2,600,300,300,300,0.75,80,133,2000,0\n"
         "update/forward,8,400,50,50,50,0.5,80,200,2000,0\n"
     )
@@ -236,7 +238,11 @@ def test_the_profile_shows_stages_operators_and_files(runs):
     (run / "profiles" / "chrome_trace.json").write_text("{}")
     app = page(view="Profile")
     assert "From profiles/summary.csv" in html(app)
-    assert app.dataframe[0].value["stage"].tolist() == ["rollout", "update", "update/forward"]
+    summary = app.dataframe[0].value
+    assert summary["stage"].tolist() == ["step", "rollout", "update", "update/forward"]
+    assert "cuda_peak_bytes" not in summary, "nothing but zeros"
+    bars = profile_view.stages_of(summary.astype(str).to_dict("records"))
+    assert [(bar["milliseconds"], bar["share"]) for bar in bars] == [(300, 0.75), (200, 0.5), (100, 0.25)]
     assert app.dataframe[1].value["operator"].tolist() == ["aten::mm", "aten::add"]
     urls = [link.proto.url for link in app.get("link_button")]
     assert urls[0] == "/api/metrics.csv?run=a"
@@ -305,3 +311,24 @@ def test_the_page_never_loads_torch(runs):
         [sys.executable, "-c", program], env=environment(), capture_output=True, text=True, check=False
     )
     assert outcome.stdout.strip() == "[]", outcome.stderr
+
+
+@pytest.mark.parametrize("view", ["Metrics", "Completions", "Profile", "Compare"])
+def test_a_run_that_is_deleted_while_it_is_shown_leaves_the_others(runs, view):
+    for name in ("a", "b"):
+        make_run(runs, name, 3)
+    app = page(run=["a", "b"], view=view)
+    shutil.rmtree(runs / "a")
+    ran(app)
+    assert app.multiselect[0].value == ["b"]
+    shutil.rmtree(runs / "b")
+    assert "No runs yet" in html(ran(app))
+
+
+def test_a_log_of_one_row_and_one_of_gaps_alone_are_drawn(runs):
+    make_run(runs, "one", 1)
+    gaps = make_run(runs, "gaps", 0, planned=9)
+    append(gaps / "metrics.jsonl", *(metrics_row(step, kl=None, reward_mean=None) for step in range(1, 5)))
+    append(gaps / "timings.jsonl", *(timing_row(step) for step in range(1, 5)))
+    for query in ({}, {"log": "true"}, {"smooth": "0.9"}, {"x": "time_s", "last": "100"}):
+        assert chart_count(page(run=["one", "gaps"], **query)) == 16
