@@ -4,8 +4,8 @@ It answers to what a trainer calls of a transformers model: ``forward`` with a k
 ``base_model``, ``hidden_states``, ``save_pretrained``. Its last hidden state is the prefix as a one-hot vector, so a
 linear value head is a table of values, one for each prefix.
 
-Because prefixes share no weights, a gradient can be read: the row of a prefix moved exactly when a loss was taken there.
-The table has rows for prefixes behind the end of a response too. No loss may ever move them.
+Because prefixes share no weights, a gradient can be read: the row of a prefix moved exactly when a loss was taken
+there. The table has rows for prefixes behind the end of a response too. No loss may ever move them.
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
-from transformers.modeling_outputs import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from rlhf_core.testing.world import Tokens, World
 
@@ -75,6 +75,8 @@ class TabularPolicy(PreTrainedModel):
             logits = scale * torch.randn(shape, generator=generator, dtype=torch.float64)
         self.table = nn.Parameter(logits.clone())
         self.dropout = nn.Dropout(dropout)
+        self._codes: Tensor
+        self._rows: Tensor
         codes = [_code(state, world.vocabulary) for state in self.states]
         order = sorted(range(len(codes)), key=codes.__getitem__)
         self.register_buffer("_codes", torch.tensor([codes[row] for row in order]), persistent=False)
