@@ -1,12 +1,13 @@
 """Builds the native kernels; everything else about the package is in pyproject.toml.
 
 The CPU extensions need a C compiler and no header of torch. Each row kernel is compiled once for every instruction set
-and chosen at run time, so a wheel built on one x86-64 machine runs on an older one.
+and chosen at run time, so a wheel built on one x86-64 machine runs on an older one. The CUDA extension is built where
+nvcc and a torch are found; RLHF_KERNELS_CUDA=0 leaves it out, RLHF_KERNELS_CUDA=1 makes it an error that it cannot be built.
 """
 
 import os
 import platform
-import shutil
+import runpy
 import sys
 from pathlib import Path
 
@@ -16,6 +17,9 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CCompilerError, CompileError, ExecError, PlatformError
 
 CPU = "kernels/rlhf_kernels/cpu"
+CUDA_FOLDER = "kernels/rlhf_kernels/cuda"
+CUDA_EXTENSION = "rlhf_kernels.cuda.kernels"
+CUDA = runpy.run_path(f"{CUDA_FOLDER}/build.py")
 HEADERS = sorted(str(path) for path in Path(CPU).glob("*.h"))
 # Contraction to fused multiply-add differs by machine and compiler: where one is meant, the source says so.
 NUMERICS = ["-O3", "-std=gnu11", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden", "-Wno-psabi"]
@@ -28,8 +32,24 @@ if platform.machine().lower() in ("x86_64", "amd64"):
 class BuildKernels(build_ext):
     """build_ext with one object file per instruction set, and one line instead of a traceback without a compiler."""
 
+    def get_ext_filename(self, fullname: str) -> str:
+        """Where an extension goes; the CUDA extension is no Python module and has no Python version in its name."""
+        if fullname.endswith("cuda.kernels"):
+            return str(Path("rlhf_kernels", "cuda", CUDA["LIBRARY"]))
+        return super().get_ext_filename(fullname)
+
+    def build_cuda(self, ext: Extension) -> None:
+        """Compile the CUDA extension; where it is optional, setuptools prints the error and goes on without it."""
+        try:
+            CUDA["build"](Path(self.get_ext_fullpath(ext.name)), CUDA["find_nvcc"](), CUDA["find_torch"]())
+        except CUDA["BuildError"] as error:
+            raise CompileError(str(error)) from None
+
     def build_extension(self, ext: Extension) -> None:
         """Compile and link one extension module."""
+        if ext.name == CUDA_EXTENSION:
+            self.build_cuda(ext)
+            return
         try:
             if ext.name.endswith("._rows"):
                 ext.extra_objects = self.compile_units()
@@ -76,15 +96,24 @@ def cpu_extensions() -> list[Extension]:
     )
 
 
-def report_cuda() -> None:
-    """Say what becomes of the CUDA extension."""
-    asked = os.environ.get("RLHF_KERNELS_CUDA")
-    if asked == "1":
-        raise SystemExit("error: RLHF_KERNELS_CUDA=1, but this version has no CUDA extension yet: unset it")
-    found = shutil.which("nvcc") or "no CUDA toolkit (nvcc) found"
-    reason = "RLHF_KERNELS_CUDA=0" if asked == "0" else f"this version has none yet; {found}"
-    print(f"rlhf_kernels: skipping the CUDA extension ({reason}); the CPU kernels are built", file=sys.stderr)
+def cuda_extensions() -> list[Extension]:
+    """The CUDA extension, where it is wanted and can be built; one printed line says what becomes of it."""
+    asked = os.environ.get("RLHF_KERNELS_CUDA") or None
+    if asked not in (None, "0", "1"):
+        raise SystemExit(f"error: RLHF_KERNELS_CUDA is {asked!r}; it must be 0 or 1")
+    if asked == "0":
+        print("rlhf_kernels: skipping the CUDA extension (RLHF_KERNELS_CUDA=0)", file=sys.stderr)
+        return []
+    try:
+        nvcc, torch = CUDA["find_nvcc"](), CUDA["find_torch"]()
+    except CUDA["BuildError"] as reason:
+        if asked == "1":
+            raise SystemExit(f"error: RLHF_KERNELS_CUDA=1, but {reason}") from None
+        print(f"rlhf_kernels: skipping the CUDA extension ({reason}); the CPU kernels are built", file=sys.stderr)
+        return []
+    print(f"rlhf_kernels: building the CUDA extension with {nvcc} for the torch of {torch}", file=sys.stderr)
+    files = [str(Path(CUDA_FOLDER, name)) for name in (*CUDA["SOURCES"], *CUDA["HEADERS"])]
+    return [Extension(CUDA_EXTENSION, files[: len(CUDA["SOURCES"])], depends=files, optional=asked is None)]
 
 
-report_cuda()
-setup(ext_modules=cpu_extensions(), cmdclass={"build_ext": BuildKernels})
+setup(ext_modules=cpu_extensions() + cuda_extensions(), cmdclass={"build_ext": BuildKernels})

@@ -38,6 +38,12 @@ class Algorithm:
         return self.advantage == "gae"
 
     @property
+    def has_closed_form(self) -> bool:
+        """Whether targets and first gradient are those of PPO with the KL in the reward, which every step checks."""
+        in_reward = (self.kl_place, self.kl_estimator) == ("reward", "k1")
+        return self.has_value_model and in_reward and self.loss_mean == "token"
+
+    @property
     def compares_groups(self) -> bool:
         """Whether the advantage is relative to a prompt's other completions."""
         return self.advantage in ("group-mean", "group-standard-score", "leave-one-out")

@@ -9,7 +9,19 @@ from types import ModuleType
 
 from rlhf_core.commands.options import USAGE_ERROR, UsageError, complain, describe
 
-COMMANDS = ("train", "compare", "samples")
+COMMANDS = (
+    "train",
+    "sft",
+    "reward",
+    "dpo",
+    "eval",
+    "pipeline",
+    "export",
+    "compare",
+    "samples",
+    "alerts",
+    "dashboard",
+)
 """Each is the module of that name in ``rlhf_core.commands`` (with ``_`` for ``-``): ``Options`` and ``run``."""
 
 

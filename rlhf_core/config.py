@@ -15,10 +15,14 @@ import typing
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
+
+import tyro
 
 from rlhf_core.algorithms import ALGORITHMS, Advantage, Algorithm, AlgorithmName, KLEstimator, KLPlace, LossMean
 from rlhf_core.numerics import Numerics
+
+C = TypeVar("C", bound="RunConfig")
 
 
 def default_seed() -> int:
@@ -41,8 +45,7 @@ def _require(condition: bool, message: str) -> None:
 
 def _section(owner: object) -> str:
     """Return the prefix of a configuration's options, as in ``ppo.`` for :class:`PPOConfig`."""
-    section = type(owner).__name__.removesuffix("Config").lower()
-    return "" if section == "train" else f"{section}."
+    return "" if isinstance(owner, RunConfig) else f"{type(owner).__name__.removesuffix('Config').lower()}."
 
 
 def _require_field(owner: object, name: str, holds: Callable[[Any], bool], wanted: str) -> None:
@@ -293,13 +296,21 @@ class LogConfig:
 
 
 @dataclass(frozen=True)
-class TrainConfig:
-    """Train a language model with PPO: on the embedded film reviews, or on your own sentences with --data."""
+class RunConfig:
+    """What every run has."""
 
     seed: int = field(default_factory=default_seed)
     """Seed of everything; SEED in the environment sets the default."""
     data: str | None = None
-    """Folder with sentences one a line, positive ones in *.pos and negative ones in *.neg. None: the embedded task."""
+    """A data file or a folder of them, or hub:NAME; for train also a folder of *.pos and *.neg. None: embedded task."""
+    data_errors: Literal["stop", "skip"] = "stop"
+    """A row that cannot be used ends the run with its place, or is left out and counted."""
+    held_out: float = 0.1
+    """Share of the prompts, by a stable hash of each, whose rows are kept for evaluation."""
+    reward: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """A reward model's folder or module:function, with =WEIGHT behind it or not; several are summed."""
+    reward_timeout_s: float = 60.0
+    """Seconds that a reward function may take for a batch."""
     numerics: Numerics = "native"
     """portable: the same bits on every x86-64 processor, one thread, slower. native: this processor's fastest."""
     threads: int | None = None
@@ -308,6 +319,30 @@ class TrainConfig:
     """Where to compute; auto takes the GPU when there is one."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """bfloat16 runs the models under autocast; weights, log-probs and losses stay float32."""
+
+    def __post_init__(self) -> None:
+        _require_finite(self)
+        _require_field(self, "seed", lambda seed: 0 <= seed < 2**63, "lie in [0, 2**63)")
+        _require_field(self, "held_out", lambda share: 0 <= share < 1, "lie in [0, 1)")
+        _require_positive(self, "reward_timeout_s")
+        _require_field(self, "threads", lambda threads: threads is None or threads > 0, "be greater than 0")
+        if self.numerics == "portable":
+            attention = getattr(getattr(self, "model", None), "attention", "eager")
+            _require(self.threads in (None, 1), f"threads is {self.threads}; numerics 'portable' runs on 1")
+            _require(self.device != "cuda", "numerics 'portable' runs on the CPU; take --device cpu")
+            _require(self.dtype == "float32", "numerics 'portable' needs --dtype float32")
+            _require(attention == "eager", "numerics 'portable' needs --model.attention eager")
+
+    @property
+    def resolved_threads(self) -> int:
+        """Threads of one operation."""
+        return self.threads or (1 if self.numerics == "portable" else 2)
+
+
+@dataclass(frozen=True)
+class TrainConfig(RunConfig):
+    """Train a language model with PPO: on the embedded film reviews, your own sentences, or prompts and a reward."""
+
     model: ModelConfig = field(default_factory=ModelConfig)
     """The language model."""
     pretrain: PretrainConfig = field(default_factory=PretrainConfig)
@@ -321,32 +356,18 @@ class TrainConfig:
     log: LogConfig = field(default_factory=LogConfig)
     """Checkpoints, samples, evaluation."""
 
-    def __post_init__(self) -> None:
-        _require_field(self, "seed", lambda seed: 0 <= seed < 2**63, "lie in [0, 2**63)")
-        _require_field(self, "threads", lambda threads: threads is None or threads > 0, "be greater than 0")
-        if self.numerics == "portable":
-            _require(self.threads in (None, 1), f"threads is {self.threads}; numerics 'portable' runs on 1")
-            _require(self.device != "cuda", "numerics 'portable' runs on the CPU; take --device cpu")
-            _require(self.dtype == "float32", "numerics 'portable' needs --dtype float32")
-            _require(self.model.attention == "eager", "numerics 'portable' needs --model.attention eager")
-
     @property
     def value_model(self) -> Literal["shared", "separate"] | None:
         """The value model that is trained, or None where the advantage needs none."""
         return self.model.value if self.ppo.recipe.has_value_model else None
 
-    @property
-    def resolved_threads(self) -> int:
-        """Threads of one operation."""
-        return self.threads or (1 if self.numerics == "portable" else 2)
 
-
-def to_json(config: TrainConfig) -> str:
+def to_json(config: RunConfig) -> str:
     """Return the configuration as JSON with sorted keys."""
     return json.dumps(dataclasses.asdict(config), sort_keys=True, indent=2) + "\n"
 
 
-def read_config_file(path: Path, base: TrainConfig) -> TrainConfig:
+def read_config_file(path: Path, base: C) -> C:
     """Return ``base`` with the fields that a TOML file, or a run's ``config.json``, sets.
 
     Raises:
@@ -362,7 +383,8 @@ def read_config_file(path: Path, base: TrainConfig) -> TrainConfig:
         kind = "JSON" if path.suffix == ".json" else "TOML"
         raise ValueError(f"{path} is not valid {kind}: {error}; correct the file") from None
     _require(isinstance(tree, dict), f"{path} holds a {type(tree).__name__}; it must hold a table of options")
-    return _replace(base, tree, str(path), ())
+    replaced: C = _replace(base, tree, str(path), ())
+    return replaced
 
 
 def _replace(base: Any, tree: dict[str, Any], source: str, path: tuple[str, ...]) -> Any:
@@ -393,6 +415,10 @@ def _checked(value: Any, wanted: Any, where: str) -> Any:
         allowed = value in choices or (value is None and type(None) in accepted)
         _require(allowed, f"{where} is {value!r}; choose from {named}")
         return value
+    if typing.get_origin(wanted) is tuple:
+        whole = isinstance(value, list | tuple) and all(type(one) is str for one in value)
+        _require(whole, f"{where} is {value!r}; it must be a list of strings")
+        return tuple(value)
     if float in accepted and type(value) is int:
         _require(abs(value) <= sys.float_info.max, f"{where} is {value}; it must be a finite number")
         return float(value)
@@ -431,7 +457,11 @@ def for_data(data: str) -> TrainConfig:
     )
 
 
-def check_sources(config: TrainConfig) -> None:
-    """Raise FileNotFoundError when the data folder is missing, before anything is created or loaded."""
-    if config.data is not None and not Path(config.data).is_dir():
-        raise FileNotFoundError(f"no data folder {config.data!r}; give a folder with a *.pos and a *.neg file")
+def check_sources(config: RunConfig) -> None:
+    """Raise FileNotFoundError when the data is missing, before anything is created or loaded."""
+    if config.data is not None and not config.data.startswith("hub:") and not Path(config.data).exists():
+        hub = f", and for the hub write hub:{config.data}" if config.data.count("/") == 1 else ""
+        raise FileNotFoundError(
+            f"no data folder {config.data!r}, nor a file of that name; give a folder with a *.pos and a *.neg file, or "
+            f"a data file (.jsonl .json .csv .tsv .parquet .txt){hub}"
+        )

@@ -29,6 +29,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         "flags": {name: os.environ.get(name) for name in names},
         "commit": commit(),
+        "working_directory": str(Path.cwd()),
     }
 
 

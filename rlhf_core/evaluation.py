@@ -10,10 +10,9 @@ from scipy import stats
 from transformers import PreTrainedModel
 
 from rlhf_core.config import SamplingConfig
-from rlhf_core.policy import ForwardArguments, Reference, response_logits
+from rlhf_core.policy import ForwardArguments, Reference, autocast, response_logits
 from rlhf_core.reward import Reward
 from rlhf_core.rollout import sample
-from rlhf_core.scoring import autocast
 from rlhf_core.seeding import CounterUniforms
 from rlhf_kernels import token_logprobs
 

@@ -1,6 +1,6 @@
 """What PPO starts from: the task, the language model it is trained from, and the judges of its completions."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,16 +9,21 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from rlhf_core import checkpoint, data, reviews
+from rlhf_core import checkpoint, reviews
 from rlhf_core.config import TrainConfig
-from rlhf_core.policy import build_model, load_model
+from rlhf_core.dataset import build_store, open_rows
+from rlhf_core.labelled import Part
+from rlhf_core.policy import build_model, context_length, load_model
 from rlhf_core.reward import Classifier, ClassifierReward, Reward, TextReward
 from rlhf_core.reward_model import accuracy, train_classifier
-from rlhf_core.rollout import check_context
+from rlhf_core.reward_sources import LoadedReward, load_rewards, weighted
+from rlhf_core.rollout import check_prompts
+from rlhf_core.run_setup import DATA_FOLDER, DataPlace, choose_device
 from rlhf_core.sft import train_language_model
 from rlhf_core.stopping import StopRequest, stop_between_stages
-from rlhf_core.tasks import Task, load_task
+from rlhf_core.tasks import Task, cut_prompt, load_task
 from rlhf_core.terminal import console, progress_bar
+from rlhf_core.tokenization import check_vocabulary, encode_prompts, encode_sentences
 
 
 @dataclass(frozen=True)
@@ -26,8 +31,13 @@ class Inputs:
     """The task with its prompts in tokens: checked, and not yet in need of a run's folder."""
 
     task: Task
-    prompt_ids: list[list[int]]
-    held_out_ids: list[list[int]]
+    model: PreTrainedModel | None
+    """The model that was named; None: it is built."""
+    prompt_ids: Sequence[list[int]] | None
+    """None where the run's folder keeps them."""
+    held_out_ids: Sequence[list[int]] | None
+    rewards: list[LoadedReward]
+    """What was named with ``--reward``."""
 
 
 @dataclass(frozen=True)
@@ -39,8 +49,8 @@ class Experiment:
     reward: Reward
     judges: dict[str, Reward]
     """What completions are evaluated by: the reward, and an evaluator that PPO never sees where there is one."""
-    prompt_ids: list[list[int]]
-    held_out_ids: list[list[int]]
+    prompt_ids: Sequence[list[int]]
+    held_out_ids: Sequence[list[int]]
 
     @property
     def eos_id(self) -> int:
@@ -53,41 +63,49 @@ class Experiment:
         return self.task.tokenizer.pad_token_id
 
 
-def load_inputs(config: TrainConfig) -> Inputs:
+def load_inputs(config: TrainConfig, place: DataPlace) -> Inputs:
     """Load what a run needs, so that whatever is wrong with it shows before there is a run.
 
     Raises:
-        FileNotFoundError, ValueError: the device, the data, the tokenizer or the model cannot be used, or they do not
-            fit together.
+        FileNotFoundError, ValueError: the device, the data, the tokenizer, the model or a reward cannot be used, or
+            they do not fit together.
     """
     choose_device(config)
     task = load_task(config)
-    model = starting_model(task, config)
-    data.check_vocabulary(task.tokenizer, model.config.get_text_config().vocab_size)
-    ids = [data.encode_prompts(task.tokenizer, prompts) for prompts in (task.prompts, task.held_out_prompts)]
-    for prompt_ids in ids:
-        check_context(model, prompt_ids, config.sampling.max_new_tokens)
-    return Inputs(task, *ids)
+    model = load_model(config.model.path, config.model.attention) if config.model.path else None
+    vocabulary = len(task.tokenizer) if model is None else model.config.get_text_config().vocab_size
+    check_vocabulary(task.tokenizer, vocabulary)
+    limit = config.model.context if model is None else context_length(model)
+    rewards = load_rewards(config, config.model.attention)
+    if task.prompts is None or task.held_out_prompts is None:
+        if place.kept is None:
+            _prepare_prompts(config, task, limit, place)
+        return Inputs(task, model, None, None, rewards)
+    prompt_ids, held_out_ids = (encode_prompts(task.tokenizer, one) for one in (task.prompts, task.held_out_prompts))
+    for ids in (prompt_ids, held_out_ids):
+        check_prompts(limit, ids, config.sampling.max_new_tokens)
+    return Inputs(task, model, prompt_ids, held_out_ids, rewards)
 
 
-def starting_model(task: Task, config: TrainConfig) -> PreTrainedModel:
-    """Return the language model that pre-training, or PPO, starts from."""
-    path, attention = config.model.path, config.model.attention
-    return load_model(path, attention) if path else build_model(config.model, task.tokenizer)
-
-
-def choose_device(config: TrainConfig) -> torch.device:
-    """Return the device of ``config.device``.
-
-    Raises:
-        ValueError: CUDA was asked for and is not there.
-    """
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: torch finds no GPU here; take --device cpu or auto")
-    cuda = config.device == "cuda" or (
-        config.device == "auto" and torch.cuda.is_available() and config.numerics == "native"
+def _prepare_prompts(config: TrainConfig, task: Task, limit: int | None, place: DataPlace) -> None:
+    longest = (limit or 2**20) - config.sampling.max_new_tokens
+    if longest < 1:
+        raise ValueError(
+            f"sampling.max_new_tokens is {config.sampling.max_new_tokens} and the model's context {limit}, so there is "
+            "no room for a prompt; lower --sampling.max-new-tokens"
+        )
+    place.prepare(
+        lambda folder: build_store(
+            str(config.data),
+            "prompt",
+            folder,
+            tokenizer=task.tokenizer,
+            longest=longest,
+            errors=config.data_errors,
+            held_out_share=config.held_out,
+            cut_prompt=lambda text, row: cut_prompt(text, config.seed, row),
+        )
     )
-    return torch.device("cuda" if cuda else "cpu")
 
 
 def prepare(config: TrainConfig, inputs: Inputs, run: Path, device: torch.device, stop: StopRequest) -> Experiment:
@@ -95,21 +113,40 @@ def prepare(config: TrainConfig, inputs: Inputs, run: Path, device: torch.device
     task = inputs.task
     base: PreTrainedModel = _stage(
         run / "models" / "base",
-        train=lambda: _pretrained(task, config, device, stop),
+        train=lambda: _pretrained(inputs, config, device, stop),
         save=lambda model, folder: (model.save_pretrained(folder), task.tokenizer.save_pretrained(folder)),
         load=lambda folder: load_model(folder, config.model.attention),
     )
     move(base, device)
+    reward, judges = _reward_and_judges(inputs, base, config, run, device, stop)
+    prompt_ids, held_out_ids = inputs.prompt_ids, inputs.held_out_ids
+    if prompt_ids is None or held_out_ids is None:
+        prompt_ids = open_rows(run / DATA_FOLDER, "train").column("prompt")
+        held_out_ids = open_rows(run / DATA_FOLDER, "held_out").column("prompt")[: config.log.evaluation_prompts]
+    return Experiment(task, base, reward, judges, prompt_ids, held_out_ids)
+
+
+def _reward_and_judges(
+    inputs: Inputs,
+    base: PreTrainedModel,
+    config: TrainConfig,
+    run: Path,
+    device: torch.device,
+    stop: StopRequest,
+) -> tuple[Reward, dict[str, Reward]]:
+    task = inputs.task
+    if inputs.rewards:
+        named = weighted(inputs.rewards, task.tokenizer, config.reward_timeout_s, device)
+        parts = {name: part for name, (_, part) in named.rewards.items()}
+        return named, parts if len(parts) == 1 else {"weighted sum": named, **parts}
     if task.labelled is None:
-        reward: Reward = TextReward(reviews.score, task.tokenizer)
-        judges = {"reward": reward}
-    else:
-        judges = {
-            "reward model": _classifier_reward("reward", task, base, config, run, device, stop),
-            "unseen evaluator": _classifier_reward("evaluator", task, base, config, run, device, stop),
-        }
-        reward = judges["reward model"]
-    return Experiment(task, base, reward, judges, inputs.prompt_ids, inputs.held_out_ids)
+        text_reward = TextReward(reviews.score, task.tokenizer)
+        return text_reward, {"reward": text_reward}
+    judges: dict[str, Reward] = {
+        "reward model": _classifier_reward("reward", task, base, config, run, device, stop),
+        "unseen evaluator": _classifier_reward("evaluator", task, base, config, run, device, stop),
+    }
+    return judges["reward model"], judges
 
 
 def move(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
@@ -124,17 +161,20 @@ def _stage(
     if not checkpoint.is_sound(folder):
         trained = train()
         checkpoint.write_folder(folder, lambda partial: save(trained, partial))
-    # Loaded even when just trained, so that a resumed run starts from the very same object as an uninterrupted one.
+        return trained
     return load(folder)
 
 
-def _pretrained(task: Task, config: TrainConfig, device: torch.device, stop: StopRequest) -> PreTrainedModel:
-    model, steps = starting_model(task, config), config.pretrain.steps
+def _pretrained(inputs: Inputs, config: TrainConfig, device: torch.device, stop: StopRequest) -> PreTrainedModel:
+    task, steps = inputs.task, config.pretrain.steps
+    model = inputs.model if inputs.model is not None else build_model(config.model, task.tokenizer)
     if steps is None:
         steps = 0 if config.model.path else task.pretrain_steps
     if steps == 0:
         return model
-    sequences = data.encode_sentences(task.tokenizer, task.texts, _context(model, config))
+    if task.prompts is None:
+        raise ValueError(f"pretrain.steps is {steps}, and prompts give nothing to read; train with rlhf sft first")
+    sequences = encode_sentences(task.tokenizer, task.texts(), _context(model, config))
     with progress_bar("language model", steps) as bar:
 
         def hear(loss: float) -> None:
@@ -158,7 +198,7 @@ def _context(model: PreTrainedModel, config: TrainConfig) -> int:
 
 
 def _classifier_reward(
-    part: data.Part,
+    part: Part,
     task: Task,
     base: PreTrainedModel,
     config: TrainConfig,
@@ -170,9 +210,9 @@ def _classifier_reward(
     pad_id = task.tokenizer.pad_token_id
     longest = _context(base, config)
 
-    def encoded(name: data.Part) -> tuple[list[list[int]], list[bool]]:
+    def encoded(name: Part) -> tuple[list[list[int]], list[bool]]:
         members = task.labelled[name] if task.labelled else []
-        sequences = data.encode_sentences(task.tokenizer, [member.text for member in members], longest)
+        sequences = encode_sentences(task.tokenizer, [member.text for member in members], longest)
         return sequences, [member.positive for member in members]
 
     def trained() -> Classifier:

@@ -6,7 +6,7 @@ Shape suffixes: B sequences, L positions of prompt and response together, T resp
 import copy
 import inspect
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -68,17 +68,23 @@ def load_model(path: str | Path, attention: str) -> PreTrainedModel:
         ValueError: it is not a causal language model that transformers can load, or its weights are damaged, missing
             or of other shapes than its configuration says: transformers would draw those at random.
     """
+    return load_pretrained(AutoModelForCausalLM, path, attention)
+
+
+def load_pretrained(kind: Any, path: str | Path, attention: str, **options: Any) -> PreTrainedModel:
+    """Load a model of a transformers class, as :func:`load_model` does a causal language model."""
     require_model_source(path)
     problem = f"cannot load model {str(path)!r}"
     try:
         with quiet_transformers():
-            result: Any = AutoModelForCausalLM.from_pretrained(
-                path,
+            result: Any = kind.from_pretrained(
+                model_source(path),
                 dtype=torch.float32,
                 attn_implementation=attention,
                 use_safetensors=True,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,
+                **options,
             )
     except SafetensorError as error:
         raise ValueError(f"{problem}: its weights are damaged ({first_line(error)}); copy or save it again") from None
@@ -111,6 +117,7 @@ def require_model_source(path: str | Path) -> None:
     """Raise FileNotFoundError unless ``path`` is a folder with a model's ``config.json`` or can be a hub name."""
     folder = Path(path)
     if folder.is_dir():
+        folder = model_folder(folder)
         if not (folder / "config.json").is_file():
             raise FileNotFoundError(f"model folder {str(path)!r} has no config.json; is it a transformers model?")
         return
@@ -121,6 +128,19 @@ def require_model_source(path: str | Path) -> None:
         )
 
 
+def model_folder(path: str | Path) -> Path:
+    """Return where the model of a folder lies: in a run's folder its ``model``, or its newest checkpoint's policy."""
+    folder = Path(path)
+    checkpoints = sorted(folder.glob("checkpoints/step_*/policy"), key=lambda one: (len(one.parent.name), one))
+    inside = [folder / "model", *reversed(checkpoints)]
+    return next((one for one in inside if (one / "config.json").is_file()), folder)
+
+
+def model_source(path: str | Path) -> str | Path:
+    """Return what transformers loads a model from: a folder, or a hub name as it is."""
+    return model_folder(path) if Path(path).is_dir() else path
+
+
 def first_line(error: Exception) -> str:
     """Return the first line of an error's text."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -129,6 +149,11 @@ def first_line(error: Exception) -> str:
 def context_length(model: PreTrainedModel) -> int | None:
     """Return the longest sequence the model can take, or None when its configuration sets no limit."""
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
+def autocast(device: torch.device, dtype: str) -> AbstractContextManager[None]:
+    """Return the context in which the models run: bfloat16 products under ``bfloat16``, else as they are."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
 
 
 def position_ids(attention_mask_BL: torch.Tensor) -> torch.Tensor:

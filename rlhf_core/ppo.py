@@ -14,6 +14,9 @@ import torch
 
 from rlhf_core.advantages import adapt_kl_coef, penalize_missing_eos, token_rewards
 from rlhf_core.config import PPOConfig, TrainConfig
+from rlhf_core.finite import NonFiniteError, first_nonfinite_of_update, require_finite
+from rlhf_core.gradient_probe import GradientProbe
+from rlhf_core.invariants import target_error, tokens_after_end
 from rlhf_core.losses import (
     clipped_policy_losses,
     clipped_value_losses,
@@ -26,23 +29,14 @@ from rlhf_core.losses import (
 )
 from rlhf_core.metrics import rollout_metrics
 from rlhf_core.optim import clip_gradients, gradients, set_learning_rate, total_norm
-from rlhf_core.policy import ActorCritic, Reference
+from rlhf_core.policy import ActorCritic, Reference, autocast
 from rlhf_core.profiling import StageClock
 from rlhf_core.reward import Reward
 from rlhf_core.rollout import Rollout, sample
-from rlhf_core.scoring import Plan, Scores, autocast, evaluate_rows, score_rollout
+from rlhf_core.scoring import Plan, Scores, evaluate_rows, score_rollout
 from rlhf_core.seeding import CounterUniforms, permutation
 from rlhf_core.targets import Targets, make_targets
-
-
-class NonFiniteError(FloatingPointError):
-    """A tensor of the step holds NaN or infinity."""
-
-    def __init__(self, step: int, name: str) -> None:
-        super().__init__(
-            f"step {step}: {name} is not finite, so training stops and nothing more is saved; "
-            "lower the learning rate, or look at the reward"
-        )
+from rlhf_core.update_statistics import LOSS_SUMS, MinibatchSums, UpdateStatistics
 
 
 @dataclass
@@ -63,6 +57,7 @@ class StepResult:
 
     metrics: dict[str, float]
     rollout: Rollout
+    scores: Scores
     rewards_B: torch.Tensor
     kl_B: torch.Tensor
     clock: StageClock
@@ -79,57 +74,6 @@ def plan_epoch(config: PPOConfig, seed: int, step: int, epoch: int) -> Plan:
     return [list(minibatch.split(config.micro_batch_size)) for minibatch in rows.split(config.minibatch_size)]
 
 
-LOSS_SUMS = ("policy_loss", "value_loss", "approx_kl", "clip_frac")
-"""What a minibatch adds up over its micro-batches, in this order."""
-
-
-class UpdateStatistics:
-    """Sums over an update's minibatches, from which its metrics are made."""
-
-    def __init__(self) -> None:
-        self._sums = np.zeros(len(LOSS_SUMS))
-        self._counts = np.zeros(len(LOSS_SUMS))
-        self._norms: list[float] = []
-        self._first_deviation: float | None = None
-
-    def add(self, minibatch: "MinibatchSums", norm: float) -> None:
-        """Add a minibatch and its gradient norm."""
-        self._sums += minibatch.sums.double().cpu().numpy()
-        self._counts += [minibatch.count, minibatch.count, minibatch.tokens, minibatch.tokens]
-        self._norms.append(norm)
-        if self._first_deviation is None:
-            self._first_deviation = minibatch.deviation.item()
-
-    def metrics(self, *, value: bool) -> dict[str, float]:
-        """Return the update's metrics: means over response tokens, and over optimizer steps for the norm.
-
-        Losses are averaged as they are in the update. Without a value model there is no ``value_loss``.
-        """
-        assert self._first_deviation is not None
-        means = dict(zip(LOSS_SUMS, (self._sums / self._counts).tolist(), strict=True))
-        if not value:
-            del means["value_loss"]
-        return means | {
-            "ratio_max_dev_first": self._first_deviation,
-            "grad_norm": math.fsum(self._norms) / len(self._norms),
-            "grad_norm_max": max(self._norms),
-        }
-
-
-@dataclass(frozen=True)
-class MinibatchSums:
-    """What is added up over the micro-batches of a minibatch."""
-
-    sums: torch.Tensor
-    """Policy loss (with the KL penalty that is part of it), value loss, k3 of new against old, clipped tokens."""
-    deviation: torch.Tensor
-    """max |ρ − 1|."""
-    count: int
-    """What the losses are divided by."""
-    tokens: int
-    """Response tokens."""
-
-
 def accumulate_gradients(
     state: PPOState,
     rollout: Rollout,
@@ -137,11 +81,13 @@ def accumulate_gradients(
     targets: Targets,
     minibatch: list[torch.Tensor],
     config: TrainConfig,
+    clock: StageClock,
+    probe: GradientProbe | None = None,
 ) -> MinibatchSums:
     """Add the gradient of a minibatch's loss to the parameters, one micro-batch after the other.
 
     Every micro-batch is divided by the count of the whole minibatch, so their gradients add up to its gradient however
-    it is split.
+    it is split. A probe gets to see the gradient with respect to log-probs and values.
     """
     ppo, recipe = config.ppo, config.ppo.recipe
     device = rollout.input_ids_BL.device
@@ -151,22 +97,34 @@ def accumulate_gradients(
     deviation = sums.new_zeros(())
     for rows in (rows.to(device) for rows in minibatch):
         mask_BT = rollout.response_mask_BT[rows]
-        logprobs_BT, _, values_BT = evaluate_rows(state.model, rollout, rows, config.sampling.temperature, config.dtype)
-        log_ratio_BT = log_ratio(logprobs_BT, scores.logprobs_BT[rows], mask_BT)
-        losses_BT = clipped_policy_losses(log_ratio_BT, targets.advantages_BT[rows], mask_BT, clip_range=ppo.clip_range)
-        if recipe.kl_place == "loss":
-            to_ref_BT = log_ratio(logprobs_BT, scores.ref_logprobs_BT[rows], mask_BT)
-            losses_BT = losses_BT + state.kl_coef * kl_losses(recipe.kl_estimator, to_ref_BT, log_ratio_BT)
-        policy_loss = loss_sum(losses_BT, mask_BT, recipe.loss_mean)
-        value_loss = policy_loss.new_zeros(())
-        if values_BT is not None:
-            assert scores.values_BT is not None
-            assert targets.returns_BT is not None
-            value_losses_BT = clipped_value_losses(
-                values_BT, scores.values_BT[rows], targets.returns_BT[rows], mask_BT, clip_range=ppo.value_clip_range
+        with clock.stage("forward"):
+            logprobs_BT, _, values_BT = evaluate_rows(
+                state.model, rollout, rows, config.sampling.temperature, config.dtype
             )
-            value_loss = loss_sum(value_losses_BT, mask_BT, recipe.loss_mean)
-        ((policy_loss + ppo.value_coef * value_loss) / count).backward()
+            log_ratio_BT = log_ratio(logprobs_BT, scores.logprobs_BT[rows], mask_BT)
+            losses_BT = clipped_policy_losses(
+                log_ratio_BT, targets.advantages_BT[rows], mask_BT, clip_range=ppo.clip_range
+            )
+            if recipe.kl_place == "loss":
+                to_ref_BT = log_ratio(logprobs_BT, scores.ref_logprobs_BT[rows], mask_BT)
+                losses_BT = losses_BT + state.kl_coef * kl_losses(recipe.kl_estimator, to_ref_BT, log_ratio_BT)
+            policy_loss = loss_sum(losses_BT, mask_BT, recipe.loss_mean)
+            value_loss = policy_loss.new_zeros(())
+            if values_BT is not None:
+                assert scores.values_BT is not None
+                assert targets.returns_BT is not None
+                value_losses_BT = clipped_value_losses(
+                    values_BT,
+                    scores.values_BT[rows],
+                    targets.returns_BT[rows],
+                    mask_BT,
+                    clip_range=ppo.value_clip_range,
+                )
+                value_loss = loss_sum(value_losses_BT, mask_BT, recipe.loss_mean)
+                if probe is not None:
+                    probe.watch(rows, logprobs_BT, values_BT, targets.advantages_BT[rows], targets.returns_BT[rows])
+        with clock.stage("backward"):
+            ((policy_loss + ppo.value_coef * value_loss) / count).backward()
         with torch.no_grad():
             off_BT = (log_ratio_BT.exp() - 1.0).abs()
             k3 = masked_sum(kl_k3(-log_ratio_BT), mask_BT)
@@ -193,50 +151,40 @@ def update(
             a weight is no longer finite after the last one.
     """
     parameters = [parameter for parameter in state.model.parameters() if parameter.requires_grad]
+    # Which tokens count, the probe takes from the attention mask, and so not from where the loss takes it.
+    real_BT = rollout.attention_mask_BL[:, -rollout.response_length :].bool()
+    probe = GradientProbe(real_BT, config.ppo.value_coef) if config.ppo.recipe.has_closed_form else None
     statistics = UpdateStatistics()
     for epoch in range(config.ppo.epochs):
         plan = first_plan if epoch == 0 else plan_epoch(config.ppo, config.seed, step, epoch)
-        for minibatch in plan:
-            with clock.stage("forward_backward"):
-                sums = accumulate_gradients(state, rollout, scores, targets, minibatch, config)
-            with clock.stage("optimizer"):
-                grads = gradients(parameters)
-                norm = total_norm(grads)
-                if not (math.isfinite(norm) and bool(sums.sums.isfinite().all())):
-                    raise NonFiniteError(step, first_nonfinite_of_update(state.model, sums.sums))
-                statistics.add(sums, norm)
-                clip_gradients(grads, norm, config.ppo.max_grad_norm)
-                state.optimizer.step()
-                state.optimizer.zero_grad(set_to_none=True)
+        for number, minibatch in enumerate(plan):
+            with clock.minibatch(epoch=epoch, minibatch=number):
+                first = probe if epoch == number == 0 else None
+                sums = accumulate_gradients(state, rollout, scores, targets, minibatch, config, clock, first)
+                with clock.stage("optimizer"):
+                    grads = gradients(parameters)
+                    norm = total_norm(grads)
+                    if not (math.isfinite(norm) and bool(sums.sums.isfinite().all())):
+                        raise NonFiniteError(step, first_nonfinite_of_update(state.model, sums.sums))
+                    statistics.add(sums, norm)
+                    clip_gradients(grads, norm, config.ppo.max_grad_norm)
+                    state.optimizer.step()
+                    state.optimizer.zero_grad(set_to_none=True)
     require_finite(step, None, **dict(state.model.named_parameters()))
-    return statistics.metrics(value=state.model.has_value)
-
-
-def first_nonfinite_of_update(model: ActorCritic, sums: torch.Tensor) -> str:
-    """Return the name of the first non-finite tensor: a loss, else a parameter's gradient."""
-    for name, value in zip(LOSS_SUMS, sums.tolist(), strict=True):
-        if not math.isfinite(value):
-            return name
-    for name, parameter in model.named_parameters():
-        if parameter.grad is not None and not parameter.grad.isfinite().all():
-            return f"the gradient of {name}"
-    return "the total gradient norm"
-
-
-def require_finite(step: int, mask_BT: torch.Tensor | None, **tensors: torch.Tensor | None) -> None:
-    """Raise NonFiniteError with the name of the first tensor that is not finite where the mask is True."""
-    for name, tensor in tensors.items():
-        if tensor is None:
-            continue
-        on_mask = tensor if mask_BT is None else torch.where(mask_BT, tensor, 0.0)
-        if not on_mask.isfinite().all():
-            raise NonFiniteError(step, name)
+    return statistics.metrics(value=state.model.has_value) | (probe.metrics() if probe else {})
 
 
 def ppo_step(
-    state: PPOState, prompt_ids: list[list[int]], reward: Reward, config: TrainConfig, *, eos_id: int, pad_id: int
+    state: PPOState,
+    prompt_ids: list[list[int]],
+    reward: Reward,
+    config: TrainConfig,
+    *,
+    eos_id: int,
+    pad_id: int,
+    clock: StageClock | None = None,
 ) -> StepResult:
-    """Do one step: sample, score, estimate advantages, update.
+    """Do one step: sample completions, and learn from them.
 
     Args:
         state: changed in place; ``state.step`` counts up.
@@ -245,22 +193,20 @@ def ppo_step(
         config: the whole configuration.
         eos_id: ends a response.
         pad_id: fills the rest.
+        clock: takes the time of the stages; by default a new one.
 
     Raises:
         ValueError: the number of prompts, times the group size, or of scores, is not the batch size.
         NonFiniteError: something is NaN or infinite.
     """
-    step, ppo, clock = state.step + 1, config.ppo, StageClock()
-    recipe = ppo.recipe
+    step, ppo, clock = state.step + 1, config.ppo, clock or StageClock(state.step + 1)
     if len(prompt_ids) != ppo.prompts_per_step:
         raise ValueError(
             f"step {step} has {len(prompt_ids)} prompts; ppo.batch_size is {ppo.batch_size} and ppo.group_size "
-            f"{recipe.group_size}, so it takes {ppo.prompts_per_step}"
+            f"{ppo.recipe.group_size}, so it takes {ppo.prompts_per_step}"
         )
-    prompt_ids = [prompt for prompt in prompt_ids for _ in range(recipe.group_size)]
+    prompt_ids = [prompt for prompt in prompt_ids for _ in range(ppo.recipe.group_size)]
     require_finite(step, None, **dict(state.model.named_parameters()))
-    lr = learning_rate(ppo, step)
-    set_learning_rate(state.optimizer, lr)
 
     # 1. Rollout: a group of completions for each prompt, their uniforms keyed by (seed, step, sample, position).
     with clock.stage("rollout"):
@@ -269,7 +215,30 @@ def ppo_step(
         device = next(state.model.parameters()).device
         with autocast(device, config.dtype):
             rollout = sample(state.model.lm, prompt_ids, uniforms, config.sampling, eos_id=eos_id, pad_id=pad_id)
+    return learn(state, rollout, reward, config, clock, eos_id=eos_id)
+
+
+def learn(
+    state: PPOState, rollout: Rollout, reward: Reward, config: TrainConfig, clock: StageClock, *, eos_id: int
+) -> StepResult:
+    """Do what follows the sampling of a step: score, estimate advantages, update.
+
+    Args:
+        state: changed in place; ``state.step`` counts up.
+        rollout: ``batch_size`` completions, those of a prompt side by side.
+        reward: scores them.
+        config: the whole configuration.
+        clock: of the step.
+        eos_id: ends a response.
+
+    Raises:
+        ValueError: the number of scores is not that of the completions.
+        NonFiniteError: something is NaN or infinite.
+    """
+    step, ppo, recipe = state.step + 1, config.ppo, config.ppo.recipe
     mask_BT = rollout.response_mask_BT
+    lr = learning_rate(ppo, step)
+    set_learning_rate(state.optimizer, lr)
 
     # 2. Reward of the whole text; a response that did not end costs something.
     with clock.stage("reward"):
@@ -323,14 +292,35 @@ def ppo_step(
             kl_target=ppo.kl_target,
         )
         metrics["lr"] = lr
+        metrics["tokens_after_eos"] = tokens_after_end(
+            rollout.response_ids_BT.cpu().numpy(), mask_BT.cpu().numpy(), eos_id
+        )
+        if recipe.has_closed_form:
+            assert scores.values_BT is not None
+            assert targets.returns_BT is not None
+            metrics["target_error"] = target_error(
+                scores_B=scores_B.numpy(),
+                logprobs_BT=scores.logprobs_BT.cpu().numpy(),
+                ref_logprobs_BT=scores.ref_logprobs_BT.cpu().numpy(),
+                values_BT=scores.values_BT.cpu().numpy(),
+                mask_BT=mask_BT.cpu().numpy(),
+                kl_coef=state.kl_coef,
+                gamma=ppo.gamma,
+                lam=ppo.lam,
+                whiten_rewards=ppo.whiten_rewards,
+                whiten_advantages=recipe.whiten_advantages,
+                raw_advantages_BT=raw_advantages_BT.cpu().numpy(),
+                advantages_BT=targets.advantages_BT.cpu().numpy(),
+                returns_BT=targets.returns_BT.cpu().numpy(),
+            )
         if ppo.kl_control == "adaptive":
-            n = len(prompt_ids)
+            n = len(rewards_B)
             state.kl_coef = adapt_kl_coef(
                 state.kl_coef, metrics["kl"], target=ppo.kl_target, n=n, horizon=ppo.kl_horizon
             )
         kl_B = torch.where(mask_BT, scores.logprobs_BT - scores.ref_logprobs_BT, 0.0).sum(dim=1).cpu()
     state.step = step
-    return StepResult(metrics, rollout, rewards_B, kl_B, clock)
+    return StepResult(metrics, rollout, scores, rewards_B, kl_B, clock)
 
 
 def train(
@@ -341,7 +331,13 @@ def train(
     *,
     eos_id: int,
     pad_id: int,
+    new_clock: Callable[[int], StageClock] = StageClock,
 ) -> Iterator[StepResult]:
-    """Do the steps from ``state.step + 1`` to the configured last, yielding each when it is done."""
+    """Do the steps from ``state.step + 1`` to the configured last, yielding each when it is done.
+
+    The clock that ``new_clock`` makes for a step runs on when the step is yielded: whoever takes it stops it.
+    """
     while state.step < config.ppo.steps:
-        yield ppo_step(state, prompts_of_step(state.step + 1), reward, config, eos_id=eos_id, pad_id=pad_id)
+        clock = new_clock(state.step + 1)
+        prompt_ids = prompts_of_step(state.step + 1)
+        yield ppo_step(state, prompt_ids, reward, config, eos_id=eos_id, pad_id=pad_id, clock=clock)

@@ -70,7 +70,11 @@ def left_pad(prompts: Sequence[Sequence[int]], pad_id: int) -> tuple[torch.Tenso
 
 def check_context(model: PreTrainedModel, prompt_ids: Sequence[Sequence[int]], max_new_tokens: int) -> None:
     """Raise ValueError when a prompt and its response do not fit into the model's context."""
-    limit = context_length(model)
+    check_prompts(context_length(model), prompt_ids, max_new_tokens)
+
+
+def check_prompts(limit: int | None, prompt_ids: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+    """Raise ValueError when a prompt and its response do not fit into a context of ``limit`` tokens."""
     longest = max(range(len(prompt_ids)), key=lambda row: len(prompt_ids[row]))
     length = len(prompt_ids[longest])
     if limit is not None and length + max_new_tokens > limit:

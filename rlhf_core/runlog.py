@@ -18,6 +18,7 @@ from typing import Any
 METRICS_FILE = "metrics.jsonl"
 TIMINGS_FILE = "timings.jsonl"
 SAMPLES_FILE = "samples.jsonl"
+ALERTS_FILE = "alerts.jsonl"
 ENVIRONMENT_FILE = "environment.json"
 CONFIG_FILE = "config.json"
 EVALUATION_FILE = "evaluation.json"
@@ -64,7 +65,7 @@ def read(path: Path) -> Iterator[dict[str, Any]]:
         raise FileNotFoundError(f"no log {str(path)!r}; is {str(path.parent)!r} a run that has begun its steps?")
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
-            yield _decode(line, f"{path}:{number}")
+            yield decode_row(line, f"{path}:{number}")
 
 
 _SAMPLE = {"sample": int, "prompt": str, "completion": str, "reward": float, "kl": float}
@@ -86,7 +87,12 @@ def read_samples(run: Path) -> Iterator[dict[str, Any]]:
         yield row
 
 
-def _decode(line: bytes, where: str) -> dict[str, Any]:
+def decode_row(line: bytes, where: str) -> dict[str, Any]:
+    """Return the row of a line of a log.
+
+    Raises:
+        ValueError: it is not a JSON object with a step; the message says where.
+    """
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -108,7 +114,7 @@ def keep_through_step(path: Path, step: int) -> None:
     kept = []
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
-            if not line.endswith(b"\n") or _decode(line, f"{path}:{number}")["step"] > step:
+            if not line.endswith(b"\n") or decode_row(line, f"{path}:{number}")["step"] > step:
                 break
             kept.append(line)
     write_atomically(path, b"".join(kept))
@@ -168,7 +174,7 @@ def create_run(runs: Path, name: str | None, default_name: str, config: str) -> 
     check_new_name(runs, name)
     try:
         runs.mkdir(parents=True, exist_ok=True)
-        folder = _make_first_free(runs, _plain(default_name)) if name is None else _make(runs / name)
+        folder = _make_first_free(runs, plain(default_name)) if name is None else _make(runs / name)
     except OSError as error:
         raise OSError(
             f"cannot make a run in {str(runs)!r} ({error.strerror}); give --runs a folder to write to"
@@ -182,7 +188,8 @@ def create_run(runs: Path, name: str | None, default_name: str, config: str) -> 
     return folder
 
 
-def _plain(name: str) -> str:
+def plain(name: str) -> str:
+    """Return a name with what a plain folder name cannot have in it replaced by ``-``."""
     return re.sub(r"[^A-Za-z0-9._-]+", "-", name).lstrip("._-") or "run"
 
 

@@ -3,12 +3,11 @@
 Shape suffixes: B sequences, T response positions, V vocabulary.
 """
 
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
 
-from rlhf_core.policy import ActorCritic, Reference
+from rlhf_core.policy import ActorCritic, Reference, autocast
 from rlhf_core.rollout import Rollout
 from rlhf_kernels import token_logprobs
 
@@ -25,11 +24,6 @@ class Scores:
     values_BT: torch.Tensor | None
     """None where there is no value model."""
     ref_logprobs_BT: torch.Tensor
-
-
-def autocast(device: torch.device, dtype: str) -> AbstractContextManager[None]:
-    """Return the context in which the models run: bfloat16 products under ``bfloat16``, else as they are."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
 
 
 def evaluate_rows(

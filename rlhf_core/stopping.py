@@ -7,11 +7,21 @@ from types import FrameType
 
 
 class Stopped(Exception):
-    """The run was asked to stop, and has saved what it had."""
+    """The run stopped before its end, and has saved what it had."""
 
-    def __init__(self, signal_number: int, message: str) -> None:
+    def __init__(self, exit_code: int, message: str) -> None:
         super().__init__(message)
-        self.exit_code = 128 + signal_number
+        self.exit_code = exit_code
+
+
+def by_signal(number: int, message: str) -> Stopped:
+    """Return what is raised when a signal asked the run to stop; the exit code is the shell's for that signal."""
+    return Stopped(128 + number, message)
+
+
+def by_alert(message: str) -> Stopped:
+    """Return what is raised when an alert stops the run; the exit code is that of ``rlhf alerts``."""
+    return Stopped(1, message)
 
 
 class StopRequest:
@@ -40,4 +50,4 @@ class StopRequest:
 def stop_between_stages(stop: StopRequest, stage: str) -> None:
     """Raise Stopped when a signal has arrived during a stage that keeps no checkpoint of its own."""
     if stop.signal_number is not None:
-        raise Stopped(stop.signal_number, f"stopped during {stage}, which starts anew on resume")
+        raise by_signal(stop.signal_number, f"stopped during {stage}, which starts anew on resume")

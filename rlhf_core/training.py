@@ -1,48 +1,48 @@
 """``rlhf train`` from beginning to end: the experiment, PPO, evaluation."""
 
+import copy
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
-import transformers
 
-from rlhf_core import checkpoint, data, runlog
+from rlhf_core import batches, checkpoint, runlog
 from rlhf_core.config import TrainConfig
-from rlhf_core.environment import environment
 from rlhf_core.evaluation import Evaluation, evaluate
-from rlhf_core.experiment import Experiment, Inputs, choose_device, prepare
+from rlhf_core.experiment import Experiment, Inputs, prepare
 from rlhf_core.metrics import log_row
-from rlhf_core.policy import ActorCritic, Reference, load_model
+from rlhf_core.policy import ActorCritic, Reference
 from rlhf_core.ppo import PPOState, train
+from rlhf_core.profile_files import PROFILES_FOLDER
+from rlhf_core.profiler import Profiler, timing_row
+from rlhf_core.profiling import StageClock
 from rlhf_core.report import evaluation_summary, print_evaluation
 from rlhf_core.reward import decode
-from rlhf_core.seeding import set_all_seeds
-from rlhf_core.step_rows import sample_rows, timing_row
-from rlhf_core.stopping import Stopped, StopRequest
+from rlhf_core.run_setup import begin_run
+from rlhf_core.step_rows import sample_rows
+from rlhf_core.stopping import StopRequest, by_alert, by_signal
 from rlhf_core.terminal import console, progress_bar
 from rlhf_core.trainer_state import load_state, new_state, save_state
+from rlhf_core.watch import Watch, WatchOptions, in_words
 
 
-def run_training(config: TrainConfig, inputs: Inputs, run: Path, *, resumed: bool) -> None:
-    """Train as configured in the run's folder, and print the result.
+def run_training(
+    config: TrainConfig, inputs: Inputs, run: Path, *, resumed: bool, watch: WatchOptions, profile: bool = False
+) -> None:
+    """Train as configured in the run's folder, and print the result; ``profile`` writes ``profiles/`` too.
 
     Raises:
-        Stopped: a signal arrived; the state is saved.
+        Stopped: a signal arrived, or an alert that ``watch`` stops at; the state is saved.
         FileNotFoundError, ValueError, FloatingPointError, OSError: what went wrong, in one line.
     """
-    torch.set_num_threads(config.resolved_threads)
-    transformers.utils.logging.disable_progress_bar()
-    set_all_seeds(config.seed)
-    device = choose_device(config)
-    if not resumed:
-        runlog.write_atomically(
-            run / runlog.ENVIRONMENT_FILE, (json.dumps(environment(device), indent=2) + "\n").encode()
-        )
+    device = begin_run(config, run, resumed=resumed)
     with StopRequest().listening() as stop:
         experiment = prepare(config, inputs, run, device, stop)
         state = start_or_resume(experiment, config, run, device)
-        run_ppo(state, experiment, config, run, stop)
-    if config.log.evaluation_prompts:
+        with Profiler(run / PROFILES_FOLDER) if profile else nullcontext() as profiler:
+            run_ppo(state, experiment, config, run, stop, Watch(run, watch), profiler)
+    if config.log.evaluation_prompts and len(experiment.held_out_ids):
         report(state, experiment, config, run)
     console.print(f"run folder: {run}", soft_wrap=True, markup=False)
 
@@ -55,8 +55,9 @@ def start_or_resume(experiment: Experiment, config: TrainConfig, run: Path, devi
     if newest is None:
         if checkpoint.steps(checkpoints):
             console.print("no checkpoint is sound; starting over at step 0")
-        copy = load_model(run / "models" / "base", config.model.attention)
-        state = new_state(ActorCritic(copy, config.value_model).to(device), reference, config)
+        # Its own parameters; the reference's are frozen.
+        policy = copy.deepcopy(experiment.base).requires_grad_(True)
+        state = new_state(ActorCritic(policy, config.value_model).to(device), reference, config)
         save_checkpoint(state, experiment, config, run)
     else:
         state = load_state(newest, reference, config, device)
@@ -73,28 +74,54 @@ def save_checkpoint(state: PPOState, experiment: Experiment, config: TrainConfig
     checkpoint.prune(run / "checkpoints", config.log.keep)
 
 
-def run_ppo(state: PPOState, experiment: Experiment, config: TrainConfig, run: Path, stop: StopRequest) -> None:
-    """Do the remaining steps, log each and save checkpoints."""
+def run_ppo(
+    state: PPOState,
+    experiment: Experiment,
+    config: TrainConfig,
+    run: Path,
+    stop: StopRequest,
+    watch: Watch,
+    profiler: Profiler | None = None,
+) -> None:
+    """Do the remaining steps, log each, save checkpoints and watch for alerts."""
     prompt_ids, prompts = experiment.prompt_ids, config.ppo.prompts_per_step
 
     def prompts_of_step(step: int) -> list[list[int]]:
-        return [prompt_ids[row] for row in data.prompt_rows(len(prompt_ids), prompts, step, config.seed)]
+        return [prompt_ids[row] for row in batches.prompt_rows(len(prompt_ids), prompts, step, config.seed)]
 
-    steps = train(state, prompts_of_step, experiment.reward, config, eos_id=experiment.eos_id, pad_id=experiment.pad_id)
-    with progress_bar("ppo", config.ppo.steps, done=state.step) as bar:
+    steps = train(
+        state,
+        prompts_of_step,
+        experiment.reward,
+        config,
+        eos_id=experiment.eos_id,
+        pad_id=experiment.pad_id,
+        new_clock=StageClock if profiler is None else profiler.new_clock,
+    )
+    with progress_bar("ppo", config.ppo.steps, done=state.step) as bar, watch.for_what_is_not_finite():
         for result in steps:
+            metrics = log_row(state.step, result.metrics)
             with result.clock.stage("logging"):
-                runlog.append(run / runlog.METRICS_FILE, [log_row(state.step, result.metrics)])
-                samples = sample_rows(state.step, result, experiment.task.tokenizer, config.log.samples_per_step)
+                runlog.append(run / runlog.METRICS_FILE, [metrics])
+                parts = getattr(experiment.reward, "parts", {})
+                samples = sample_rows(state.step, result, experiment.task.tokenizer, config.log.samples_per_step, parts)
                 runlog.append(run / runlog.SAMPLES_FILE, samples)
             last = state.step == config.ppo.steps or stop.signal_number is not None
-            if last or state.step % config.log.save_every == 0:
+            saved = last or state.step % config.log.save_every == 0
+            if saved:
                 with result.clock.stage("checkpoint"):
                     save_checkpoint(state, experiment, config, run)
-            runlog.append(run / runlog.TIMINGS_FILE, [timing_row(state.step, result)])
+            result.clock.stop(int(result.metrics["response_tokens"]))
+            timings = timing_row(result.clock, profiler)
+            runlog.append(run / runlog.TIMINGS_FILE, [timings])
             bar.advance(f"reward {result.metrics['reward_mean']:+.3f}  kl {result.metrics['kl']:.2f}")
+            alert = watch.after_step(metrics, timings)
+            if alert is not None and state.step < config.ppo.steps:
+                if not saved:
+                    save_checkpoint(state, experiment, config, run)
+                raise by_alert(f"stopped after step {state.step} of {config.ppo.steps}, saved: {in_words(alert)}")
             if stop.signal_number is not None and state.step < config.ppo.steps:
-                raise Stopped(stop.signal_number, f"stopped after step {state.step} of {config.ppo.steps}, saved")
+                raise by_signal(stop.signal_number, f"stopped after step {state.step} of {config.ppo.steps}, saved")
 
 
 def report(state: PPOState, experiment: Experiment, config: TrainConfig, run: Path) -> None:
@@ -120,5 +147,5 @@ def report(state: PPOState, experiment: Experiment, config: TrainConfig, run: Pa
         run / runlog.EVALUATION_FILE, (json.dumps(summary, sort_keys=True, indent=2) + "\n").encode()
     )
     completions = {name: decode(experiment.task.tokenizer, one.response_ids[:5]) for name, one in results.items()}
-    shown = zip(experiment.task.held_out_prompts, completions["before"], completions["after"], strict=False)
+    shown = zip(decode(experiment.task.tokenizer, prompts[:5]), *completions.values(), strict=False)
     print_evaluation(summary, list(shown))

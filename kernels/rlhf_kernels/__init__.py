@@ -4,7 +4,7 @@ Each function has one signature and several backends; `reference` is obvious tor
 others are fast and give the same bits on every x86-64 processor and for any number of threads.
 """
 
-from rlhf_kernels.api import SampledTokens, gae, sample_tokens, token_logprobs, whiten
+from rlhf_kernels.api import SampledTokens, gae, linear_token_logprobs, sample_tokens, token_logprobs, whiten
 from rlhf_kernels.dispatch import BackendUnavailableError, KernelFallbackWarning, available_backends
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "SampledTokens",
     "available_backends",
     "gae",
+    "linear_token_logprobs",
     "sample_tokens",
     "token_logprobs",
     "whiten",

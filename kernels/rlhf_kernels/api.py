@@ -151,6 +151,93 @@ def token_logprobs(
     return logp, entropy
 
 
+@overload
+def linear_token_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = ...,
+    temperature: float = ...,
+    with_entropy: Literal[False] = ...,
+    ignore_index: int | None = ...,
+    backend: str = ...,
+) -> Tensor: ...
+@overload
+def linear_token_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = ...,
+    temperature: float = ...,
+    with_entropy: Literal[True],
+    ignore_index: int | None = ...,
+    backend: str = ...,
+) -> tuple[Tensor, Tensor]: ...
+def linear_token_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    with_entropy: bool = False,
+    ignore_index: int | None = None,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`token_logprobs` of the logits hidden @ weight.T + bias, which are never held: only a part of them at a time.
+
+    The backward pass computes the parts again, so that a training step takes four matrix products instead of three and
+    16 MiB instead of the logits and their gradient. Differentiable in hidden, weight and bias. Rows of `ignore_index`,
+    and in the backward pass rows whose upstream gradient is 0, are left out of the products. The dtypes are used as
+    they are, under autocast too: logits of bfloat16 states are the bfloat16 numbers that the model's own head gives.
+
+    Args:
+        hidden: [..., H], float32, bfloat16 or float16 (float64 runs on the reference).
+        weight: [V, H], the language-model head, same dtype.
+        labels: [...], int64.
+        bias: [V], same dtype.
+        temperature: positive; the logits are divided by it.
+        with_entropy: also return the entropy, in nats.
+        ignore_index: a label that marks rows to skip.
+        backend: auto, reference, cython or cuda.
+
+    Returns:
+        logp [...], or (logp, entropy), float32 (float64 for float64 states).
+
+    Raises:
+        IndexError: a label outside [0, V), with its value and position.
+        ValueError: a shape, device or temperature that does not fit.
+        TypeError: a dtype that does not fit.
+    """
+    if hidden.dim() == 0:
+        raise ValueError("hidden must have at least one dimension, [..., H], got a scalar")
+    _require_dtype("hidden", hidden, (*_LOGITS, torch.float64))
+    _require_rank("weight", weight, 2)
+    _require_like("weight", weight, hidden, torch.Size((weight.shape[0], hidden.shape[-1])))
+    if bias is not None:
+        _require_like("bias", bias, hidden, weight.shape[:1])
+    _require_shape("labels", labels, hidden.shape[:-1])
+    _require_dtype("labels", labels, (torch.int64,))
+    _require_device("labels", labels, hidden)
+    _require_temperature(temperature)
+    if weight.shape[0] == 0 and labels.numel() > 0:
+        raise ValueError(f"weight has an empty vocabulary: shape {tuple(weight.shape)}")
+    entropy: Tensor | None
+    if choose_backend(backend, hidden, _LOGITS) == "reference":
+        _require_labels_in_range(labels, weight.shape[0], ignore_index)
+        logp, entropy = reference.linear_token_logprobs(
+            hidden, weight, labels, bias, temperature, with_entropy, ignore_index
+        )
+    else:
+        logp, entropy = ops.linear_token_logprobs(hidden, weight, labels, bias, temperature, with_entropy, ignore_index)
+    if not with_entropy:
+        return logp
+    assert entropy is not None
+    return logp, entropy
+
+
 def sample_tokens(
     logits: Tensor,
     uniforms: Tensor,
@@ -197,7 +284,7 @@ def sample_tokens(
         raise ValueError(f"logits have an empty vocabulary: shape {tuple(logits.shape)}")
     logits, uniforms = logits.detach(), uniforms.detach()
     top_k = 0 if top_k >= logits.shape[1] else top_k
-    if choose_backend(backend, logits, _LOGITS) == "reference":
+    if choose_backend(backend, logits, _LOGITS, lacking=("cuda",)) == "reference":
         _require_distributions(logits)
         _require_uniforms(uniforms)
         if logits.shape[0] == 0:
@@ -216,7 +303,7 @@ def whiten(x: Tensor, mask: Tensor, *, shift_mean: bool = True, backend: str = "
         x: any shape, float32 or float64.
         mask: same shape, bool, True = counts.
         shift_mean: False keeps the mean.
-        backend: auto, reference or cython.
+        backend: auto, reference, cython or cuda.
 
     Returns:
         Same shape and dtype as x, 0 outside the mask; all 0 where the mask is empty.
@@ -254,8 +341,8 @@ def _require_device(name: str, tensor: Tensor, other: Tensor) -> None:
         raise ValueError(f"{name} is on {tensor.device}, the other arguments on {other.device}")
 
 
-def _require_like(name: str, tensor: Tensor, other: Tensor) -> None:
-    _require_shape(name, tensor, other.shape)
+def _require_like(name: str, tensor: Tensor, other: Tensor, shape: torch.Size | None = None) -> None:
+    _require_shape(name, tensor, other.shape if shape is None else shape)
     _require_dtype(name, tensor, (other.dtype,))
     _require_device(name, tensor, other)
 

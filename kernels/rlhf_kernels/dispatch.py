@@ -8,15 +8,14 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from rlhf_kernels.cuda import extension
+
 Backend = Literal["auto", "reference", "cython", "cuda"]
 BACKENDS: tuple[str, ...] = get_args(Backend)
 ENVIRONMENT_VARIABLE = "RLHF_KERNELS_BACKEND"
 
-_REMEDY = {
-    "cython": "build it with `pip install -e .` (a C compiler is needed)",
-    "cuda": "build it with `RLHF_KERNELS_CUDA=1 pip install -e .` (needs the CUDA toolkit)",
-}
-_NATIVE_FOR_DEVICE = {"cpu": "cython", "cuda": "cuda"}
+_REMEDY = "build it with `pip install -e .` (a C compiler is needed)"
+_NATIVE_FOR_DEVICE = {"cpu": "cython", "cuda": "cuda", "meta": "cython"}  # meta: shapes only
 
 
 class BackendUnavailableError(RuntimeError):
@@ -38,24 +37,33 @@ def _try_import(module: str) -> str | None:
 
 _WHY_MISSING: dict[str, str | None] = {
     "reference": None,
-    "cython": _try_import("rlhf_kernels.cpu.launch"),
-    "cuda": "the CUDA extension is not built",
+    "cython": _try_import("rlhf_kernels.cpu.linear"),
 }
 _warned: set[str] = set()
 
 
+def _why_missing(name: str) -> str | None:
+    if name == "cuda":
+        return extension.why_missing()
+    reason = _WHY_MISSING[name]
+    return None if reason is None else f"{reason}; {_REMEDY}"
+
+
 def available_backends() -> tuple[str, ...]:
     """The backends that can be named explicitly in this installation."""
-    return tuple(name for name, reason in _WHY_MISSING.items() if reason is None)
+    return tuple(name for name in BACKENDS if name != "auto" and _why_missing(name) is None)
 
 
-def choose_backend(backend: str, tensor: Tensor, native_dtypes: tuple[torch.dtype, ...]) -> str:
+def choose_backend(
+    backend: str, tensor: Tensor, native_dtypes: tuple[torch.dtype, ...], *, lacking: tuple[str, ...] = ()
+) -> str:
     """The backend that runs this call: `reference`, `cython` or `cuda`.
 
     Args:
         backend: what the caller asked for. `auto` yields to the environment variable RLHF_KERNELS_BACKEND.
         tensor: the argument whose device and dtype decide.
         native_dtypes: what the native kernel takes; `auto` sends any other dtype to the reference.
+        lacking: backends that have no kernel for this function.
 
     Raises:
         ValueError: no such backend.
@@ -69,32 +77,43 @@ def choose_backend(backend: str, tensor: Tensor, native_dtypes: tuple[torch.dtyp
         return asked
     native = _NATIVE_FOR_DEVICE.get(tensor.device.type)
     if asked == "auto":
-        return _choose_automatically(native, tensor, native_dtypes)
-    if (reason := _WHY_MISSING[asked]) is not None:
-        raise BackendUnavailableError(f"backend {asked!r} is not available ({reason}); {_REMEDY[asked]}")
+        return _choose_automatically(native, tensor, native_dtypes, lacking)
+    if (reason := _why_missing(asked)) is not None:
+        raise BackendUnavailableError(f"backend {asked!r} is not available ({reason})")
     if asked != native:
         raise BackendUnavailableError(
             f"backend {asked!r} cannot run on a tensor on {tensor.device}; use backend='auto'"
         )
+    if asked in lacking:
+        raise BackendUnavailableError(f"backend {asked!r} has no kernel for this function; use backend='auto'")
     if tensor.dtype not in native_dtypes:
         names = ", ".join(str(dtype) for dtype in native_dtypes)
         raise TypeError(f"backend {asked!r} takes {names}, got {tensor.dtype}; backend='reference' takes it")
     return asked
 
 
-def _choose_automatically(native: str | None, tensor: Tensor, native_dtypes: tuple[torch.dtype, ...]) -> str:
-    if tensor.dtype not in native_dtypes:
+def _choose_automatically(
+    native: str | None, tensor: Tensor, native_dtypes: tuple[torch.dtype, ...], lacking: tuple[str, ...]
+) -> str:
+    device = tensor.device.type
+    if native == "cython" and tensor.dtype not in native_dtypes:
         return "reference"
-    if native is not None and _WHY_MISSING[native] is None:
+    if native is None:
+        reason: str | None = f"there is no native kernel for {device}"
+    elif native in lacking:
+        reason = f"this function has no kernel for {device}"
+    elif tensor.dtype not in native_dtypes:
+        reason = f"the {device} kernel does not take {tensor.dtype}"
+    else:
+        reason = _why_missing(native)
+    if reason is None:
+        assert native is not None
         return native
-    _warn_once(tensor.device.type, native)
+    _warn_once(f"rlhf_kernels runs its slow reference code on {device}: {reason}")
     return "reference"
 
 
-def _warn_once(device: str, native: str | None) -> None:
-    if device in _warned:
-        return
-    _warned.add(device)
-    remedy = f"{_WHY_MISSING[native]}; {_REMEDY[native]}" if native else f"there is no native kernel for {device}"
-    message = f"rlhf_kernels runs its slow reference code on {device}: {remedy}"
-    warnings.warn(message, KernelFallbackWarning, stacklevel=5)
+def _warn_once(message: str) -> None:
+    if message not in _warned:
+        _warned.add(message)
+        warnings.warn(message, KernelFallbackWarning, stacklevel=5)

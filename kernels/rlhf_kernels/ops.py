@@ -16,6 +16,11 @@ _SCHEMAS = (
     " -> (Tensor, Tensor, Tensor)",
     "token_logprobs_backward(Tensor logits, Tensor labels, Tensor statistics, Tensor entropy, Tensor? grad_logp,"
     " Tensor? grad_entropy, float temperature, int? ignore_index) -> Tensor",
+    "linear_token_logprobs(Tensor hidden, Tensor weight, Tensor labels, Tensor? bias, float temperature,"
+    " bool with_entropy, int? ignore_index) -> (Tensor, Tensor, Tensor)",
+    "linear_token_logprobs_backward(Tensor hidden, Tensor weight, Tensor labels, Tensor? bias, Tensor statistics,"
+    " Tensor entropy, Tensor? grad_logp, Tensor? grad_entropy, float temperature, int? ignore_index,"
+    " bool[] needs_gradient) -> (Tensor, Tensor, Tensor)",
     "sample_tokens(Tensor logits, Tensor uniforms, float temperature, int top_k, float top_p)"
     " -> (Tensor, Tensor, Tensor)",
     "whiten(Tensor x, Tensor mask, bool shift_mean) -> Tensor",
@@ -36,6 +41,22 @@ def token_logprobs(
 ) -> tuple[Tensor, Tensor]:
     """See `rlhf_kernels.token_logprobs`; the entropy is an empty tensor where it was not asked for."""
     logp, entropy, _ = torch.ops.rlhf_kernels.token_logprobs(logits, labels, temperature, with_entropy, ignore_index)
+    return logp, entropy
+
+
+def linear_token_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    temperature: float,
+    with_entropy: bool,
+    ignore_index: int | None,
+) -> tuple[Tensor, Tensor]:
+    """See `rlhf_kernels.linear_token_logprobs`; the entropy is an empty tensor where it was not asked for."""
+    logp, entropy, _ = torch.ops.rlhf_kernels.linear_token_logprobs(
+        hidden, weight, labels, bias, temperature, with_entropy, ignore_index
+    )
     return logp, entropy
 
 
@@ -83,6 +104,41 @@ def _token_logprobs_backward_shapes(
     return logits.new_empty(logits.shape)
 
 
+@torch.library.register_fake("rlhf_kernels::linear_token_logprobs", lib=_LIBRARY)
+def _linear_token_logprobs_shapes(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    temperature: float,
+    with_entropy: bool,
+    ignore_index: int | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _token_logprobs_shapes(hidden, labels, temperature, with_entropy, ignore_index)
+
+
+@torch.library.register_fake("rlhf_kernels::linear_token_logprobs_backward", lib=_LIBRARY)
+def _linear_token_logprobs_backward_shapes(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    statistics: Tensor,
+    entropy: Tensor,
+    grad_logp: Tensor | None,
+    grad_entropy: Tensor | None,
+    temperature: float,
+    ignore_index: int | None,
+    needs_gradient: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    need_hidden, need_weight, need_bias = needs_gradient
+    return (
+        hidden.new_empty(hidden.shape if need_hidden else (0,)),
+        weight.new_empty(weight.shape if need_weight else (0,)),
+        weight.new_empty(weight.shape[:1] if need_bias else (0,)),
+    )
+
+
 @torch.library.register_fake("rlhf_kernels::sample_tokens", lib=_LIBRARY)
 def _sample_tokens_shapes(
     logits: Tensor, uniforms: Tensor, temperature: float, top_k: int, top_p: float
@@ -122,11 +178,57 @@ torch.library.register_autograd(
 )
 
 
-def _no_second_derivative(ctx: Any, *_: Any) -> None:
-    raise RuntimeError("rlhf_kernels.token_logprobs has no second derivative; backend='reference' has one")
+def _save_linear_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    hidden, weight, labels, bias, ctx.temperature, _, ctx.ignore_index = inputs
+    _, entropy, statistics = output
+    ctx.mark_non_differentiable(statistics)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(hidden, weight, labels, bias, statistics, entropy)
 
 
-torch.library.register_autograd("rlhf_kernels::token_logprobs_backward", _no_second_derivative, lib=_LIBRARY)
+def _linear_token_logprobs_gradient(
+    ctx: Any, grad_logp: Tensor | None, grad_entropy: Tensor | None, _: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    hidden, weight, labels, bias, statistics, entropy = ctx.saved_tensors
+    needed = [ctx.needs_input_grad[i] for i in (0, 1, 3)]
+    gradients: tuple[Tensor | None, ...] = (None, None, None)
+    if grad_logp is not None or grad_entropy is not None:
+        gradients = torch.ops.rlhf_kernels.linear_token_logprobs_backward(
+            hidden,
+            weight,
+            labels,
+            bias,
+            statistics,
+            entropy,
+            grad_logp,
+            grad_entropy,
+            ctx.temperature,
+            ctx.ignore_index,
+            needed,
+        )
+    grad_hidden, grad_weight, grad_bias = (
+        gradient if need else None for gradient, need in zip(gradients, needed, strict=True)
+    )
+    return grad_hidden, grad_weight, None, grad_bias, None, None, None
+
+
+torch.library.register_autograd(
+    "rlhf_kernels::linear_token_logprobs",
+    _linear_token_logprobs_gradient,
+    setup_context=_save_linear_for_backward,
+    lib=_LIBRARY,
+)
+
+
+def _refuse_second_derivative(function: str) -> None:
+    def refuse(ctx: Any, *_: Any) -> None:
+        raise RuntimeError(f"rlhf_kernels.{function} has no second derivative; backend='reference' has one")
+
+    torch.library.register_autograd(f"rlhf_kernels::{function}_backward", refuse, lib=_LIBRARY)
+
+
+_refuse_second_derivative("token_logprobs")
+_refuse_second_derivative("linear_token_logprobs")
 
 
 def register_kernel(name: str, function: Any, dispatch_key: str) -> None:

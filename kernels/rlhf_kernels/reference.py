@@ -57,6 +57,22 @@ def token_logprobs(
     return picked, entropy
 
 
+def linear_token_logprobs(
+    hidden: Tensor,
+    weight_VH: Tensor,
+    labels: Tensor,
+    bias_V: Tensor | None,
+    temperature: float,
+    with_entropy: bool,
+    ignore_index: int | None,
+) -> tuple[Tensor, Tensor | None]:
+    """`token_logprobs` of the logits hidden @ weight.T + bias, which are held whole. Shapes: hidden [..., H]."""
+    if ignore_index is not None:  # NaN times a gradient of 0 would reach the weight's gradient
+        hidden = hidden.masked_fill((labels == ignore_index).unsqueeze(-1), 0.0)
+    logits = torch.nn.functional.linear(hidden, weight_VH, bias_V)
+    return token_logprobs(logits, labels, temperature, with_entropy, ignore_index)
+
+
 def top_k_top_p_mask(logp_NV: Tensor, top_k: int, top_p: float) -> Tensor:
     """True for the tokens that top-k, then top-p of what top-k left, keep (Holtzman et al. 2020, arXiv 1904.09751).
 

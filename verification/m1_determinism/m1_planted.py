@@ -52,15 +52,15 @@ def plant_unseeded_shuffle() -> None:
 
 def plant_hash_order() -> None:
     """Take a step's prompts in the order of a set of strings."""
-    from rlhf_core import data
+    from rlhf_core import batches
 
-    prompt_rows = data.prompt_rows
-    data.prompt_rows = lambda *args: [int(name) for name in {str(row) for row in prompt_rows(*args)}]
+    prompt_rows = batches.prompt_rows
+    batches.prompt_rows = lambda *args: [int(name) for name in {str(row) for row in prompt_rows(*args)}]
 
 
 def plant_identity_order() -> None:
     """Take a step's prompts in the order of a set of objects that hash by where they lie in memory."""
-    from rlhf_core import data
+    from rlhf_core import batches
 
     class Prompt:
         def __init__(self, row: int) -> None:
@@ -69,7 +69,7 @@ def plant_identity_order() -> None:
     def prompt_rows(n_prompts: int, batch_size: int, step: int, seed: int) -> list[int]:
         return [prompt.row for prompt in {Prompt(row) for row in range(n_prompts)}][:batch_size]
 
-    data.prompt_rows = prompt_rows
+    batches.prompt_rows = prompt_rows
 
 
 FAULTS = {

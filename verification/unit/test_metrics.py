@@ -79,6 +79,8 @@ def test_the_metrics_of_a_rollout_are_the_hand_worked_numbers():
         "eos_rate": 0.5,
         "rollout_logprob_diff_max": 0.25,
         "rollout_logprob_diff_p99": 0.245,  # of 0, 0, 0.25: rank 0.99 · 2 = 1.98 lies 0.98 of the way to the last
+        "sampling_z": 1 / math.sqrt(1.5),  # surprises 1, 2, 1 less entropies 0.5, 1, 1.5
+        "reward_length_corr": 1.0,
     }
     assert got == pytest.approx(expected, rel=1e-12)
 
@@ -98,6 +100,8 @@ def test_the_metrics_agree_with_loops_over_plain_numbers(seed):
     rank = 0.99 * (len(sampler) - 1)
     low = math.floor(rank)
     kl = math.fsum(difference) / 6
+    surprise = [-p - h for p, h in zip(inside("logprobs"), inside("entropies"), strict=True)]
+    lengths = [int(row.sum()) for row in arrays["mask"]]
     expected = {
         "kl": kl,
         "kl_k3": statistics.fmean(math.exp(-x) - 1 + x for x in difference),
@@ -116,6 +120,8 @@ def test_the_metrics_agree_with_loops_over_plain_numbers(seed):
         "eos_rate": sum(arrays["ended"].tolist()) / 6,
         "rollout_logprob_diff_max": sampler[-1],
         "rollout_logprob_diff_p99": sampler[low] + (rank - low) * (sampler[low + 1] - sampler[low]),
+        "sampling_z": math.fsum(surprise) / math.hypot(*surprise),
+        "reward_length_corr": statistics.correlation(arrays["rewards"].tolist(), lengths),
     }
     assert got == pytest.approx(expected, rel=1e-9)
 
@@ -136,6 +142,36 @@ def test_a_single_sequence_has_no_variance_of_rewards_and_equal_returns_explain_
     got = rollout_metrics(**arrays, kl_coef=0.1, kl_target=1.5)
     assert got["reward_var"] == 0.0
     assert got["explained_variance"] == 0.0
+    assert got["reward_length_corr"] == 0.0
+
+
+def test_without_a_value_model_its_metrics_are_left_out():
+    arrays = random_arrays(2)
+    whole = rollout_metrics(**arrays, kl_coef=0.1, kl_target=1.5)
+    without = rollout_metrics(**(arrays | {"values": None, "returns": None}), kl_coef=0.1, kl_target=1.5)
+    assert whole.keys() - without.keys() == {"explained_variance", "value_mean", "return_mean"}
+    assert without.items() <= whole.items()
+
+
+def test_a_group_is_flat_when_all_of_its_scores_are_equal():
+    arrays = random_arrays(3)
+    arrays["scores"] = np.array([0.5, 0.5, 1.0, 2.0, -1.0, -1.0])
+    assert rollout_metrics(**arrays, kl_coef=0.1, kl_target=1.5, group_size=2)["reward_zero_std_frac"] == pytest.approx(
+        2 / 3
+    )
+    assert rollout_metrics(**arrays, kl_coef=0.1, kl_target=1.5, group_size=3)["reward_zero_std_frac"] == 0.0
+    assert "reward_zero_std_frac" not in rollout_metrics(**arrays, kl_coef=0.1, kl_target=1.5)
+
+
+def test_a_row_has_all_or_none_of_the_metrics_that_only_some_runs_log():
+    always = {metric.name: 0.0 for metric in METRICS if metric.logged == "always"}
+    values = {metric.name: 0.0 for metric in METRICS if metric.logged == "with values"}
+    groups = {metric.name: 0.0 for metric in METRICS if metric.logged == "with groups"}
+    assert values.keys() == {"value_loss", "explained_variance", "value_mean", "return_mean"}
+    for wanted in (always, always | values, always | groups, always | values | groups):
+        assert log_row(1, wanted).keys() == wanted.keys() | {"step", "nonfinite"}
+    with pytest.raises(KeyError, match="value_loss"):
+        log_row(1, {name: 0.0 for name in always | values if name != "value_loss"})
 
 
 def test_a_row_of_the_log_rounds_to_eight_decimals_and_names_what_is_not_finite():

@@ -58,9 +58,9 @@ def test_each_epoch_of_a_step_goes_through_its_own_plan_once(monkeypatch):
     config = tiny_config(epochs=3)
     seen, right = [], ppo.accumulate_gradients
 
-    def spy(state, rollout, scores, targets, minibatch, config):
+    def spy(state, rollout, scores, targets, minibatch, *others):
         seen.append([rows.tolist() for rows in minibatch])
-        return right(state, rollout, scores, targets, minibatch, config)
+        return right(state, rollout, scores, targets, minibatch, *others)
 
     monkeypatch.setattr(ppo, "accumulate_gradients", spy)
     step_once(tiny_state("gpt2", "shared", config), config)
@@ -128,7 +128,7 @@ def test_a_step_gives_every_metric_of_the_table_and_times_every_stage(architectu
     assert result.metrics.keys() == {metric.name for metric in METRICS if metric.logged != "with groups"}
     assert log_row(1, result.metrics)["nonfinite"] == []
     stages = {"rollout", "reward", "reference_and_value", "advantages", "update", "metrics"}
-    assert stages | {"update/forward_backward", "update/optimizer"} == result.clock.seconds.keys()
+    assert stages == result.clock.stage_seconds().keys()  # those inside others are for an observer: test_profiler
 
 
 def test_a_step_draws_nothing_from_torchs_generator_and_repeats_bit_for_bit():

@@ -17,6 +17,30 @@ def forward(
     instruction_set: int,
     threads: int,
 ) -> int: ...
+def first_label_out_of_range(labels: int, rows: int, vocabulary: int, ignoring: bool, ignore_index: int) -> int: ...
+def read_part(
+    logits: int,
+    element_type: int,
+    element_bytes: int,
+    rows: int,
+    columns: int,
+    first_column: int,
+    labels: int,
+    temperature: float,
+    with_entropy: bool,
+    states: int,
+    instruction_set: int,
+    threads: int,
+) -> None: ...
+def finish(
+    states: int,
+    rows: int,
+    temperature: float,
+    logp: int,
+    entropy: int,
+    statistics: int,
+    instruction_set: int,
+) -> None: ...
 def backward(
     logits: int,
     element_type: int,
@@ -26,6 +50,7 @@ def backward(
     outer_stride: int,
     inner_stride: int,
     vocabulary: int,
+    first_column: int,
     labels: int,
     ignoring: bool,
     ignore_index: int,

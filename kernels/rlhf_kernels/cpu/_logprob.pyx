@@ -56,13 +56,59 @@ def forward(
     return -1
 
 
+def first_label_out_of_range(
+    uintptr_t labels, int64_t rows, int64_t vocabulary, bint ignoring, int64_t ignore_index
+) -> int:
+    """The first row whose label is out of range, or -1."""
+    return first_bad_label(<const int64_t *>labels, rows, vocabulary, ignoring, ignore_index)
+
+
+def read_part(
+    uintptr_t logits, int element_type, int element_bytes, int64_t rows, int64_t columns, int64_t first_column,
+    uintptr_t labels, double temperature, bint with_entropy, uintptr_t states, int instruction_set, int threads,
+) -> None:
+    """Add logits[rows, columns], which stand at first_column of the vocabulary, to states[rows, 4]."""
+    cdef const int64_t *label = <const int64_t *>labels
+    cdef const char *base = <const char *>logits
+    cdef double *state = <double *>states
+    cdef const row_kernels *k = kernels(instruction_set)
+    cdef double inverse_temperature = 1.0 / temperature
+    cdef int64_t row
+    cdef uint32_t saved = 0
+    with nogil, parallel(num_threads=threads_for(rows, rows * columns, threads)):
+        saved = enter_rounding()
+        for row in prange(rows, schedule="static"):
+            k.logprob_read(base + row * columns * element_bytes, columns, element_type, label[row] - first_column,
+                           inverse_temperature, with_entropy, state + 4 * row)
+        leave_rounding(saved)
+
+
+def finish(
+    uintptr_t states, int64_t rows, double temperature, uintptr_t logp, uintptr_t entropy, uintptr_t statistics,
+    int instruction_set,
+) -> None:
+    """Fill logp[rows], entropy[rows] (where its address is not 0) and statistics[rows, 2] from states[rows, 4]."""
+    cdef const double *state = <const double *>states
+    cdef const row_kernels *k = kernels(instruction_set)
+    cdef double inverse_temperature = 1.0 / temperature
+    cdef int64_t row
+    cdef uint32_t saved = enter_rounding()
+    for row in range(rows):
+        k.logprob_finish(state + 4 * row, inverse_temperature, <float *>logp + row,
+                         <float *>entropy + row if entropy != 0 else NULL, <float *>statistics + 2 * row)
+    leave_rounding(saved)
+
+
 def backward(
     uintptr_t logits, int element_type, int element_bytes, int64_t rows, int64_t inner, int64_t outer_stride,
-    int64_t inner_stride, int64_t vocabulary, uintptr_t labels, bint ignoring, int64_t ignore_index,
+    int64_t inner_stride, int64_t vocabulary, int64_t first_column, uintptr_t labels, bint ignoring, int64_t ignore_index,
     double temperature, uintptr_t statistics, uintptr_t entropy, uintptr_t grad_logp, uintptr_t grad_entropy,
     uintptr_t grad_logits, bint stream, int instruction_set, int threads,
 ) -> None:
-    """Fill grad_logits[rows, vocabulary]; grad_logp or grad_entropy may have the address 0, which means 0."""
+    """Fill grad_logits[rows, vocabulary]; grad_logp or grad_entropy may have the address 0, which means 0.
+
+    The logits may be a part of a row, at first_column of its vocabulary, and grad_logits may be the logits.
+    """
     cdef const int64_t *label = <const int64_t *>labels
     cdef const char *base = <const char *>logits
     cdef const float *row_entropy = <const float *>entropy
@@ -81,7 +127,7 @@ def backward(
             ignored = ignoring and label[row] == ignore_index
             k.logprob_backward(
                 base + (row // inner * outer_stride + row % inner * inner_stride) * element_bytes,
-                vocabulary, element_type, label[row], inverse_temperature, row_statistics + 2 * row,
+                vocabulary, element_type, label[row] - first_column, inverse_temperature, row_statistics + 2 * row,
                 row_entropy[row] if row_grad_entropy != NULL else 0.0,
                 row_grad_logp[row] if row_grad_logp != NULL and not ignored else 0.0,
                 row_grad_entropy[row] if row_grad_entropy != NULL and not ignored else 0.0,

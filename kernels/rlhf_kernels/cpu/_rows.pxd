@@ -8,6 +8,12 @@ cdef extern from "rows.h":
         void (*logprob_forward)(
             const void *logits, int64_t vocabulary, int type, int64_t label, double inverse_temperature,
             float *logp, float *entropy, float *statistics) noexcept nogil
+        void (*logprob_read)(
+            const void *logits, int64_t n, int type, int64_t label, double inverse_temperature, int with_entropy,
+            double *state) noexcept nogil
+        void (*logprob_finish)(
+            const double *state, double inverse_temperature, float *logp, float *entropy,
+            float *statistics) noexcept nogil
         void (*logprob_backward)(
             const void *logits, int64_t vocabulary, int type, int64_t label, double inverse_temperature,
             const float *statistics, float entropy, float grad_logp, float grad_entropy, int stream,

@@ -17,7 +17,7 @@ from rlhf_kernels.reference import WHITEN_EPSILON
 INSTRUCTION_SETS = ("sse2", "avx2", "avx512")
 ENVIRONMENT_VARIABLE = "RLHF_KERNELS_ISA"
 
-_ELEMENT_TYPE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+ELEMENT_TYPE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # A gradient larger than this leaves the cache anyway: it is written past it.
 _STREAM_FROM_BYTES = 4 << 20
 
@@ -52,8 +52,20 @@ use_instruction_set(os.environ.get(ENVIRONMENT_VARIABLE) or None)
 os.register_at_fork(after_in_child=_limit_threads_after_fork)
 
 
-def _threads() -> int:
+def threads() -> int:
+    """How many threads a kernel may use."""
     return min(torch.get_num_threads(), _max_threads)
+
+
+def instruction_set() -> int:
+    """The index in INSTRUCTION_SETS of the code that runs."""
+    return _instruction_set
+
+
+def address(tensor: Tensor) -> int:
+    """Where the elements of a contiguous tensor are."""
+    assert tensor.is_contiguous()
+    return tensor.data_ptr()
 
 
 class _Rows(NamedTuple):
@@ -92,6 +104,19 @@ def _position(row: int, shape: torch.Size) -> tuple[int, ...]:
     return tuple(reversed(position))
 
 
+def _raise_label_out_of_range(labels: Tensor, row: int, vocabulary: int) -> None:
+    position = _position(row, labels.shape)
+    raise IndexError(f"label {int(labels[position])} at position {position} is outside [0, {vocabulary})")
+
+
+def require_labels_in_range(labels: Tensor, vocabulary: int, ignore_index: int | None) -> None:
+    """Raise IndexError with the value and position of the first label outside [0, vocabulary)."""
+    flat, ignoring = labels.contiguous(), ignore_index is not None
+    row = _logprob.first_label_out_of_range(address(flat), flat.numel(), vocabulary, ignoring, ignore_index or 0)
+    if row >= 0:
+        _raise_label_out_of_range(labels, row, vocabulary)
+
+
 def _gae_cpu(
     rewards: Tensor, values: Tensor, mask: Tensor, bootstrap: Tensor | None, gamma: float, lam: float
 ) -> tuple[Tensor, Tensor]:
@@ -111,7 +136,7 @@ def _gae_cpu(
         advantages.data_ptr(),
         returns.data_ptr(),
         _instruction_set,
-        _threads(),
+        threads(),
     )
     return advantages, returns
 
@@ -126,7 +151,7 @@ def _token_logprobs_cpu(
     statistics = torch.empty((*shape, 2), dtype=torch.float32)
     bad_row = _logprob.forward(
         rows.tensor.data_ptr(),
-        _ELEMENT_TYPE[logits.dtype],
+        ELEMENT_TYPE[logits.dtype],
         logits.element_size(),
         labels.numel(),
         rows.inner,
@@ -141,11 +166,10 @@ def _token_logprobs_cpu(
         entropy.data_ptr() if with_entropy else 0,
         statistics.data_ptr(),
         _instruction_set,
-        _threads(),
+        threads(),
     )
     if bad_row >= 0:
-        position = _position(bad_row, shape)
-        raise IndexError(f"label {int(labels[position])} at position {position} is outside [0, {logits.shape[-1]})")
+        _raise_label_out_of_range(labels, bad_row, logits.shape[-1])
     return logp, entropy, statistics
 
 
@@ -166,13 +190,14 @@ def _token_logprobs_backward_cpu(
     grad_logits = torch.empty(logits.shape, dtype=logits.dtype)
     _logprob.backward(
         rows.tensor.data_ptr(),
-        _ELEMENT_TYPE[logits.dtype],
+        ELEMENT_TYPE[logits.dtype],
         logits.element_size(),
         labels.numel(),
         rows.inner,
         rows.outer_stride,
         rows.inner_stride,
         logits.shape[-1],
+        0,
         labels.data_ptr(),
         ignore_index is not None,
         ignore_index or 0,
@@ -184,7 +209,7 @@ def _token_logprobs_backward_cpu(
         grad_logits.data_ptr(),
         grad_logits.nbytes >= _STREAM_FROM_BYTES,
         _instruction_set,
-        _threads(),
+        threads(),
     )
     return grad_logits
 
@@ -204,7 +229,7 @@ def _sample_tokens_cpu(
     filtered_logprobs = torch.empty(uniforms.shape, dtype=torch.float32)
     bad_row = _sampling.sample(
         logits.data_ptr(),
-        _ELEMENT_TYPE[logits.dtype],
+        ELEMENT_TYPE[logits.dtype],
         logits.element_size(),
         logits.shape[0],
         logits.stride(0),
@@ -217,7 +242,7 @@ def _sample_tokens_cpu(
         logprobs.data_ptr(),
         filtered_logprobs.data_ptr(),
         _instruction_set,
-        _threads(),
+        threads(),
     )
     if bad_row >= 0:
         raise ValueError(f"logits of row {bad_row} are no distribution: NaN, +inf, or nothing but -inf")
@@ -236,7 +261,7 @@ def _whiten_cpu(x: Tensor, mask: Tensor, shift_mean: bool) -> Tensor:
         WHITEN_EPSILON,
         out.data_ptr(),
         _instruction_set,
-        _threads(),
+        threads(),
     )
     return out
 

@@ -4,18 +4,41 @@
 
 #include "moments.h"
 
-INLINE void logprob_forward_typed(const void *logits, int64_t vocabulary, enum element_type type, int64_t label,
-                                  double inverse_temperature, float *logp, float *entropy, float *statistics) {
-    float scale = scale_from(inverse_temperature);
-    moments m = entropy ? row_moments(logits, vocabulary, type, scale, 1, 0)
-                        : row_moments(logits, vocabulary, type, scale, 0, 0);
+/* What is known of a row when some of its vocabulary has been read. */
+typedef struct {
+    double largest, sum, weighted, label_logit;
+} row_state;
+
+INLINE void logprob_read_typed(const void *logits, int64_t n, enum element_type type, int64_t label,
+                               double inverse_temperature, int weighted, row_state *state) {
+    const float scale = scale_from(inverse_temperature);
+    moments m = {(float)state->largest, state->sum, state->weighted};
+    m = weighted ? row_moments(m, logits, n, type, scale, 1, 0) : row_moments(m, logits, n, type, scale, 0, 0);
+    if (label >= 0 && label < n) state->label_logit = (double)element_load(element_at(logits, label, type), type);
+    state->largest = (double)m.largest;
+    state->sum = m.sum;
+    state->weighted = m.weighted;
+}
+
+static void logprob_read(const void *logits, int64_t n, int type, int64_t label, double inverse_temperature,
+                         int weighted, double *state) {
+    row_state *row = (row_state *)state;
+    if (type == F32) logprob_read_typed(logits, n, F32, label, inverse_temperature, weighted, row);
+    else if (type == BF16) logprob_read_typed(logits, n, BF16, label, inverse_temperature, weighted, row);
+    else logprob_read_typed(logits, n, F16, label, inverse_temperature, weighted, row);
+}
+
+static void logprob_finish(const double *state, double inverse_temperature, float *logp, float *entropy,
+                           float *statistics) {
+    const row_state *row = (const row_state *)state;
+    const moments m = {(float)row->largest, row->sum, row->weighted};
     if (!is_distribution(m)) {
         *logp = statistics[0] = statistics[1] = CANONICAL_NAN;
         if (entropy) *entropy = CANONICAL_NAN;
         return;
     }
     double log2_sum = double_log2(m.sum);
-    *logp = logp_of(element_load(element_at(logits, label, type), type), m.largest, log2_sum, inverse_temperature);
+    *logp = logp_of((float)row->label_logit, m.largest, log2_sum, inverse_temperature);
     /* H = ln S − Σ p (x − largest) / temperature */
     if (entropy) *entropy = (float)((log2_sum - m.weighted / m.sum) * LN_2);
     statistics[0] = m.largest;
@@ -24,12 +47,9 @@ INLINE void logprob_forward_typed(const void *logits, int64_t vocabulary, enum e
 
 static void logprob_forward(const void *logits, int64_t vocabulary, int type, int64_t label, double inverse_temperature,
                             float *logp, float *entropy, float *statistics) {
-    if (type == F32)
-        logprob_forward_typed(logits, vocabulary, F32, label, inverse_temperature, logp, entropy, statistics);
-    else if (type == BF16)
-        logprob_forward_typed(logits, vocabulary, BF16, label, inverse_temperature, logp, entropy, statistics);
-    else
-        logprob_forward_typed(logits, vocabulary, F16, label, inverse_temperature, logp, entropy, statistics);
+    row_state row = {-__builtin_inf(), 0.0, 0.0, 0.0};
+    logprob_read(logits, vocabulary, type, label, inverse_temperature, entropy != 0, (double *)&row);
+    logprob_finish((const double *)&row, inverse_temperature, logp, entropy, statistics);
 }
 
 /* grad_j = −p_j (at_zero + slope t_j), t_j = log2 p_j */
@@ -93,10 +113,14 @@ INLINE void logprob_backward_typed(const void *logits, int64_t vocabulary, enum 
         lanes_set(statistics[0]), lanes_set(scale_from(inverse_temperature)), lanes_set(-statistics[1]),
         lanes_set((float)constant), lanes_set((float)((double)grad_entropy * inverse_temperature * LN_2)),
     };
+    if (label < 0 || label >= vocabulary) { /* it is in another part of the row */
+        gradient_range(logits, vocabulary, type, &g, stream, grad_logits);
+        return;
+    }
+    lanes at_label = gradient_of(lanes_load_some(element_at(logits, label, type), 1, type), &g);
     gradient_range(logits, label, type, &g, stream, grad_logits);
     gradient_range(element_at(logits, label + 1, type), vocabulary - label - 1, type, &g, stream,
                    (void *)element_at(grad_logits, label + 1, type));
-    lanes at_label = gradient_of(lanes_load_some(element_at(logits, label, type), 1, type), &g);
     at_label = lanes_add(at_label, lanes_set((float)((double)grad_logp * inverse_temperature)));
     char padded[LANES * sizeof(float)];
     lanes_store_as(padded, at_label, type);

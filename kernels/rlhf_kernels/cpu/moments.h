@@ -74,10 +74,12 @@ INLINE void block_sums(const void *x, int64_t n, enum element_type type, float r
     *weighted_sum = weighted ? lanes_sum(lanes_add(even.weighted, odd.weighted)) : 0.0;
 }
 
-/* `records`, where not NULL, takes one record a block. */
-INLINE moments row_moments(const void *row, int64_t vocabulary, enum element_type type, float scale, int weighted,
-                           block_record *records) {
-    moments m = {-__builtin_inff(), 0.0, 0.0};
+#define NO_MOMENTS ((moments){-__builtin_inff(), 0.0, 0.0})
+
+/* The moments of a row whose first part has the moments m, and is followed by these elements. Only where every part but
+ * the last is a multiple of BLOCK are the bits those of the whole row. `records`, where not NULL, takes one a block. */
+INLINE moments row_moments(moments m, const void *row, int64_t vocabulary, enum element_type type, float scale,
+                           int weighted, block_record *records) {
     for (int64_t start = 0; start < vocabulary; start += BLOCK) {
         const void *x = element_at(row, start, type);
         int64_t n = vocabulary - start < BLOCK ? vocabulary - start : BLOCK;

@@ -12,7 +12,13 @@ typedef struct {
     /* logp[1]; entropy[1] or NULL; statistics[2] = largest logit and log2 of Σ 2^((x - largest) log2(e) / temperature). */
     void (*logprob_forward)(const void *logits, int64_t vocabulary, int type, int64_t label, double inverse_temperature,
                             float *logp, float *entropy, float *statistics);
-    /* grad_logits[vocabulary], of the type of the logits. `stream` bypasses the cache. */
+    /* The same with the vocabulary in parts. state[4] starts as {-inf, 0, 0, 0}; the label counts from the part's start. */
+    void (*logprob_read)(const void *logits, int64_t n, int type, int64_t label, double inverse_temperature,
+                         int with_entropy, double *state);
+    void (*logprob_finish)(const double *state, double inverse_temperature, float *logp, float *entropy,
+                           float *statistics);
+    /* grad_logits[vocabulary], of the type of the logits, may be the logits. `stream` bypasses the cache. A label outside
+     * the part is in another part of the row. */
     void (*logprob_backward)(const void *logits, int64_t vocabulary, int type, int64_t label,
                              double inverse_temperature, const float *statistics, float entropy, float grad_logp,
                              float grad_entropy, int stream, void *grad_logits);

@@ -202,7 +202,7 @@ INLINE int sample_typed(const void *logits, int64_t vocabulary, enum element_typ
     char *memory = malloc((size_t)blocks * sizeof(block_record) + (filtered ? v * (4 * 4 + sizeof(int64_t)) : 0));
     if (!memory) return -2;
     block_record *records = (block_record *)memory;
-    const moments m = row_moments(logits, vocabulary, type, scale, 0, records);
+    const moments m = row_moments(NO_MOMENTS, logits, vocabulary, type, scale, 0, records);
     if (!is_distribution(m)) {
         free(memory);
         return -1;

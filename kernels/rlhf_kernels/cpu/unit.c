@@ -9,6 +9,8 @@
 extern const row_kernels UNIT_KERNELS;
 const row_kernels UNIT_KERNELS = {
     .logprob_forward = logprob_forward,
+    .logprob_read = logprob_read,
+    .logprob_finish = logprob_finish,
     .logprob_backward = logprob_backward,
     .sample = sample,
     .gae_float = gae_float,

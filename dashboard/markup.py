@@ -1,0 +1,54 @@
+"""The little HTML that the page is set in. Whatever a run's files say goes through :func:`text` first."""
+
+import html
+
+import streamlit as st
+
+from rlhf_core.terminal import printable
+
+STYLE = """<style>
+[data-testid="stMainBlockContainer"] {padding: 0.7rem 1.4rem 2rem; max-width: 1900px}
+[data-testid="stHeader"] {background: transparent; height: 2.6rem; min-height: 2.6rem; pointer-events: none}
+[data-testid="stHeader"] * {pointer-events: auto}
+.st-key-toolbar {padding-right: 3rem}
+.st-key-toolbar > div:first-child {flex: 1 1 15rem; min-width: 12rem}
+[class*="st-key-question_"] {flex: 1 1 300px !important; min-width: 280px; gap: 0.35rem !important}
+[data-testid="stVerticalBlock"] {gap: 0.6rem}
+.kit-strip {display: flex; flex-wrap: wrap; gap: 0.35rem 1.5rem; align-items: center; padding: 0.4rem 0.8rem;
+  border-radius: 0.4rem; border-left: 6px solid var(--kit); background: color-mix(in srgb, var(--kit) 11%, transparent)}
+.kit-strip b.kit-verdict {font-size: 1.15rem; color: var(--kit)}
+.kit-tile {display: flex; flex-direction: column; line-height: 1.25}
+.kit-tile small {opacity: 0.7; font-size: 0.72rem}
+.kit-tile span {font-size: 1.02rem; font-weight: 600; font-variant-numeric: tabular-nums}
+.kit-alert {border-left: 4px solid var(--kit); padding: 0.1rem 0 0.1rem 0.7rem; line-height: 1.4; font-size: 0.9rem}
+.kit-alert .kit-head {font-weight: 600; font-size: 0.95rem}
+.kit-alert .kit-tag {color: #fff; background: var(--kit); border-radius: 0.25rem; padding: 0 0.4rem; font-size: 0.72rem;
+  margin-right: 0.4rem}
+.kit-alert .kit-dim, .kit-dim {opacity: 0.72}
+.kit-passed {opacity: 0.65}
+.kit-question {display: flex; justify-content: space-between; align-items: baseline; border-bottom: 1px solid #8884;
+  padding-bottom: 0.15rem; font-weight: 600}
+.kit-question small {font-weight: 400; font-size: 0.75rem; color: var(--kit)}
+.kit-runs {display: flex; flex-wrap: wrap; gap: 0.2rem 1.1rem; font-size: 0.85rem; align-items: center}
+.kit-dot {display: inline-block; width: 0.7rem; height: 0.7rem; border-radius: 50%; margin-right: 0.35rem}
+</style>"""
+
+
+def style() -> None:
+    """Set the page's style."""
+    st.html(STYLE)
+
+
+def text(value: object) -> str:
+    """Return a text of a run's files as HTML that shows it and does nothing."""
+    return html.escape(printable(str(value)))
+
+
+def show(markup: str) -> None:
+    """Show HTML of ours; every text in it that is not has gone through :func:`text`."""
+    st.html(markup)
+
+
+def tile(label: str, value: str) -> str:
+    """Return a figure with its name above it."""
+    return f'<div class="kit-tile"><small>{text(label)}</small><span>{text(value)}</span></div>'

@@ -1,0 +1,215 @@
+"""The first screen: is it healthy? Verdict, alerts, then the metrics by the question that they answer."""
+
+from collections.abc import Sequence
+
+import streamlit as st
+
+from dashboard import charts, questions, series
+from dashboard.markup import show, text, tile
+from dashboard.series import Curve
+from dashboard.state import Choice, go
+from dashboard.store import Progress, Run, Store
+from rlhf_core.alert_thresholds import default_thresholds
+from rlhf_core.alerts import Alert, synthetic_alerts
+from rlhf_core.terminal import printable
+
+POINTS = 500
+"""Points of a curve, each with its minimum and maximum: more than a chart has pixels across."""
+MOST_ALERTS = 30
+
+
+def draw(runs: Store, choice: Choice, examples: bool) -> None:
+    """Draw the view."""
+    shown = {name: runs.run(name) for name in choice.runs if name in runs.names()}
+    found = {name: run.alerts() for name, run in shown.items()}
+    for name, run in shown.items():
+        verdict(name, run, found[name], many=len(shown) > 1)
+    if examples:
+        draw_examples()
+    for name, alerts in found.items():
+        draw_alerts(alerts, name if len(shown) > 1 else "", name)
+    draw_questions(shown, found, choice)
+
+
+def draw_examples() -> None:
+    """Show one made-up alert of each rule."""
+    show("<b>Synthetic alerts</b>, one of each rule: no run has them (<code>?test_alerts=1</code>)")
+    draw_alerts(synthetic_alerts(default_thresholds()), "", "synthetic")
+
+
+def verdict(name: str, run: Run, alerts: Sequence[Alert], *, many: bool) -> None:
+    """Draw the line that says whether a run is healthy, and how far it is."""
+    progress, latest = run.progress(), run.latest()
+    standing = [alert.severity for alert in alerts if alert.standing]
+    counts = [f"{standing.count(one)} {one}" for one in ("critical", "warning") if standing.count(one)]
+    worst = next((one for one in ("critical", "warning") if one in standing), None)
+    if progress.last_step is None:
+        colour, words = charts.INFO, "No step yet"
+    elif worst:
+        colour, words = charts.SEVERITY_COLOURS[worst], " and ".join(counts)
+    else:
+        colour, words = charts.GOOD, "Healthy"
+    tiles = [tile("run" if many else state(progress), name if many else steps_done(progress))]
+    tiles += [tile(state(progress), steps_done(progress))] if many else []
+    tiles += [tile(label, value) for label, value in figures(progress, latest)]
+    show(
+        f'<div class="kit-strip" style="--kit:{colour}"><b class="kit-verdict">{text(words)}</b>{"".join(tiles)}</div>'
+    )
+    notes(progress)
+
+
+def state(progress: Progress) -> str:
+    """Return what a run is doing."""
+    if progress.read < 1:
+        return f"reading, {progress.read:.0%}"
+    if progress.last_step is None:
+        return "preparing"
+    if progress.ended:
+        return "finished"
+    return "running" if progress.running else f"no new row for {questions.duration(progress.age_s)}"
+
+
+def steps_done(progress: Progress) -> str:
+    """Return the last step, of how many."""
+    if progress.last_step is None:
+        return "step 0" + (f" of {progress.steps:,}" if progress.steps else "")
+    return f"step {progress.last_step:,}" + (f" of {progress.steps:,}" if progress.steps else "")
+
+
+def figures(progress: Progress, latest: dict[str, float | None]) -> list[tuple[str, str]]:
+    """Return the figures of the verdict's line."""
+    names = {"reward_mean": "reward", "kl": "KL, nats", "entropy": "entropy, nats", "tokens_per_second": "tokens/s"}
+    found = [(label, questions.number(latest[name])) for name, label in names.items() if name in latest]
+    if progress.running and progress.steps and progress.last_step and progress.step_time_s:
+        left = (progress.steps - progress.last_step) * progress.step_time_s
+        found.append(("time left", questions.duration(left)))
+    return found
+
+
+def notes(progress: Progress) -> None:
+    """Say what a reader has to know of the log itself."""
+    said = []
+    if progress.read < 1:
+        said.append(
+            "The log is long and still being read: until then the curves over steps are drawn from evenly spaced rows,"
+            " and alerts are those of what has been read."
+        )
+    if progress.bad_lines:
+        said.append(f"{progress.bad_lines:,} lines of the logs are no rows of steps and are left out.")
+    if progress.last_step is None and not said:
+        said.append("What comes before the first step, such as pre-training, is not drawn.")
+    for note in said:
+        show(f'<small class="kit-dim">{text(note)}</small>')
+
+
+def draw_alerts(alerts: Sequence[Alert], owner: str, key: str) -> None:
+    """Draw alerts, the worst first, each with links to its step."""
+    for number, alert in enumerate(alerts[:MOST_ALERTS]):
+        with st.container(
+            horizontal=True, vertical_alignment="center", key=f"alert_{number}_{_plain(key)}", gap="small"
+        ):
+            show(card(alert, owner))
+            with st.container(horizontal=True, width="content", gap="small"):
+                for view, label in (("Metrics", "Curves"), ("Completions", f"Step {alert.first_step}")):
+                    pressed = st.button(
+                        label,
+                        key=f"{view}_{number}_{_plain(key)}",
+                        on_click=go,
+                        args=(view, alert.first_step),
+                        help=f"{view} at step {alert.first_step}",
+                    )
+                    if pressed:
+                        st.rerun()
+    if len(alerts) > MOST_ALERTS:
+        show(f'<small class="kit-dim">and {len(alerts) - MOST_ALERTS} more: rlhf alerts RUN</small>')
+
+
+def _plain(name: str) -> str:
+    return "".join(char if char.isascii() and char.isalnum() else f"-{ord(char):x}-" for char in name)
+
+
+def card(alert: Alert, owner: str) -> str:
+    """Return an alert as HTML: what, since when, the figures, why, what to do."""
+    colour = charts.SEVERITY_COLOURS[alert.severity]
+    tags = [alert.severity] + ["synthetic"] * alert.synthetic + ["passed"] * (not alert.standing)
+    spelled = "".join(f'<span class="kit-tag">{text(tag)}</span>' for tag in tags)
+    steps = (
+        f"step {alert.first_step}" if alert.first_step == alert.step else f"steps {alert.first_step} to {alert.step}"
+    )
+    of = f"{text(owner)}: " if owner else ""
+    moved = f" Moved with it: {text(', '.join(alert.moved_with))}." if alert.moved_with else ""
+    value, limit = questions.number(alert.value), questions.number(alert.threshold)
+    return (
+        f'<div class="kit-alert {"" if alert.standing else "kit-passed"}" style="--kit:{colour}">'
+        f'<div class="kit-head">{spelled}{of}{text(alert.name.replace("_", " "))} · {steps} · '
+        f"{text(alert.metric)} {value}, threshold {limit}</div>"
+        f"<div>{text(alert.cause)} <b>Do:</b> {text(alert.remedy)}</div>"
+        f'<div class="kit-dim">{text(alert.evidence)}.{moved}</div></div>'
+    )
+
+
+def draw_questions(shown: dict[str, Run], found: dict[str, list[Alert]], choice: Choice) -> None:
+    """Draw the metrics by question, side by side where there is room."""
+    if len(shown) > 1:
+        dots = zip(shown, charts.COLOURS, strict=False)
+        legend = [f'<span><i class="kit-dot" style="background:{c}"></i>{text(name)}</span>' for name, c in dots]
+        show(f'<div class="kit-runs">{"".join(legend)}</div>')
+    names = list(dict.fromkeys(name for run in shown.values() for name in run.names()))
+    with st.container(horizontal=True, key="questions", gap="medium"):
+        for number, (question, metrics) in enumerate(questions.grouped(names, everything=choice.everything).items()):
+            with st.container(key=f"question_{number}"):
+                heading(question, metrics, next(iter(shown.values())))
+                for name in metrics:
+                    draw_metric(name, shown, found, choice)
+
+
+def heading(question: str, metrics: Sequence[str], run: Run) -> None:
+    """Draw a question with how many of its metrics lie in their healthy range."""
+    latest = run.latest()
+    judged = [name for name in metrics if name in latest and questions.healthy(name) != (None, None)]
+    outside = [name for name in judged if questions.outside(name, latest[name])]
+    words = f"outside its range: {', '.join(outside)}" if outside else f"{len(judged)} of {len(judged)} in range"
+    colour = charts.WARNING if outside else charts.GOOD
+    answer = f'<small style="--kit:{colour}">{text(words)}</small>' if judged else ""
+    show(f'<div class="kit-question"><span>{text(question)}</span>{answer}</div>')
+
+
+def draw_metric(name: str, shown: dict[str, Run], found: dict[str, list[Alert]], choice: Choice) -> None:
+    """Draw one metric over all runs."""
+    curves = {run_name: curve_of(run, name, choice) for run_name, run in shown.items()}
+    first_name, first = next(iter(shown.items()))
+    marks = [
+        (place, alert.severity)
+        for alert in found[first_name]
+        if name in (alert.metric, *alert.moved_with) and (place := _inside(first, alert.first_step, choice, curves))
+    ]
+    chosen = None if choice.step is None else _inside(first, choice.step, choice, curves)
+    latest = first.latest()
+    rows = charts.metric_rows(
+        curves,
+        log=choice.log,
+        latest=questions.number(latest[name]) if name in latest and len(shown) == 1 else "",
+        alerts=marks,
+        chosen=chosen,
+    )
+    spec = charts.metric_chart(
+        printable(questions.title(name)),
+        questions.healthy(name),
+        [printable(one) for one in shown],
+        log=choice.log,
+    )
+    key = f"chart_{_plain(name)}_{choice.axis}_{choice.log}_{len(shown)}"
+    st.vega_lite_chart(rows, spec, key=key, width="stretch", alt=f"{printable(name)} over {choice.axis}")
+
+
+def curve_of(run: Run, name: str, choice: Choice) -> Curve:
+    """Return a metric's curve as it is to be drawn."""
+    return series.smooth(run.curve(name, choice.axis, choice.last, POINTS), choice.smoothing)
+
+
+def _inside(run: Run, step: int, choice: Choice, curves: dict[str, Curve]) -> float | None:
+    place = run.place(step, choice.axis)
+    ends = [curve.x[[0, -1]] for curve in curves.values() if len(curve.x)]
+    if place is None or not ends or not min(low for low, _ in ends) <= place <= max(high for _, high in ends):
+        return None
+    return place

@@ -1,0 +1,157 @@
+"""Where the time goes: stages, operators, and the trace to look into."""
+
+import csv
+import io
+from typing import Any
+from urllib.parse import urlencode
+
+import pyarrow as pa
+import streamlit as st
+
+from dashboard import charts
+from dashboard.api import PROFILES
+from dashboard.folder import open_plain, plain_file
+from dashboard.jsonl import finite
+from dashboard.markup import show
+from dashboard.metrics_view import verdict
+from dashboard.state import Choice
+from dashboard.store import Run, Store
+from rlhf_core.terminal import printable
+
+CSV_BYTES = 1 << 20
+MOST_OPERATORS = 30
+PERFETTO = "https://ui.perfetto.dev"
+
+
+def draw(runs: Store, choice: Choice, examples: bool) -> None:
+    """Draw the view of the first run."""
+    name = choice.runs[0]
+    run = runs.run(name)
+    verdict(name, run, run.alerts(), many=len(choice.runs) > 1)
+    summary = read_csv(run, "summary.csv")
+    profiled = stages_of(summary)
+    left, right = st.columns([0.55, 0.45], gap="medium")
+    with left:
+        bars, source = (profiled, "profiles/summary.csv") if profiled else (logged_stages(run), "timings.jsonl")
+        show('<div class="kit-question"><span>Stages of a step</span></div>')
+        if bars:
+            st.vega_lite_chart(
+                pa.Table.from_pylist(bars), charts.stage_bars(), key="stages", alt="milliseconds by stage"
+            )
+            faint = "; faint bars lie inside the stage above them" if any(bar["inner"] for bar in bars) else ""
+            show(f'<small class="kit-dim">From {source}{faint}.</small>')
+        else:
+            st.text("No step has been timed yet.")
+        if profiled:
+            st.dataframe([tidy(row) for row in summary], hide_index=True, key="summary")
+    with right:
+        draw_operators(read_csv(run, "op_stats.csv"))
+        draw_downloads(run, name)
+
+
+def read_csv(run: Run, name: str) -> list[dict[str, str]]:
+    """Return the rows of a profile's table; nothing when it is not there or is no such table."""
+    file = open_plain(run.path, "profiles", name)
+    if file is None:
+        return []
+    with file:
+        text = file.read(CSV_BYTES).decode("utf-8", errors="replace")
+    try:
+        return [{key: value or "" for key, value in row.items() if key} for row in csv.DictReader(io.StringIO(text))]
+    except csv.Error:
+        return []
+
+
+def tidy(row: dict[str, str]) -> dict[str, Any]:
+    """Return a row of a table with numbers where they are numbers."""
+    return {
+        printable(name): value if (value := as_number(text)) is not None else printable(text)
+        for name, text in row.items()
+    }
+
+
+def as_number(text: str) -> float | None:
+    """Return a finite number that is written in a table, or None."""
+    try:
+        return finite(float(text))
+    except ValueError:
+        return None
+
+
+def stages_of(summary: list[dict[str, str]]) -> list[dict[str, Any]]:
+    """Return the bars of a profile's summary: the mean of a step, as ``mean_ms`` is of a call."""
+    stages = {
+        row["stage"]: row for row in summary if row.get("stage") and as_number(row.get("total_ms", "")) is not None
+    }
+    steps = max(
+        (as_number(row.get("calls", "")) or 0.0 for name, row in stages.items() if "/" not in name), default=0.0
+    )
+    if not steps:
+        return []
+    return bars_of({name: (as_number(row["total_ms"]) or 0.0) / steps for name, row in stages.items()})
+
+
+def logged_stages(run: Run) -> list[dict[str, Any]]:
+    """Return the bars of the run's own timings: the mean of all steps."""
+    steps = run.count("step_time_s")
+    names = [name for name in run.names() if name.startswith("stages_s/")]
+    return (
+        bars_of({name.removeprefix("stages_s/"): 1000.0 * run.total(name) / steps for name in names}) if steps else []
+    )
+
+
+def bars_of(milliseconds: dict[str, float]) -> list[dict[str, Any]]:
+    """Return bars by falling time, each stage's inner ones under it."""
+    whole = sum(value for name, value in milliseconds.items() if "/" not in name)
+
+    def place(name: str) -> list[tuple[float, str]]:
+        parts = name.split("/")
+        above = ["/".join(parts[: depth + 1]) for depth in range(len(parts))]
+        return [(-milliseconds.get(one, 0.0), one) for one in above]
+
+    return [
+        {
+            "stage": "\u2003" * name.count("/") + printable(name.rpartition("/")[2] if "/" in name else name),
+            "milliseconds": milliseconds[name],
+            "share": milliseconds[name] / whole if whole else 0.0,
+            "inner": "/" in name,
+        }
+        for name in sorted(milliseconds, key=place)
+    ]
+
+
+def draw_operators(rows: list[dict[str, str]]) -> None:
+    """Draw the operators that take the most time."""
+    show('<div class="kit-question"><span>Top operators</span></div>')
+    if not rows:
+        st.text("No operator statistics. Profile a run with:")
+        st.code("rlhf train --profile", language="bash")
+        return
+    by = next(
+        (
+            name
+            for name in rows[0]
+            if name.startswith("self") and "cuda" in name and any(as_number(r[name]) for r in rows)
+        ),
+        None,
+    )
+    by = by or next((name for name in rows[0] if name.startswith("self")), None) or next(iter(rows[0]))
+    rows.sort(key=lambda row: -(as_number(row.get(by, "")) or 0.0))
+    st.dataframe([tidy(row) for row in rows[:MOST_OPERATORS]], hide_index=True, height=420, key="operators")
+
+
+def draw_downloads(run: Run, name: str) -> None:
+    """Draw links to the files, and say how to open the trace."""
+    show('<div class="kit-question"><span>Files</span></div>')
+    with st.container(horizontal=True):
+        st.link_button("metrics as CSV", "/api/metrics.csv?" + urlencode({"run": name}), icon=":material/download:")
+        for file in PROFILES:
+            if plain_file(run.path, "profiles", file):
+                st.link_button(
+                    file, "/api/profile?" + urlencode({"run": name, "file": file}), icon=":material/download:"
+                )
+    if plain_file(run.path, "profiles", "chrome_trace.json"):
+        st.text(
+            f"To look into the trace, open {PERFETTO} (or chrome://tracing in Chromium), choose “Open trace file” and "
+            "give it chrome_trace.json. The file stays in your browser. W and S zoom, A and D move, / searches."
+        )

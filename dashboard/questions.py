@@ -1,0 +1,103 @@
+"""The questions that a run's metrics answer."""
+
+from dashboard.series import AXES
+from rlhf_core.metrics import METRICS, TIMINGS, Metric
+
+BY_NAME: dict[str, Metric] = {metric.name: metric for metric in (*METRICS, *TIMINGS)}
+
+QUESTIONS: dict[str, tuple[str, ...]] = {
+    "Is it learning?": (
+        "reward_mean",
+        "reward_var",
+        "explained_variance",
+        "response_length_mean",
+        "eos_rate",
+        "score_mean",
+        "value_loss",
+        "value_mean",
+        "return_mean",
+    ),
+    "Is it stable?": (
+        "entropy",
+        "grad_norm",
+        "clip_frac",
+        "ratio_max_dev_first",
+        "policy_loss",
+        "grad_norm_max",
+        "adv_var",
+        "lr",
+    ),
+    "Is the policy still close?": (
+        "kl",
+        "kl_coef",
+        "approx_kl",
+        "rollout_logprob_diff_max",
+        "kl_k3",
+        "kl_target_error",
+        "rollout_logprob_diff_p99",
+    ),
+    "Is it fast?": (
+        "tokens_per_second",
+        "step_time_s",
+        "peak_mem_bytes",
+        "response_tokens",
+    ),
+}
+FIRST = 4
+"""Metrics of a question that are shown before all are asked for."""
+OTHER = "Also in this log"
+
+
+def grouped(names: list[str], *, everything: bool) -> dict[str, list[str]]:
+    """Return the metrics of a log by question; what belongs to none stands last, under ``OTHER``."""
+    groups = {
+        question: [name for name in metrics if name in names][: None if everything else FIRST]
+        for question, metrics in QUESTIONS.items()
+    }
+    known = {name for metrics in QUESTIONS.values() for name in metrics} | {"step", *AXES}
+    others = [name for name in names if name not in known and "/" not in name]
+    if others and (everything or not any(groups.values())):
+        groups[OTHER] = others
+    return {question: metrics for question, metrics in groups.items() if metrics}
+
+
+def outside(name: str, value: float | None) -> bool:
+    """Return whether a metric's value lies outside its healthy range; what is not finite does."""
+    low, high = healthy(name)
+    if value is None:
+        return True
+    return (low is not None and value < low) or (high is not None and value > high)
+
+
+def healthy(name: str) -> tuple[float | None, float | None]:
+    """Return a metric's healthy range; None leaves a side open."""
+    return BY_NAME[name].healthy if name in BY_NAME else (None, None)
+
+
+def title(name: str) -> str:
+    """Return a metric's name with its unit."""
+    unit = BY_NAME[name].unit if name in BY_NAME else "1"
+    return name if unit == "1" else f"{name}, {unit}"
+
+
+def number(value: float | None) -> str:
+    """Return a number as a person reads it: four digits, thousands and millions as k and M."""
+    if value is None or value != value:
+        return "not finite"
+    size = abs(value)
+    for limit, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e4, "k")):
+        if size >= limit:
+            return f"{value / (1e3 if letter == 'k' else limit):.4g}{letter}"
+    return f"{value:.4g}"
+
+
+def duration(seconds: float) -> str:
+    """Return a duration in the two largest units that it has."""
+    seconds = max(0.0, seconds)
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes = int(seconds // 60)
+    if minutes < 60:
+        return f"{minutes} min {int(seconds % 60)} s"
+    hours = minutes // 60
+    return f"{hours} h {minutes % 60} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"

@@ -1,0 +1,216 @@
+"""What the commands that make a run share: options from a file, the run's folder, resuming, and how a run ends."""
+
+import argparse
+import dataclasses
+import json
+import shlex
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+from rlhf_core import config as configuration
+from rlhf_core import runlog
+from rlhf_core.commands.options import USAGE_ERROR, UsageError, complain, describe, parse
+from rlhf_core.config import RunConfig
+from rlhf_core.numerics import apply_environment
+from rlhf_core.stopping import Stopped
+
+if TYPE_CHECKING:
+    from rlhf_core.run_setup import DataPlace
+
+C = TypeVar("C", bound=RunConfig)
+
+
+@dataclass(frozen=True)
+class Job(Generic[C]):
+    """A command that makes a run."""
+
+    command: str
+    options: type
+    """The command's options; the field named like the command's first word holds the configuration."""
+    field: str
+    """Its name."""
+    empty: Callable[[], C]
+    """The configuration with nothing given."""
+    defaults: Callable[[str | None, Path | None], C]
+    """What the command line starts from, given ``--data`` and ``--config``."""
+    load: Callable[[C, "DataPlace"], Any]
+    """Loads what the run needs, so that whatever is wrong with it shows before there is a run."""
+    execute: Callable[[C, Any, Any, Path], None]
+    """Does the run, given the command's options, what was loaded and the run's folder."""
+    default_name: Callable[[C], str]
+    before: Callable[[Any], None] = lambda options: None
+    """Looks at the command's options before torch is loaded."""
+    reopens: bool = False
+    """Whether a run of that name is opened again and what changed in it done anew, as ``rlhf pipeline`` does."""
+
+
+def make_run(job: Job[C], arguments: list[str]) -> int:
+    """Do a run, or continue one; return the exit code."""
+    early = early_options(arguments)
+    runs = Path(early["runs"] or "runs")
+    file = Path(early["config"]) if early["config"] else None
+    if early["resume"]:
+        folder = runlog.find_run(early["name"] or "latest", runs)
+        recorded = configuration.read_config_file(folder / runlog.CONFIG_FILE, job.empty())
+        asked = configuration.read_config_file(file, recorded) if file else recorded
+        options = _parsed(job, arguments, asked)
+        _refuse_changes(recorded, getattr(options, job.field))
+        return _do(job, located(recorded, working_directory(folder)), options, folder, lambda: folder)
+    options = _parsed(job, arguments, job.defaults(early["data"], file))
+    config: C = getattr(options, job.field)
+    configuration.check_sources(config)
+    if job.reopens and (known := _known(job, config, runs, early["name"])):
+        again = configuration.to_json(config)
+        return _do(job, config, options, None, lambda: _rewritten(known, again), runs)
+    runlog.check_new_name(runs, early["name"])
+    default_name, content = job.default_name(config), configuration.to_json(config)
+    return _do(job, config, options, None, lambda: runlog.create_run(runs, early["name"], default_name, content), runs)
+
+
+def _known(job: Job[C], config: C, runs: Path, name: str | None) -> Path | None:
+    """Return the run of that name (or of the default one) if it is one of this command, else None."""
+    folder = runs / (name or runlog.plain(job.default_name(config)))
+    if not (folder / runlog.CONFIG_FILE).is_file():
+        return None
+    try:
+        configuration.read_config_file(folder / runlog.CONFIG_FILE, job.empty())
+    except ValueError:
+        return None
+    return folder
+
+
+def _rewritten(folder: Path, content: str) -> Path:
+    runlog.write_atomically(folder / runlog.CONFIG_FILE, content.encode())
+    runlog.point_latest(folder)
+    return folder
+
+
+def _parsed(job: Job[C], arguments: list[str], base: C) -> Any:
+    """Return the command's options."""
+    if any(one == "--reward" or one.startswith("--reward=") for one in arguments):
+        base = dataclasses.replace(base, reward=())  # what is given replaces what a file says, as with other options
+    return parse(job.options, arguments, job.command, job.options(**{job.field: base}))
+
+
+def _refuse_changes(recorded: RunConfig, asked: RunConfig) -> None:
+    changes = configuration.differences(recorded, asked)
+    if changes:
+        name, old, new = changes[0]
+        raise UsageError(
+            f"--resume continues the recorded run, in which {name} is {old!r} and not {new!r}; "
+            "leave the option out, or start a new run"
+        )
+
+
+def _do(
+    job: Job[C],
+    config: C,
+    options: Any,
+    resumed: Path | None,
+    open_run: Callable[[], Path],
+    runs: Path | None = None,
+) -> int:
+    job.before(options)
+    apply_environment(config.numerics, config.resolved_threads)
+    # This loads torch, which reads the environment once.
+    from rlhf_core.run_setup import data_place
+
+    where = runs if resumed is None else resumed.resolve().parent
+    assert where is not None
+    with data_place(where, resumed) as place:
+        inputs = job.load(config, place)
+        folder = open_run()
+        place.hand_over(folder)
+    home = folder.resolve()
+    resume = f"rlhf {job.command} --resume --name {shlex.quote(home.name)} --runs {shlex.quote(str(home.parent))}"
+    try:
+        job.execute(config, options, inputs, folder)
+    except Stopped as stopped:
+        return complain(f"{stopped}; continue with: {resume}", stopped.exit_code)
+    except FloatingPointError as error:
+        checkpoints = next(iter(sorted([*folder.glob("checkpoints"), *folder.glob("*/checkpoints")])), None)
+        kept = f"earlier checkpoints stay in {checkpoints}" if checkpoints else "nothing was saved yet"
+        return complain(f"{error}; {kept}", USAGE_ERROR)
+    except OSError as error:
+        return complain(f"{describe(error)}; put that right, then continue with: {resume}", USAGE_ERROR)
+    except ValueError as error:
+        from rlhf_core.reward_functions import RewardError
+
+        if not isinstance(error, RewardError):
+            raise
+        return complain(f"{error}; put that right, then continue with: {resume}", USAGE_ERROR)
+    return 0
+
+
+def working_directory(run: Path) -> Path | None:
+    """Return the directory that a run was begun in, as its ``environment.json`` has it; None when it has none."""
+    try:
+        found = json.loads((run / runlog.ENVIRONMENT_FILE).read_text(encoding="utf-8")).get("working_directory")
+    except (OSError, ValueError, AttributeError):
+        return None
+    return Path(found) if isinstance(found, str) else None
+
+
+def located(config: C, directory: Path | None) -> C:
+    """Return the configuration of a resumed run with the paths that were typed in another directory found there.
+
+    A path that is not there any more stays as it was typed. Reward functions are looked for there too.
+    """
+    if directory is None or directory == Path.cwd() or not directory.is_dir():
+        return config
+    sys.path.append(str(directory))
+
+    def there(path: str | None) -> str | None:
+        return str(directory / path) if path and (directory / path).exists() else path
+
+    changes: dict[str, Any] = {
+        "data": there(config.data),
+        "reward": tuple(_reward_there(one, directory) for one in config.reward),
+    }
+    model = getattr(config, "model", None)
+    if model is not None:
+        changes["model"] = dataclasses.replace(model, path=there(model.path))
+    if hasattr(config, "reference"):
+        changes["reference"] = there(config.reference)
+    return dataclasses.replace(config, **changes)
+
+
+def _reward_there(text: str, directory: Path) -> str:
+    name, equals, weight = text.rpartition("=")
+    name, behind = (name, equals + weight) if equals else (text, "")
+    path = name.removeprefix("model:")
+    return f"model:{directory / path}{behind}" if (directory / path).is_dir() else text
+
+
+def source_name(config: RunConfig) -> str:
+    """Return a name for the data of a run."""
+    if config.data is None:
+        return "embedded"
+    name = (
+        config.data.removeprefix("hub:").replace(":", "-")
+        if config.data.startswith("hub:")
+        else Path(config.data).resolve().name
+    )
+    return name.partition(".")[0] or name
+
+
+def early_options(arguments: list[str]) -> dict[str, Any]:
+    """Return the options that decide the defaults of the others."""
+    parser = argparse.ArgumentParser(add_help=False, exit_on_error=False, allow_abbrev=False)
+    for name in ("--data", "--config", "--name", "--runs"):
+        parser.add_argument(name)
+    parser.add_argument("--resume", action="store_true")
+    try:
+        found = vars(parser.parse_known_args(arguments)[0])
+    except argparse.ArgumentError as error:
+        raise UsageError(str(error)) from None
+    # "None" is how the command line spells that there is none.
+    return {name: None if value == "None" else value for name, value in found.items()}
+
+
+def stage_defaults(empty: Callable[[], C]) -> Callable[[str | None, Path | None], C]:
+    """Return the defaults of a stage: those of its configuration, changed by a file."""
+    return lambda data, file: empty() if file is None else configuration.read_config_file(file, empty())

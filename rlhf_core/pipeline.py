@@ -1,0 +1,174 @@
+"""``rlhf pipeline``: preferences → sft on the chosen ones → reward model → PPO → evaluation, stage by stage like make.
+
+Each stage is a run in a folder of the pipeline's. Its key is the SHA-256 of its configuration, the data's content and
+the models that it starts from. A finished stage whose key and files are as they were is kept; one that was interrupted goes
+on; one whose key has changed, or whose files were damaged, is done again, and so are those that depend on it.
+"""
+
+import dataclasses
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rlhf_core import checkpoint, runlog
+from rlhf_core.config import RunConfig, TrainConfig, to_json
+from rlhf_core.dataset import DataReport, fingerprint, read_examples
+from rlhf_core.dialogues import Chat
+from rlhf_core.experiment import load_inputs
+from rlhf_core.judging import load_judging, run_judging
+from rlhf_core.policy import model_folder
+from rlhf_core.run_setup import DataPlace, begin_run, choose_device, data_place
+from rlhf_core.stage_config import EvalConfig, PipelineConfig, RewardConfig, SFTConfig
+from rlhf_core.stages import load_stage_inputs, run_reward, run_sft
+from rlhf_core.terminal import console
+from rlhf_core.tokenization import load_tokenizer
+from rlhf_core.training import run_training
+
+STAGE_FILE = "stage.json"
+NOT_OUTPUTS = (STAGE_FILE, runlog.TIMINGS_FILE, runlog.ENVIRONMENT_FILE)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage: its folder's name, configuration, and the stages whose models it starts from."""
+
+    name: str
+    config: RunConfig
+    """With paths within the pipeline's folder, so that it is the same wherever that lies."""
+    needs: tuple[str, ...]
+    load: Callable[[Any, DataPlace], Any]
+    execute: Callable[..., None]
+
+
+def stages_of(config: PipelineConfig) -> list[Stage]:
+    """Return the stages in their order."""
+    names = [field.name for field in dataclasses.fields(RunConfig) if field.name != "reward"]
+    common: dict[str, Any] = {name: getattr(config, name) for name in names}
+    from_sft = dataclasses.replace(config.model, path="sft")
+    sft = SFTConfig(**common, model=config.model, training=config.sft)
+    reward = RewardConfig(**common, model=from_sft, training=config.reward_model, preference=config.preference)
+    scored = {**common, "reward": ("model:reward", *config.reward)}
+    judged_by_eval = dataclasses.replace(config.log, evaluation_prompts=0)
+    ppo = TrainConfig(**scored, model=from_sft, sampling=config.sampling, ppo=config.ppo, log=judged_by_eval)
+
+    def judged(name: str) -> EvalConfig:
+        policy = dataclasses.replace(config.model, path=name)
+        return EvalConfig(**scored, model=policy, reference="sft", sampling=config.sampling, judging=config.judging)
+
+    return [
+        Stage("sft", sft, (), lambda one, place: load_stage_inputs(one, "demonstration", place), run_sft),
+        Stage("reward", reward, ("sft",), lambda one, place: load_stage_inputs(one, "pair", place), run_reward),
+        Stage("ppo", ppo, ("sft", "reward"), load_inputs, run_training),
+        Stage("eval-sft", judged("sft"), ("sft", "reward"), load_judging, run_judging),
+        Stage("eval-ppo", judged("ppo"), ("sft", "reward", "ppo"), load_judging, run_judging),
+    ]
+
+
+def located_in(config: Any, run: Path) -> Any:
+    """Return a stage's configuration with its paths within the pipeline's folder resolved."""
+    inside = ("sft", "reward", "ppo")
+    changes: dict[str, Any] = {
+        "reward": tuple(f"model:{run / 'reward'}" if one == "model:reward" else one for one in config.reward)
+    }
+    if config.model.path in inside:
+        changes["model"] = dataclasses.replace(config.model, path=str(run / config.model.path))
+    if getattr(config, "reference", None) in inside:
+        changes["reference"] = str(run / config.reference)
+    return dataclasses.replace(config, **changes)
+
+
+def load_pipeline(config: PipelineConfig, place: DataPlace) -> dict[str, Any]:
+    """Check the data from end to end and return its fingerprint: nothing is trained before all rows were seen.
+
+    Raises:
+        FileNotFoundError, ValueError: the data, or the tokenizer that renders its messages, cannot be used.
+    """
+    choose_device(config)
+    if config.data is None:
+        raise ValueError("--data is missing; give preferences: a data file, a folder of them, or hub:NAME")
+    chat = Chat(load_tokenizer(config.model.path) if config.model.path else None)
+    pairs = sum(1 for _ in read_examples(config.data, "pair", chat, config.data_errors, DataReport(config.data)))
+    if not pairs:
+        raise ValueError(f"--data {config.data!r} has no usable preference; give rows of prompt, chosen and rejected")
+    found: dict[str, Any] = {"data": fingerprint(config.data)}
+    if config.model.path and Path(config.model.path).is_dir():
+        found["model"] = files_of(model_folder(config.model.path))
+    return found
+
+
+def run_pipeline(config: PipelineConfig, sources: dict[str, Any], run: Path, *, resumed: bool) -> None:
+    """Do what is left of the stages, each in its folder of the pipeline's.
+
+    Raises:
+        Stopped: a signal arrived; what was done is kept.
+        ValueError, FloatingPointError, OSError: what went wrong in a stage, in one line.
+    """
+    begin_run(config, run, resumed=resumed)
+    for stage in stages_of(config):
+        folder = run / stage.name
+        models = {name: files_of(model_folder(run / name)) for name in stage.needs}
+        key = key_of(stage.config, sources, models)
+        state, why = state_of(folder, key)
+        if state == "kept":
+            console.print(f"{stage.name}: kept ({why})", markup=False, soft_wrap=True)
+            continue
+        if state == "again":
+            shutil.rmtree(folder)
+        console.print(f"{stage.name}: {why}", markup=False, soft_wrap=True)
+        do_stage(stage, folder, run, key, resumed=state == "resumed")
+
+
+def do_stage(stage: Stage, folder: Path, run: Path, key: str, *, resumed: bool) -> None:
+    """Do a stage and note the SHA-256 of what it made."""
+    config = located_in(stage.config, run)
+    with data_place(run, folder if resumed else None) as place:
+        inputs = stage.load(config, place)
+        if not resumed:
+            folder.mkdir()
+            runlog.write_atomically(folder / runlog.CONFIG_FILE, to_json(stage.config).encode())
+            _note(folder, {"key": key})
+        place.hand_over(folder)
+    stage.execute(config, inputs, folder, resumed=resumed)
+    _note(folder, {"key": key, "outputs": files_of(folder)})
+
+
+def _note(folder: Path, content: dict[str, Any]) -> None:
+    data = json.dumps(content, sort_keys=True, indent=2) + "\n"
+    runlog.write_atomically(folder / STAGE_FILE, data.encode())
+
+
+def key_of(config: RunConfig, sources: dict[str, Any], models: dict[str, Any]) -> str:
+    """Return the key of a stage: a SHA-256 of everything that decides what it makes."""
+    content = json.dumps([to_json(config), sources, models], sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def files_of(folder: Path) -> dict[str, str]:
+    """Return the SHA-256 of a folder's files by name: those that are the same in each run of one configuration."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in NOT_OUTPUTS)
+    return {path.relative_to(folder).as_posix(): checkpoint.sha256(path) for path in paths}
+
+
+def state_of(folder: Path, key: str) -> tuple[str, str]:
+    """Return ``new``, ``kept``, ``resumed`` or ``again``, and why."""
+    if not folder.exists():
+        return "new", "begins"
+    try:
+        noted = json.loads((folder / STAGE_FILE).read_text(encoding="utf-8"))
+        noted_key, outputs = noted["key"], noted.get("outputs")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return "again", f"has no readable {STAGE_FILE}, so it is done again"
+    if noted_key != key:
+        return "again", "its configuration, data or starting models changed, so it is done again"
+    if outputs is None:
+        return "resumed", "was interrupted and goes on"
+    found = files_of(folder)
+    for name in sorted({*outputs, *found}):
+        if outputs.get(name) != found.get(name):
+            what = "is missing" if name not in found else "is new" if name not in outputs else "was damaged or changed"
+            return "again", f"{name} {what}, so it is done again"
+    return "kept", f"key {key[:12]}, {len(outputs)} files as they were"

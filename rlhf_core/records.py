@@ -1,0 +1,335 @@
+"""Rows of data files, one after the other: JSON lines, JSON, CSV, Parquet and text, gzipped or not, and the hub.
+
+Nothing here holds more of a file than a row, or a batch of rows of a Parquet file: a file may be larger than memory.
+A row that cannot be read is a record too, whose value is a :class:`RowError`; who reads decides whether that stops.
+"""
+
+import csv
+import gzip
+import io
+import json
+import re
+import typing
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+LONGEST_ROW = 64 * 2**20
+"""Bytes; what has no end within them is no row of text but some other file."""
+CHUNK = 2**20
+PARQUET_ROWS = 256
+HUB = "hub:"
+
+
+class RowError(ValueError):
+    """A row cannot be used.
+
+    Attributes:
+        reason: the kind of damage, by which rows are counted.
+    """
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(f"{reason}: {detail}" if detail else reason)
+        self.reason = reason
+
+
+@dataclass(frozen=True)
+class Record:
+    """A row and where it stands."""
+
+    where: str
+    """``file:line``, or ``file: row N`` for files without lines; both count from 1."""
+    value: dict[str, Any] | RowError
+
+
+def is_hub_name(source: str) -> bool:
+    """Return whether a source is ``hub:NAME`` or ``hub:NAME:SPLIT``."""
+    return source.startswith(HUB)
+
+
+def source_files(source: str) -> list[Path]:
+    """Return the data files of a source: the file itself, or those of a folder by their names.
+
+    Raises:
+        FileNotFoundError: there is no such file, or no data file in the folder.
+        ValueError: the file's name says no form that can be read.
+    """
+    path = Path(source)
+    if path.is_dir():
+        if not (files := data_files(path)):
+            raise FileNotFoundError(
+                f"data folder {source!r} has neither *.pos and *.neg files nor a data file ({', '.join(FORMS)})"
+            )
+        return files
+    if not path.is_file():
+        hint = f"; for the hub write {HUB}{source}" if re.fullmatch(r"[\w.-]+/[\w.-]+", source) else ""
+        raise FileNotFoundError(f"no data file or folder {source!r}{hint}")
+    if _form(path) is None:
+        raise ValueError(
+            f"data file {source!r}: its name must end in one of {', '.join(FORMS)} (all but Parquet + .gz)"
+        )
+    return [path]
+
+
+def data_files(folder: Path) -> list[Path]:
+    """Return the data files of a folder, by their names."""
+    return sorted(one for one in folder.iterdir() if one.is_file() and _form(one) and not one.name.startswith("."))
+
+
+def _form(path: Path) -> str | None:
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    zipped = suffixes[-1:] == [".gz"]
+    form = next(iter(suffixes[-2:-1] if zipped else suffixes[-1:]), "")
+    return form if form in FORMS and not (zipped and form == ".parquet") else None
+
+
+def read_records(source: str) -> Iterator[Record]:
+    """Yield the rows of a file, of a folder's files in the order of their names, or of a hub data set.
+
+    Raises:
+        FileNotFoundError, ValueError: the source is missing, or a whole file is damaged; the message names it.
+    """
+    if is_hub_name(source):
+        yield from _read_hub(source.removeprefix(HUB))
+        return
+    for path in source_files(source):
+        form = _form(path)
+        assert form is not None
+        with _damage_named(path):
+            yield from FORMS[form](path)
+
+
+@contextmanager
+def _damage_named(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise ValueError(f"{path}: damaged gzip file ({error}); copy it again") from None
+
+
+def _open(path: Path) -> IO[bytes]:
+    if path.suffix.lower() == ".gz":
+        return typing.cast(IO[bytes], gzip.open(path, "rb"))
+    return path.open("rb")
+
+
+def _lines(file: IO[bytes]) -> Iterator[tuple[int, bytes | RowError]]:
+    """Yield (number, line) of lines that hold something, without a byte-order mark."""
+    number, inside = 0, False
+    while line := file.readline(LONGEST_ROW):
+        ends = line.endswith(b"\n")
+        if inside:  # the rest of a line that was too long
+            inside = not ends
+            continue
+        number += 1
+        if not ends and len(line) == LONGEST_ROW:
+            inside = True
+            yield number, RowError("too long to be a row", f"no end of line within {LONGEST_ROW >> 20} MiB")
+            continue
+        if number == 1:
+            line = line.removeprefix(b"\xef\xbb\xbf")
+        if line.strip():
+            yield number, line
+
+
+def _text(line: bytes | RowError) -> str:
+    if isinstance(line, RowError):
+        raise line
+    try:
+        return line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise RowError("not UTF-8", f"byte {error.start + 1} is 0x{line[error.start]:02x}") from None
+
+
+def _refuse_constant(name: str) -> Any:
+    raise RowError("NaN or infinity", f"{name} is not JSON")
+
+
+_DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
+
+
+def _object(value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise RowError("not an object", f"the row is a {type(value).__name__}; it must be {{...}}")
+    return value
+
+
+def _json_object(line: bytes | RowError) -> dict[str, Any]:
+    try:
+        return _object(_DECODER.decode(_text(line)))
+    except json.JSONDecodeError as error:
+        raise RowError("malformed JSON", f"{error.msg} at column {error.colno}") from None
+    except RecursionError:
+        raise RowError("malformed JSON", "nested too deeply") from None
+
+
+def _attempt(where: str, make: Callable[..., dict[str, Any]], *of: Any) -> Record:
+    try:
+        return Record(where, make(*of))
+    except RowError as error:
+        return Record(where, error)
+
+
+def _read_text(path: Path) -> Iterator[Record]:
+    with _open(path) as file:
+        for number, line in _lines(file):
+            yield _attempt(f"{path}:{number}", _text_row, line)
+
+
+def _text_row(line: bytes | RowError) -> dict[str, Any]:
+    return {"text": _text(line).strip()}
+
+
+def _read_json_lines(path: Path) -> Iterator[Record]:
+    with _open(path) as file:
+        for number, line in _lines(file):
+            yield _attempt(f"{path}:{number}", _json_object, line)
+
+
+def _read_json(path: Path) -> Iterator[Record]:
+    """Yield the members of an array; a file whose first character is no bracket holds JSON lines."""
+    with _open(path) as file:
+        start = file.read(CHUNK).removeprefix(b"\xef\xbb\xbf").lstrip()
+    if start[:1] == b"[":
+        yield from _read_json_array(path)
+    else:
+        yield from _read_json_lines(path)
+
+
+def _read_json_array(path: Path) -> Iterator[Record]:
+    """Decode one member after the other from a window of the file."""
+    with _open(path) as raw:
+        # A byte that is not UTF-8 becomes a surrogate, which no text may hold: its row is refused, and not the file.
+        file = io.TextIOWrapper(raw, encoding="utf-8-sig", errors="surrogateescape")
+        window, at, number, ended = file.read(CHUNK).lstrip().removeprefix("["), 0, 0, False
+        while True:
+            at = re.compile(r"[\s,]*").match(window, at).end()  # type: ignore[union-attr]
+            if window[at : at + 1] == "]":
+                return
+            where = f"{path}: row {number + 1}"
+            try:
+                if at == len(window):
+                    raise json.JSONDecodeError("the array does not end", window, at)
+                value, end = _DECODER.raw_decode(window, at)
+                if end == len(window) and not ended:
+                    raise json.JSONDecodeError("may go on", window, end)
+                record = _attempt(where, _object, value)
+            except RowError as error:
+                yield Record(where, error)
+                return
+            except (json.JSONDecodeError, RecursionError) as error:
+                cut = isinstance(error, json.JSONDecodeError) and _may_go_on(error, len(window))
+                more = file.read(CHUNK) if cut and len(window) - at < LONGEST_ROW else ""
+                if more:
+                    window, at = window[at:] + more, 0
+                    continue
+                if cut and not ended and len(window) - at < LONGEST_ROW:
+                    ended = True
+                    continue
+                reason = error.msg if isinstance(error, json.JSONDecodeError) else "nested too deeply"
+                yield Record(where, RowError("malformed JSON", f"{reason}; the rest of the file cannot be read"))
+                return
+            yield record
+            number, at = number + 1, end
+
+
+def _may_go_on(error: json.JSONDecodeError, length: int) -> bool:
+    """Return whether more text could mend what could not be decoded."""
+    return error.msg.startswith(("Unterminated string", "Invalid \\")) or error.pos >= length - 16
+
+
+def _read_csv(path: Path, delimiter: str = ",") -> Iterator[Record]:
+    csv.field_size_limit(LONGEST_ROW)
+    with _open(path) as raw:
+        file = io.TextIOWrapper(raw, encoding="utf-8-sig", errors="surrogateescape", newline="")
+        rows = csv.reader(file, delimiter=delimiter, strict=True)
+        try:
+            header = next(rows, [])
+        except csv.Error as error:
+            raise ValueError(f"{path}:1: malformed CSV ({error}); correct the header") from None
+        if not any(name.strip() for name in header) or len(set(header)) < len(header):
+            raise ValueError(f"{path}:1: the header is {header}; it must name each column once")
+        while True:
+            where = f"{path}:{rows.line_num + 1}"
+            try:
+                cells = next(rows)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                yield Record(where, RowError("malformed CSV", str(error)))
+                continue
+            if cells:
+                yield _attempt(where, _csv_row, header, cells)
+
+
+def _csv_row(header: list[str], cells: list[str]) -> dict[str, Any]:
+    if len(cells) != len(header):
+        raise RowError("wrong number of columns", f"{len(cells)} under a header of {len(header)}")
+    return dict(zip(header, cells, strict=True))
+
+
+def _read_tsv(path: Path) -> Iterator[Record]:
+    return _read_csv(path, "\t")
+
+
+def _read_parquet(path: Path) -> Iterator[Record]:
+    import pyarrow
+    import pyarrow.parquet
+
+    number = 0
+    try:
+        with pyarrow.parquet.ParquetFile(path, memory_map=True) as file:
+            for batch in file.iter_batches(batch_size=PARQUET_ROWS):
+                for row in range(batch.num_rows):
+                    number += 1
+                    yield _attempt(f"{path}: row {number}", _parquet_row, batch, row)
+    except (pyarrow.ArrowException, OSError) as error:
+        text = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{path}: damaged Parquet file after row {number} ({text}); copy it again") from None
+
+
+def _parquet_row(batch: Any, row: int) -> dict[str, Any]:
+    try:
+        [value] = batch.slice(row, 1).to_pylist()
+    except UnicodeDecodeError as error:
+        raise RowError("not UTF-8", error.reason) from None
+    return _without_nulls(value)
+
+
+def _without_nulls(row: Any) -> dict[str, Any]:
+    """Return a row without its empty cells: tables have every column in every row."""
+    return {name: cell for name, cell in _object(row).items() if cell is not None}
+
+
+def _read_hub(name: str) -> Iterator[Record]:
+    try:
+        import datasets
+    except ImportError:
+        raise ValueError(
+            f"{HUB}{name} needs the package datasets; install it with: pip install 'rlhf-systems-kit[hub]'"
+        ) from None
+    name, _, split = name.partition(":")
+    split = split or "train"
+    try:
+        rows = iter(datasets.load_dataset(name, split=split, streaming=True))
+    except Exception as error:  # whatever the hub, the network or the data set's files have to say
+        text = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{HUB}{name}:{split} cannot be loaded ({type(error).__name__}: {text})") from None
+    for number, row in enumerate(rows, start=1):
+        where = f"{HUB}{name}:{split}: row {number}"
+        yield _attempt(where, _without_nulls, row)
+
+
+FORMS: dict[str, Callable[[Path], Iterator[Record]]] = {
+    ".jsonl": _read_json_lines,
+    ".ndjson": _read_json_lines,
+    ".json": _read_json,
+    ".csv": _read_csv,
+    ".tsv": _read_tsv,
+    ".txt": _read_text,
+    ".parquet": _read_parquet,
+}
+"""Readers by the end of the file's name."""

@@ -1,0 +1,133 @@
+"""Rewards that are Python functions: found by name, called on a batch with a time limit, their answers checked.
+
+``module:function`` names any function with ``function(prompts, completions) -> numbers``, two lists of texts in and one
+finite number a completion out. Modules are looked for in the working directory first.
+
+The time limit is an interval timer of the process (SIGALRM): it interrupts Python code and waiting system calls, and
+does so again until the function gives in. Native code that does not return to Python is not interrupted, and off the
+main thread, where Python hears no signals, there is no limit.
+"""
+
+import importlib
+import math
+import numbers
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+RewardFunction = Callable[[list[str], list[str]], Sequence[float]]
+
+
+class RewardError(ValueError):
+    """A reward function failed; the message names it."""
+
+
+class _TimeIsUp(BaseException):
+    """No Exception, so that a function that catches all of those is stopped too."""
+
+
+def load_function(name: str) -> RewardFunction:
+    """Return the function ``module:function``.
+
+    Raises:
+        ValueError: there is no such module or function, the module cannot be imported, or it is not callable.
+    """
+    module_name, _, function_name = name.partition(":")
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    try:
+        found: Any = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name != module_name.partition(".")[0] and error.name != module_name:
+            raise ValueError(f"reward {name!r}: {module_name} cannot be imported ({error})") from None
+        raise ValueError(
+            f"reward {name!r}: no module {error.name!r} in the working directory or among the installed ones"
+        ) from None
+    except (Exception, SystemExit) as error:
+        raise ValueError(f"reward {name!r}: {module_name} cannot be imported ({_told(error)})") from None
+    for part in function_name.split("."):
+        if not hasattr(found, part):
+            raise ValueError(f"reward {name!r}: {module_name} has no {function_name!r}")
+        found = getattr(found, part)
+    if not callable(found):
+        raise ValueError(
+            f"reward {name!r} is a {type(found).__name__}; it must be a function of prompts and completions"
+        )
+    function: RewardFunction = found
+    return function
+
+
+def call_function(
+    name: str, function: RewardFunction, prompts: list[str], completions: list[str], timeout_s: float
+) -> list[float]:
+    """Return the function's scores of a batch.
+
+    Raises:
+        RewardError: it raised, took longer than ``timeout_s``, or did not return one finite number a completion.
+    """
+    try:
+        with _time_limit(timeout_s):
+            scores = function(list(prompts), list(completions))
+    except _TimeIsUp:
+        raise RewardError(
+            f"reward function {name} took longer than {timeout_s:g} s for {len(completions)} completions; "
+            "make it faster, or raise --reward-timeout-s"
+        ) from None
+    except (Exception, SystemExit) as error:
+        raise RewardError(f"reward function {name} raised {_told(error)}") from None
+    return _checked(name, scores, len(completions))
+
+
+def _checked(name: str, scores: Any, wanted: int) -> list[float]:
+    values = scores.tolist() if hasattr(scores, "tolist") else scores
+    if not isinstance(values, list | tuple):
+        raise RewardError(
+            f"reward function {name} returned a {type(scores).__name__}; it must be a list, one number a completion"
+        )
+    if len(values) != wanted:
+        raise RewardError(f"reward function {name} returned {len(values)} scores for {wanted} completions")
+    for place, value in enumerate(values):
+        if not isinstance(value, numbers.Real) or isinstance(value, bool):
+            raise RewardError(
+                f"reward function {name} returned {value!r} ({type(value).__name__}) for completion {place}; "
+                "it must be a number"
+            )
+        if not math.isfinite(value):
+            raise RewardError(f"reward function {name} returned {value!r} for completion {place}; it must be finite")
+    return [float(value) for value in values]
+
+
+def _told(error: BaseException) -> str:
+    """Return an exception in words, with the place in the user's code."""
+    frames = [one for one in traceback.extract_tb(error.__traceback__) if one.filename != __file__]
+    frames = [one for one in frames if not one.filename.startswith("<frozen importlib")]
+    place = f" at {frames[-1].filename}:{frames[-1].lineno}" if frames else ""
+    if isinstance(error, SyntaxError) and error.filename:
+        place = f" at {error.filename}:{error.lineno}"
+    return f"{type(error).__name__}: {error}{place}"
+
+
+@contextmanager
+def _time_limit(seconds: float) -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def up(number: int, frame: FrameType | None) -> None:
+        raise _TimeIsUp
+
+    former = signal.signal(signal.SIGALRM, up)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, seconds, 0.5)
+        try:
+            yield
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+    finally:
+        signal.signal(signal.SIGALRM, former)

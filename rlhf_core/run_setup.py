@@ -1,0 +1,96 @@
+"""How every run begins: threads, seeds, device, environment.json; and where its data is prepared."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import transformers
+
+from rlhf_core import checkpoint, runlog
+from rlhf_core.config import RunConfig
+from rlhf_core.dataset import DataReport
+from rlhf_core.environment import environment
+from rlhf_core.seeding import set_all_seeds
+from rlhf_core.terminal import console
+
+DATA_FOLDER = "data"
+
+
+def choose_device(config: RunConfig) -> torch.device:
+    """Return the device of ``config.device``.
+
+    Raises:
+        ValueError: CUDA was asked for and is not there.
+    """
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch finds no GPU here; take --device cpu or auto")
+    cuda = config.device == "cuda" or (
+        config.device == "auto" and torch.cuda.is_available() and config.numerics == "native"
+    )
+    return torch.device("cuda" if cuda else "cpu")
+
+
+def begin_run(config: RunConfig, run: Path, *, resumed: bool) -> torch.device:
+    """Set threads and seeds, note the environment in a new run, and return the device."""
+    torch.set_num_threads(config.resolved_threads)
+    transformers.utils.logging.disable_progress_bar()
+    set_all_seeds(config.seed)
+    device = choose_device(config)
+    if not resumed:
+        content = json.dumps(environment(device), indent=2) + "\n"
+        runlog.write_atomically(run / runlog.ENVIRONMENT_FILE, content.encode())
+    return device
+
+
+@dataclass(frozen=True)
+class DataPlace:
+    """Where a run's data is, or is prepared before there is a run."""
+
+    scratch: Path
+    """Beside the runs; it is removed when the command ends."""
+    run: Path | None
+    """The run that is resumed."""
+
+    @property
+    def kept(self) -> Path | None:
+        """The data of the run that is resumed, when it is sound."""
+        folder = self.run / DATA_FOLDER if self.run is not None else None
+        return folder if folder is not None and checkpoint.is_sound(folder) else None
+
+    def prepare(self, build: Callable[[Path], DataReport]) -> None:
+        """Let ``build`` write the data into the scratch folder, and say what became of its rows."""
+        folder = self.scratch / DATA_FOLDER
+        folder.mkdir(parents=True)
+        console.print(str(build(folder)), markup=False, soft_wrap=True)
+
+    def hand_over(self, run: Path) -> None:
+        """Move what was prepared into the run's folder, at once and with a manifest."""
+        prepared = self.scratch / DATA_FOLDER
+        if prepared.exists():
+            checkpoint.write_folder(run / DATA_FOLDER, lambda partial: _move_all(prepared, partial))
+
+
+def _move_all(source: Path, target: Path) -> None:
+    for path in source.iterdir():
+        shutil.move(path, target / path.name)
+
+
+@contextmanager
+def data_place(runs: Path, run: Path | None) -> Iterator[DataPlace]:
+    """Give a place beside the runs, on their disk, and take it away at the end, with a folder of runs made for it."""
+    scratch = runs / f".preparing-{os.getpid()}"
+    made = not runs.exists()
+    for left in (*runs.glob(".preparing-*"), scratch):
+        if left == scratch or not Path(f"/proc/{left.name.removeprefix('.preparing-')}").exists():
+            shutil.rmtree(left, ignore_errors=True)  # a killed command's
+    try:
+        yield DataPlace(scratch, run)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+        if made and runs.is_dir() and not any(runs.iterdir()):
+            runs.rmdir()
