@@ -3,9 +3,9 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-NATIVE := $(shell find kernels -name '*.pyx' -o -name '*.pxd' -o -name '*.h' -o -name '*.c' -o -name '*.cu' -o -name '*.cpp')
+NATIVE := $(shell find kernels -name '*.pyx' -o -name '*.pxd' -o -name '*.h' -o -name '*.c' -o -name '*.cu' -o -name '*.cuh' -o -name '*.cpp')
 
-.PHONY: install demo test test-all verify_m1 bench lint clean
+.PHONY: install demo test test-all verify_m1 bench cuda lint clean
 
 install: $(INSTALLED)
 
@@ -30,6 +30,9 @@ verify_m1: install  ## determinism
 
 bench: install  ## the benchmarks, ours beside torch's
 	$(BIN)/python -m pytest verification/benchmarks --benchmark-only
+
+cuda: install  ## compile the CUDA extension: no warning, no spill, 16-byte accesses; skips where there is no nvcc
+	$(BIN)/python -m pytest verification/unit/kernels/test_kernel_cuda_build.py -rs
 
 lint: install  ## ruff and mypy
 	$(BIN)/ruff format --check .

@@ -176,15 +176,23 @@ def mismatch(series: Series, settings: Settings) -> Verdict:
 
 
 def not_drawn_from_the_policy(series: Series, settings: Settings) -> Verdict:
-    """The z of the last rows together stays within ``threshold``: Σ z / √rows is standard normal too (Stouffer)."""
-    rows = 4
-    z = np.abs(series.recent_mean(series["sampling_z"], rows)) * np.sqrt(rows)
-    return Verdict(z, np.full(len(series), number(settings, "threshold")))
+    """The z of the last 4, and of the last 8 rows together stays within ``threshold``.
+
+    Σ z / √rows is standard normal too (Stouffer): few rows show a large bias soon, many a small one at all.
+    """
+    z = [np.abs(series.recent_mean(series["sampling_z"], rows)) * np.sqrt(rows) for rows in (4, 8)]
+    return Verdict(np.fmax(*z), np.full(len(series), number(settings, "threshold")))
 
 
 def kl_blow_up(series: Series, settings: Settings) -> Verdict:
     """At most ``threshold`` nats a token."""
     return Verdict(series["kl_per_token"], np.full(len(series), number(settings, "threshold")))
+
+
+def kl_jump(series: Series, settings: Settings) -> Verdict:
+    """As a jump, and no less than ``least``: a KL that starts at 0 has to grow."""
+    verdict = jump("kl")(series, settings)
+    return Verdict(verdict.value, np.maximum(verdict.limit, number(settings, "least")), unit=verdict.unit)
 
 
 def kl_collapse(series: Series, settings: Settings) -> Verdict:

@@ -87,6 +87,11 @@ RULES = (
         "Raise kl_coef or lower kl_target, lower the learning rate; read the completions.",
     ),
     Rule(
+        "kl_jump", CLOSE, "The KL of a sequence is many times that of the steps before.", ("kl",), judges.kl_jump,
+        "A divergence, a reward that has been found to be exploitable, or a reference that was changed.",
+        "Go back to a checkpoint from before it; lower the learning rate, raise kl_coef; read the completions.",
+    ),
+    Rule(
         "kl_collapse", CLOSE, "The KL to the reference is gone: the policy is its reference.", ("kl_per_token",),
         judges.kl_collapse,
         "Weights do not change (rate 0, frozen, wrong parameters in the optimizer), or the reference is updated too.",
@@ -147,7 +152,7 @@ RULES = (
         "entropy_collapse", STABLE, "The policy has lost most of the entropy that it began with.", ("entropy",),
         lost("entropy"),
         "The reward is won by few completions and the KL penalty does not hold against it, or steps are too large.",
-        "Raise kl_coef, lower the learning rate, read the completions: are they all the same?",
+        "Raise kl_coef, lower the learning rate; read the completions, which may all be the same.",
     ),
     Rule(
         "entropy_blow_up", STABLE, "The policy's entropy has risen far above what it began with.", ("entropy",),

@@ -38,6 +38,8 @@ BLOCK = 1 << 16
 """Rows that are judged at a time, which bounds the memory."""
 MOVED_DEVIATIONS = 5.0
 """How far, in spreads of the steps before, a metric has moved when it is named beside an alert."""
+MOVED_SHARE = 0.05
+"""Added to the spread, as a share of the metric: one that never varied has not moved by a rounding."""
 MOST_MOVED = 5
 MOST_EPISODES = 5
 """Alerts of one rule that are kept: the first, and the latest."""
@@ -356,7 +358,7 @@ def _explain(rule: Rule, episode: _Episode, recent: Mapping[str, np.ndarray]) ->
     before, now = matrix[:, max(0, since - CONTEXT) : since], median_by_row(matrix[:, since:until], 1)
     usual = median_by_row(before, 3) if since else np.full(len(matrix), np.nan)
     spread = MAD_TO_STD * median_by_row(np.abs(before - usual[:, None]), 3) if since else usual
-    distance = np.nan_to_num(np.abs(now - usual) / (spread + 1e-2 * np.abs(usual) + 1e-9))[len(shown) :]
+    distance = np.nan_to_num(np.abs(now - usual) / (spread + MOVED_SHARE * np.abs(usual) + 1e-9))[len(shown) :]
     order = [int(i) for i in np.argsort(-distance, kind="stable") if distance[i] > MOVED_DEVIATIONS]
     moved = [names[i] for i in order if names[i] not in rule.metrics][:MOST_MOVED]
     figures = dict(zip((*shown, *names), zip(usual.tolist(), now.tolist(), strict=True), strict=True))

@@ -21,6 +21,9 @@ COMMANDS = (
     "samples",
     "alerts",
     "dashboard",
+    "check-profile",
+    "check-metrics",
+    "report",
 )
 """Each is the module of that name in ``rlhf_core.commands`` (with ``_`` for ``-``): ``Options`` and ``run``."""
 

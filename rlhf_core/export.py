@@ -88,9 +88,8 @@ def _model_of(run: Path, kind: str) -> Path:
         damaged: list[str] = []
         newest = checkpoint.newest_sound(run / "checkpoints", damaged.append)
         if newest is None:
-            raise FileNotFoundError(
-                f"{run} has no sound checkpoint; {'; '.join(damaged) or 'it has not begun its steps'}"
-            )
+            why = "; ".join(damaged) or "it has not begun its steps"
+            raise FileNotFoundError(f"{run} has no sound checkpoint; {why}")
         return newest / "policy"
     folder = run / "model"
     if not folder.is_dir():
@@ -134,8 +133,13 @@ def _loading(kind: str) -> list[str]:
     lines = [f"from transformers import {name}, AutoTokenizer", "", 'folder = "path/to/this/folder"']
     lines += [f"model = {name}.from_pretrained(folder)", "tokenizer = AutoTokenizer.from_pretrained(folder)"]
     if kind == "reward":
-        return [*lines, "# Put tokenizer.eos_token_id behind prompt and completion: the reward is read there.",
-                "ids = tokenizer(prompt + completion, return_tensors=\"pt\")", "reward = model(**ids).logits"]  # fmt: skip
+        return [
+            *lines,
+            "# The reward is read at the end-of-sequence token.",
+            "text = prompt + completion + tokenizer.eos_token",
+            'ids = tokenizer(text, split_special_tokens=False, return_tensors="pt")',
+            'reward = model(ids["input_ids"]).logits',
+        ]
     return [
         *lines,
         'ids = tokenizer("A prompt", return_tensors="pt", return_token_type_ids=False)',

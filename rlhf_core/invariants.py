@@ -8,7 +8,9 @@ import numpy as np
 
 def target_error(
     *,
-    scores_B: np.ndarray,
+    rewards_B: np.ndarray,
+    ended_B: np.ndarray,
+    missing_eos_penalty: float,
     logprobs_BT: np.ndarray,
     ref_logprobs_BT: np.ndarray,
     values_BT: np.ndarray,
@@ -24,12 +26,15 @@ def target_error(
 ) -> float:
     """Return how far the update's targets lie from their definition, relative to their largest size.
 
-    r_t = −β (log π − log π_ref), the score on the last response token; δ_t = r_t + γ V_{t+1} − V_t,
-    A_t = δ_t + γλ A_{t+1}; R = A + V; A whitened with the population variance (Schulman et al., "GAE" (2016), eq. 16).
+    r_t = −β (log π − log π_ref), and on the last response token the reward, less the penalty for a missing end;
+    δ_t = r_t + γ V_{t+1} − V_t, A_t = δ_t + γλ A_{t+1} (Schulman et al., "GAE" (2016), eq. 16), R = A + V; A is
+    whitened with the population variance.
     Whitened advantages are compared in the unit that they had before, so that a tiny variance magnifies no rounding.
 
     Args:
-        scores_B: the reward of each sequence, penalties included.
+        rewards_B: the task's reward of each sequence.
+        ended_B: whether it ended with EOS.
+        missing_eos_penalty: what is taken from the reward of one that did not.
         logprobs_BT: log π of the sampled tokens.
         ref_logprobs_BT: the reference's.
         values_BT: V when the rollout was scored.
@@ -47,7 +52,7 @@ def target_error(
     logprobs, reference, values = (np.where(on, x, 0.0) for x in (logprobs_BT, ref_logprobs_BT, values_BT))
     rewards = -kl_coef * (logprobs.astype(np.float64) - reference)
     last = on.shape[1] - 1 - np.argmax(on[:, ::-1], axis=1)
-    rewards[np.arange(len(on)), last] += scores_B
+    rewards[np.arange(len(on)), last] += rewards_B - missing_eos_penalty * ~ended_B.astype(bool)
     if whiten_rewards:
         mean = rewards[on].mean()
         rewards = np.where(on, (rewards - mean) / np.sqrt(rewards[on].var() + 1e-8) + mean, 0.0)

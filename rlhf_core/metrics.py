@@ -53,7 +53,7 @@ METRICS = (
     ),
     Metric("return_mean", "reward", "mean over response tokens of advantage + value", logged="with values"),
     Metric(
-        "reward_zero_std_frac", "1", "share of prompts whose completions all have the same score: nothing is learnt from them",
+        "reward_zero_std_frac", "1", "share of prompts whose completions all score the same: nothing is learnt there",
         (0.0, 0.9), logged="with groups",
     ),
     Metric("response_length_mean", "tokens", "mean over sequences of response tokens, EOS included", (1.0, None)),

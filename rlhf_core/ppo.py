@@ -206,10 +206,10 @@ def ppo_step(
             f"{ppo.recipe.group_size}, so it takes {ppo.prompts_per_step}"
         )
     prompt_ids = [prompt for prompt in prompt_ids for _ in range(ppo.recipe.group_size)]
-    require_finite(step, None, **dict(state.model.named_parameters()))
 
     # 1. Rollout: a group of completions for each prompt, their uniforms keyed by (seed, step, sample, position).
     with clock.stage("rollout"):
+        require_finite(step, None, **dict(state.model.named_parameters()))
         length = config.sampling.max_new_tokens
         uniforms = CounterUniforms(config.seed, "rollout", step, np.arange(len(prompt_ids)), length)
         device = next(state.model.parameters()).device
@@ -299,7 +299,9 @@ def learn(
             assert scores.values_BT is not None
             assert targets.returns_BT is not None
             metrics["target_error"] = target_error(
-                scores_B=scores_B.numpy(),
+                rewards_B=rewards_B.numpy(),
+                ended_B=rollout.ended_B.cpu().numpy(),
+                missing_eos_penalty=ppo.missing_eos_penalty,
                 logprobs_BT=scores.logprobs_BT.cpu().numpy(),
                 ref_logprobs_BT=scores.ref_logprobs_BT.cpu().numpy(),
                 values_BT=scores.values_BT.cpu().numpy(),
@@ -339,5 +341,6 @@ def train(
     """
     while state.step < config.ppo.steps:
         clock = new_clock(state.step + 1)
-        prompt_ids = prompts_of_step(state.step + 1)
+        with clock.stage("prompts"):
+            prompt_ids = prompts_of_step(state.step + 1)
         yield ppo_step(state, prompt_ids, reward, config, eos_id=eos_id, pad_id=pad_id, clock=clock)

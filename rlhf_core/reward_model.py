@@ -83,7 +83,12 @@ def load_reward_model(path: str | Path, attention: str) -> RewardModel:
     Raises:
         FileNotFoundError, ValueError: it is missing, damaged, or no reward model: a language model has no ``score``.
     """
-    model = load_pretrained(AutoModelForSequenceClassification, path, attention, num_labels=1)
+    try:
+        model = load_pretrained(AutoModelForSequenceClassification, path, attention, num_labels=1)
+    except ValueError as error:
+        if "score.weight" not in str(error):
+            raise
+        raise ValueError(f"{str(path)!r} is no reward model ({error}); rlhf reward trains one") from None
     _require_score(model, str(path))
     return RewardModel(model.requires_grad_(False))
 

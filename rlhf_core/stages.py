@@ -205,7 +205,7 @@ def write_evaluation(run: Path, summary: dict[str, Any]) -> None:
 def print_pair_report(summary: dict[str, Any]) -> None:
     """Print a reward model's report on held-out pairs."""
     length = summary["length"]
-    table = Table(title=f"{summary['pairs']} held-out pairs, {summary['ties']} ties", box=box.SIMPLE_HEAD)
+    table = Table(title=f"{summary['pairs']} held-out pairs, {summary['ties']} ties", box=box.SIMPLE, show_header=False)
     table.add_column("")
     table.add_column("", justify="right")
     rows = [

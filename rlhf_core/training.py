@@ -10,6 +10,7 @@ import torch
 from rlhf_core import batches, checkpoint, runlog
 from rlhf_core.config import TrainConfig
 from rlhf_core.evaluation import Evaluation, evaluate
+from rlhf_core.evaluation_table import evaluation_summary, print_evaluation
 from rlhf_core.experiment import Experiment, Inputs, prepare
 from rlhf_core.metrics import log_row
 from rlhf_core.policy import ActorCritic, Reference
@@ -17,8 +18,8 @@ from rlhf_core.ppo import PPOState, train
 from rlhf_core.profile_files import PROFILES_FOLDER
 from rlhf_core.profiler import Profiler, timing_row
 from rlhf_core.profiling import StageClock
-from rlhf_core.report import evaluation_summary, print_evaluation
 from rlhf_core.reward import decode
+from rlhf_core.rollout_file import keep_rollout, prune_rollouts
 from rlhf_core.run_setup import begin_run
 from rlhf_core.step_rows import sample_rows
 from rlhf_core.stopping import StopRequest, by_alert, by_signal
@@ -72,6 +73,7 @@ def save_checkpoint(state: PPOState, experiment: Experiment, config: TrainConfig
     folder = checkpoint.step_folder(run / "checkpoints", state.step)
     checkpoint.write_folder(folder, lambda partial: save_state(state, experiment.task.tokenizer, partial))
     checkpoint.prune(run / "checkpoints", config.log.keep)
+    prune_rollouts(run)
 
 
 def run_ppo(
@@ -106,6 +108,7 @@ def run_ppo(
                 parts = getattr(experiment.reward, "parts", {})
                 samples = sample_rows(state.step, result, experiment.task.tokenizer, config.log.samples_per_step, parts)
                 runlog.append(run / runlog.SAMPLES_FILE, samples)
+                keep_rollout(run, state.step, result)
             last = state.step == config.ppo.steps or stop.signal_number is not None
             saved = last or state.step % config.log.save_every == 0
             if saved:

@@ -35,9 +35,7 @@ class Watch:
         self._options = options
         self._monitor = Monitor(options.thresholds)
         raised = self._monitor.extend(readers.columns_of(readers.run_rows(run))) if _has_rows(run) else []
-        if raised or self._path.exists():
-            lines = "".join(runlog.encode(alert.to_json()) for alert in raised)
-            runlog.write_atomically(self._path, lines.encode())
+        runlog.write_atomically(self._path, "".join(runlog.encode(alert.to_json()) for alert in raised).encode())
 
     def after_step(self, metrics: Mapping[str, Any], timings: Mapping[str, Any]) -> Alert | None:
         """Take the rows that a step has logged; return the worst alert that it raised and that stops the run."""

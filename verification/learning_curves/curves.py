@@ -117,10 +117,11 @@ def run_from_base(cell: Cell) -> None:
     apply_environment(config.numerics, config.resolved_threads)
     import copy
 
+    from rlhf_core.report import evaluation_summary
+
     from rlhf_core.evaluation import evaluate
     from rlhf_core.experiment import load_inputs, prepare
     from rlhf_core.policy import Reference
-    from rlhf_core.report import evaluation_summary
     from rlhf_core.run_setup import begin_run, data_place
     from rlhf_core.stopping import StopRequest
 

@@ -1,7 +1,7 @@
 """One fault each, planted into the trainer's own functions from some step on.
 
 A fault takes the world of a run (``calibration_runs.World``) and changes it; what it patches is given back when the
-run ends. ``EXPECTED`` names the alerts, any of which is a right answer.
+run ends.
 """
 
 import copy
@@ -200,7 +200,7 @@ def one_rollout_again_and_again(world: Any) -> None:
 
 def eos_never_sampled(world: Any) -> None:
     """Policy and reference alike give the end of sequence no probability."""
-    eos = world.experiment.eos_id
+    eos = world.eos_id
 
     def without_end(module: Any, args: Any, output: Any) -> Any:
         output.logits = output.logits.index_fill(-1, torch.tensor([eos]), -1e4)
@@ -242,15 +242,104 @@ def whitening_without_the_mask(world: Any) -> None:
     world.patch.setattr(ppo, "whiten", lambda x, mask, **options: right(x, torch.ones_like(mask), **options))
 
 
-FAULTS: dict[str, Callable[[Any], None]] = {
-    fault.__name__: fault
+def reward_scaled_x100(world: Any) -> None:
+    right = world.reward
+    world.reward = lambda rollout: 100 * right(rollout)
+
+
+def reward_turned_round(world: Any) -> None:
+    right = world.reward
+    world.reward = lambda rollout: -right(rollout)
+
+
+def reward_of_another_batch(world: Any) -> None:
+    """Every completion gets the reward of a random draw: nothing that it writes matters."""
+    generator = torch.Generator().manual_seed(0)
+    world.reward = lambda rollout: torch.randn(len(rollout.ended_B), generator=generator)
+
+
+def nan_reward(world: Any) -> None:
+    right = world.reward
+    world.reward = lambda rollout: torch.where(torch.arange(len(rollout.ended_B)) == 3, torch.nan, right(rollout))
+
+
+def top_k_5(world: Any) -> None:
+    right = ppo.sample
+    world.patch.setattr(
+        ppo,
+        "sample",
+        lambda lm, ids, uniforms, config, **k: right(lm, ids, uniforms, dataclasses.replace(config, top_k=5), **k),
+    )
+
+
+def old_logprobs_of_the_reference(world: Any) -> None:
+    right = ppo.score_rollout
+    world.patch.setattr(
+        ppo,
+        "score_rollout",
+        lambda *args: (lambda scores: dataclasses.replace(scores, logprobs_BT=scores.ref_logprobs_BT))(right(*args)),
+    )
+
+
+def rollout_from_the_reference(world: Any) -> None:
+    right = ppo.sample
+    world.patch.setattr(ppo, "sample", lambda lm, *args, **options: right(world.state.reference.lm, *args, **options))
+
+
+@dataclasses.dataclass(frozen=True)
+class Fault:
+    """A fault, and the alerts any of which is a right answer."""
+
+    plant: Callable[[Any], None]
+    title: str
+    expected: tuple[str, ...]
+    asked: bool = False
+    """Whether the calibration is asked for it by name; the others are near to them."""
+
+
+_STEP = ("step_too_large", "clip_frac_high", "kl_blow_up")
+_SAMPLER = ("sampler_trainer_mismatch", "not_drawn_from_policy")
+_DRAWN = ("not_drawn_from_policy",)
+_TARGETS = ("targets_off_definition",)
+_GRADIENT = ("gradient_off_closed_form",)
+_LENGTH = ("reward_pays_for_length", "reward_hacking_length")
+
+FAULTS = {
+    fault.plant.__name__: fault
     for fault in (
-        learning_rate_x100, learning_rate_x10, kl_coef_zero, kl_penalty_left_out, kl_penalty_with_the_wrong_sign,
-        sampling_temperature_x1_2, sampling_temperature_x0_8, sampling_temperature_x1_2_unreported,
-        sampling_temperature_x0_8_unreported, dropout_left_on, padding_counted_in_the_loss, padding_counted_everywhere,
-        advantages_not_detached, advantages_with_the_wrong_sign, reward_pays_for_length, reward_pays_for_length_too,
-        value_loss_x100, value_coef_x100, constant_reward, nan_gradient, stale_rollouts, one_rollout_again_and_again,
-        eos_never_sampled, eos_not_recognised, learning_rate_zero, optimizer_does_nothing,
-        reference_follows_the_policy, wrong_gamma, rewards_of_other_rows, whitening_without_the_mask,
+        Fault(learning_rate_x100, "learning rate ×100", _STEP, True),
+        Fault(kl_coef_zero, "KL coefficient 0", ("kl_coef_zero",), True),
+        Fault(kl_penalty_left_out, "KL coefficient 0 in the rewards, not in the log", _TARGETS, True),
+        Fault(sampling_temperature_x1_2, "sampling temperature ×1.2", _SAMPLER, True),
+        Fault(sampling_temperature_x0_8, "sampling temperature ×0.8", _SAMPLER, True),
+        Fault(sampling_temperature_x1_2_unreported, "the same ×1.2, log-probs reported right", _DRAWN, True),
+        Fault(sampling_temperature_x0_8_unreported, "the same ×0.8, log-probs reported right", _DRAWN, True),
+        Fault(dropout_left_on, "dropout left on", ("ratio_off_one",), True),
+        Fault(padding_counted_in_the_loss, "padding counted in the loss", _GRADIENT, True),
+        Fault(advantages_not_detached, "advantages not detached", _GRADIENT, True),
+        Fault(reward_pays_for_length, "reward that pays for length", _LENGTH, True),
+        Fault(reward_pays_for_length_too, "reward that pays for length beside the task", _LENGTH, True),
+        Fault(value_loss_x100, "value loss ×100", (*_GRADIENT, "value_dominates", "value_loss_jump"), True),
+        Fault(value_coef_x100, "value coefficient ×100", ("value_dominates",), True),
+        Fault(constant_reward, "constant reward", ("reward_variance_gone",), True),
+        Fault(nan_gradient, "NaN gradient", ("nonfinite",), True),
+        Fault(stale_rollouts, "rollouts from the weights of three steps ago", _SAMPLER, True),
+        Fault(one_rollout_again_and_again, "one rollout again and again", _SAMPLER, True),
+        Fault(eos_never_sampled, "EOS never sampled", ("all_truncated",), True),
+        Fault(learning_rate_x10, "learning rate ×10", _STEP),
+        Fault(learning_rate_zero, "learning rate 0", ("lr_zero",)),
+        Fault(optimizer_does_nothing, "optimizer that does nothing", ("kl_collapse", "policy_frozen")),
+        Fault(kl_penalty_with_the_wrong_sign, "KL penalty with the wrong sign", _TARGETS),
+        Fault(rollout_from_the_reference, "rollouts drawn from the reference", _SAMPLER),
+        Fault(top_k_5, "sampling with top-k 5", _DRAWN),
+        Fault(eos_not_recognised, "EOS drawn but not recognised", ("tokens_after_end",)),
+        Fault(padding_counted_everywhere, "response mask that covers padding", ("tokens_after_end",)),
+        Fault(old_logprobs_of_the_reference, "old log-probs taken from the reference", ("ratio_off_one",)),
+        Fault(advantages_with_the_wrong_sign, "advantages with the wrong sign", _GRADIENT),
+        Fault(wrong_gamma, "γ of 0.5 in GAE", _TARGETS),
+        Fault(whitening_without_the_mask, "whitening over padding", _TARGETS),
+        Fault(rewards_of_other_rows, "scores that land on other sequences", _TARGETS),
+        Fault(reference_follows_the_policy, "reference that follows the policy", ("kl_collapse",)),
+        Fault(nan_reward, "NaN reward", ("nonfinite",)),
     )
 }  # fmt: skip

@@ -17,9 +17,10 @@ from calibration_faults import FAULTS
 from transformers import PreTrainedModel
 
 from rlhf_core import ppo, reviews
+from rlhf_core.alert_thresholds import default_thresholds
+from rlhf_core.alerts import Alert, Monitor, check, nonfinite_alert
 from rlhf_core.batches import prompt_rows
 from rlhf_core.config import ModelConfig, PPOConfig, PretrainConfig, SamplingConfig, TrainConfig
-from rlhf_core.experiment import Experiment
 from rlhf_core.metrics import log_row
 from rlhf_core.policy import ActorCritic, Reference, build_model
 from rlhf_core.ppo import NonFiniteError
@@ -33,6 +34,9 @@ from rlhf_core.trainer_state import new_state
 STEPS = 30
 LATE = 13
 """The step at which a fault begins that does not begin with the run."""
+PRETRAIN_STEPS = 250
+WITHIN = 10
+"""Steps from its beginning within which a fault has to be seen."""
 
 _LLAMA = ModelConfig(architecture="llama", layers=2, hidden_size=48, heads=2, context=32)
 _GPT2 = ModelConfig(architecture="gpt2", layers=2, hidden_size=48, heads=2, context=32)
@@ -94,15 +98,11 @@ def base_model(architecture: str) -> PreTrainedModel:
     task = embedded_task()
     model = build_model(config.model, task.tokenizer)
     sequences = encode_sentences(task.tokenizer, task.texts[:4000], config.model.context)
-    steps = PRETRAIN_STEPS
     train_language_model(
-        model, sequences, PretrainConfig(batch_size=32, learning_rate=5e-3), steps=steps,
+        model, sequences, PretrainConfig(batch_size=32, learning_rate=5e-3), steps=PRETRAIN_STEPS,
         pad_id=task.tokenizer.pad_token_id, seed=0, report=lambda loss: None,
     )  # fmt: skip
     return model
-
-
-PRETRAIN_STEPS = 250
 
 
 @functools.cache
@@ -111,33 +111,61 @@ def prompts() -> list[list[int]]:
     return encode_prompts(task.tokenizer, task.prompts)
 
 
+@functools.cache
 def run(configuration: str, seed: int, fault: str | None = None, begins: int = 1, steps: int = STEPS) -> Result:
     """Train, with the fault planted from step ``begins`` on."""
+    return Result(*_train(configuration, seed, fault, begins, steps, enough=lambda row: False))
+
+
+def raised_at(configuration: str, seed: int, fault: str, begins: int, expected: tuple[str, ...]) -> int | None:
+    """Train until one of the expected alerts is raised, at most ten steps from the fault on; return its step."""
+    monitor = Monitor(default_thresholds())
+    seen: list[int] = []
+
+    def enough(row: dict[str, Any]) -> bool:
+        raised = monitor.extend(columns([row]))
+        seen.extend(alert.raised_step for alert in raised if alert.name in expected)
+        return bool(seen)
+
+    _, stopped_at = _train(configuration, seed, fault, begins, begins + WITHIN, enough)
+    return stopped_at if "nonfinite" in expected else min(seen, default=None)
+
+
+def _train(
+    configuration: str, seed: int, fault: str | None, begins: int, steps: int, enough: Callable[[dict[str, Any]], bool]
+) -> tuple[list[dict[str, Any]], int | None]:
     config = replace(CONFIGURATIONS[configuration], seed=seed)
     task = embedded_task()
     set_all_seeds(seed)
     base = base_model(config.model.architecture)
-    reference = Reference(copy.deepcopy(base))
     policy = copy.deepcopy(base).requires_grad_(True)
-    state = new_state(ActorCritic(policy, config.model.value), reference, config)
+    state = new_state(ActorCritic(policy, config.model.value), Reference(copy.deepcopy(base)), config)
     reward = TextReward(reviews.score, task.tokenizer)
-    experiment = Experiment(task, base, reward, {}, prompts(), [])
+    eos_id, pad_id = task.tokenizer.eos_token_id, task.tokenizer.pad_token_id
     rows: list[dict[str, Any]] = []
     with pytest.MonkeyPatch.context() as patch:
-        world = World(patch, state, config, experiment, reward)
+        world = World(patch, state, config, eos_id, reward)
         while state.step < steps:
             step = state.step + 1
             if fault is not None and step == begins:
-                FAULTS[fault](world)
+                FAULTS[fault].plant(world)
             ids = [prompts()[row] for row in prompt_rows(len(prompts()), config.ppo.batch_size, step, seed)]
             try:
-                result = ppo.ppo_step(
-                    state, ids, world.reward, world.config, eos_id=experiment.eos_id, pad_id=experiment.pad_id
-                )
-            except NonFiniteError:
-                return Result(rows, step)
+                result = ppo.ppo_step(state, ids, world.reward, world.config, eos_id=eos_id, pad_id=pad_id)
+            except NonFiniteError as error:
+                return rows, error.step
             rows.append(log_row(step, result.metrics))
-    return Result(rows, None)
+            if enough(rows[-1]):
+                break
+    return rows, None
+
+
+def alerts_of(result: Result) -> list[Alert]:
+    """What the rows show, and what the trainer says of the step that it gave up."""
+    thresholds = default_thresholds()
+    shown = check(columns(result.rows), thresholds) if result.rows else []
+    given_up = result.stopped_at
+    return shown if given_up is None else [*shown, nonfinite_alert(given_up, "the step", thresholds)]
 
 
 @dataclass
@@ -147,7 +175,7 @@ class World:
     patch: pytest.MonkeyPatch
     state: ppo.PPOState
     config: TrainConfig
-    experiment: Experiment
+    eos_id: int
     reward: Callable[..., torch.Tensor]
 
 

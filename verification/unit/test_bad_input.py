@@ -123,7 +123,10 @@ class TestOptions:
     def test_an_unknown_command_is_answered_with_those_that_there_are(self):
         outcome = run_command("trane")
         assert outcome.code == 2
-        assert outcome.complaint == "rlhf: unknown command 'trane'; choose from train, compare, samples"
+        assert (
+            outcome.complaint
+            == "rlhf: unknown command 'trane'; choose from train, sft, reward, eval, pipeline, export, compare, samples"
+        )
 
     def test_the_value_is_quoted_whole_however_long(self, runs):
         value = "/a/very-long-folder-name" * 20 + "/end"

@@ -14,7 +14,9 @@ from rlhf_core.losses import clipped_policy_losses, clipped_value_losses, log_ra
 def targets(**changes):
     """GAE's hand-worked case of the design (γ = 1, λ = 0.95) with a score of 1 at the end and no KL penalty."""
     given = {
-        "scores_B": np.array([1.0]),
+        "rewards_B": np.array([1.5]),
+        "ended_B": np.array([False]),
+        "missing_eos_penalty": 0.5,
         "logprobs_BT": np.array([[-1.0, 5.0, -2.0]]),
         "ref_logprobs_BT": np.array([[-1.0, 9.0, -2.0]]),
         "values_BT": np.array([[0.5, 7.0, 0.25]]),
@@ -41,7 +43,8 @@ def test_the_hand_worked_targets_have_no_error():
         ({"raw_advantages_BT": np.array([[0.4625, 0.0, 0.9]])}, 0.15 / 0.75),
         ({"returns_BT": np.array([[0.9625, 0.0, 0.7]])}, 0.3 / 0.75),
         ({"advantages_BT": np.array([[0.4625, 0.0, -0.75]])}, 1.5 / 0.75),
-        ({"scores_B": np.array([0.25])}, None),
+        ({"rewards_B": np.array([0.25])}, None),
+        ({"ended_B": np.array([True])}, None),
         ({"ref_logprobs_BT": np.array([[-3.0, 9.0, -2.0]])}, None),
         ({"lam": 1.0}, None),
     ],

@@ -101,7 +101,7 @@ def gradient_of(case, minibatch):
     config, state, rollout, scores, targets = case
     state.model.zero_grad(set_to_none=True)
     sums = accumulate_gradients(state, rollout, scores, targets, minibatch, config, StageClock(1))
-    return {name: p.grad.clone() for name, p in state.model.named_parameters()}, sums
+    return {name: p.grad.clone() for name, p in state.model.named_parameters() if p.requires_grad}, sums
 
 
 def learned(state, rollout, config, reward=share_of_sevens):

@@ -1,0 +1,62 @@
+"""Columns of a made-up run that is healthy, for tests that spoil one thing in it."""
+
+import numpy as np
+
+from rlhf_core.metrics import METRICS, TIMINGS
+
+
+def healthy(rows: int = 60, seed: int = 0) -> dict[str, np.ndarray]:
+    """A run that learns a little: every metric and timing within its range, with noise."""
+    rng = np.random.default_rng(seed)
+    t = np.arange(rows) / 60
+
+    def noisy(level, scale=0.05):
+        return level * (1 + scale * rng.standard_normal(rows))
+
+    columns = {
+        "kl": noisy(4 * t / (1 + t)),
+        "kl_k3": noisy(0.4 * t / (1 + t)),
+        "kl_target_error": noisy(2.0 + 0 * t),
+        "kl_coef": 0.1 - 0.02 * t / (1 + t),
+        "entropy": noisy(1.7 - 0.6 * t / (1 + t)),
+        "reward_mean": 0.6 * t / (1 + t) + 0.1 * rng.standard_normal(rows),
+        "reward_var": noisy(0.35 + 0 * t, 0.2),
+        "score_mean": 0.6 * t / (1 + t) + 0.1 * rng.standard_normal(rows),
+        "policy_loss": -0.02 + 0.005 * rng.standard_normal(rows),
+        "value_loss": noisy(0.15 + 0 * t, 0.2),
+        "approx_kl": noisy(0.01 + 0 * t, 0.3),
+        "clip_frac": noisy(0.06 + 0 * t, 0.3),
+        "ratio_max_dev_first": 0 * t,
+        "grad_norm": noisy(1.0 + 0 * t, 0.2),
+        "grad_norm_max": noisy(2.0 + 0 * t, 0.3),
+        "adv_var": noisy(0.3 + 0 * t, 0.2),
+        "explained_variance": 0.3 * t / (1 + t) + 0.05 * rng.standard_normal(rows),
+        "value_mean": 0.5 * t / (1 + t),
+        "return_mean": 0.5 * t / (1 + t) + 0.1 * rng.standard_normal(rows),
+        "response_length_mean": noisy(8.0 + 0 * t),
+        "response_tokens": np.round(noisy(512 + 0 * t)),
+        "eos_rate": np.clip(noisy(0.97 + 0 * t, 0.02), 0, 1),
+        "lr": 3e-4 * (1 - t / (1 + t)),
+        "rollout_logprob_diff_max": noisy(2e-6 + 0 * t, 0.2),
+        "rollout_logprob_diff_p99": noisy(1e-6 + 0 * t, 0.1),
+        "sampling_z": rng.standard_normal(rows),
+        "tokens_after_eos": 0 * t,
+        "reward_length_corr": 0.2 * rng.standard_normal(rows),
+        "target_error": noisy(1e-7 + 0 * t),
+        "first_gradient_error": noisy(1e-7 + 0 * t),
+        "value_gradient_share": noisy(0.1 + 0 * t),
+        "step_time_s": noisy(0.5 + 0 * t),
+        "tokens_per_second": noisy(1000 + 0 * t),
+        "peak_mem_bytes": 1e9 + 1e6 * np.arange(rows),
+    }
+    assert columns.keys() == {metric.name for metric in (*METRICS, *TIMINGS)}
+    return {"step": np.arange(1, rows + 1)} | columns
+
+
+def spoiled(rows: int = 60, seed: int = 0, since: int = 30, **values: float | np.ndarray) -> dict[str, np.ndarray]:
+    """The healthy run with metrics replaced from row ``since`` on."""
+    columns = healthy(rows, seed)
+    for name, value in values.items():
+        columns[name] = columns[name].astype(np.float64)
+        columns[name][since:] = value if np.isscalar(value) else value[: rows - since]
+    return columns
