@@ -28,8 +28,9 @@ test-all: install  ## everything
 verify_m1: install  ## determinism
 	$(BIN)/python -m pytest verification/ -m "m1 and not slow"
 
-bench: install  ## the benchmarks, ours beside torch's
-	$(BIN)/python -m pytest verification/benchmarks --benchmark-only
+bench: install  ## the benchmarks, ours beside the peers, saved as the baseline of `pytest --benchmark-compare`
+	rm -rf verification/benchmarks/baseline
+	$(BIN)/python -m pytest verification/benchmarks --benchmark-only --benchmark-save=baseline
 
 cuda: install  ## compile the CUDA extension: no warning, no spill, 16-byte accesses; skips where there is no nvcc
 	$(BIN)/python -m pytest verification/unit/kernels/test_kernel_cuda_build.py -rs

@@ -24,6 +24,7 @@ COMMANDS = (
     "check-profile",
     "check-metrics",
     "report",
+    "bench",
 )
 """Each is the module of that name in ``rlhf_core.commands`` (with ``_`` for ``-``): ``Options`` and ``run``."""
 

@@ -128,6 +128,8 @@ def require_model_source(path: str | Path) -> None:
     folder = Path(path)
     if folder.is_dir():
         folder = model_folder(folder)
+        if (folder / "environment.json").is_file():
+            raise FileNotFoundError(f"run {str(path)!r} has made no model yet; continue it with --resume")
         if not (folder / "config.json").is_file():
             raise FileNotFoundError(f"model folder {str(path)!r} has no config.json; is it a transformers model?")
         return
@@ -139,8 +141,13 @@ def require_model_source(path: str | Path) -> None:
 
 
 def model_folder(path: str | Path) -> Path:
-    """Return where the model of a folder lies: in a run's folder its ``model``, or its newest checkpoint's policy."""
+    """Return where the model of a folder lies: in a run's folder its ``model``, or its newest checkpoint's policy.
+
+    A pipeline's is that of its PPO stage.
+    """
     folder = Path(path)
+    if (folder / "ppo" / "config.json").is_file():
+        folder /= "ppo"
     checkpoints = sorted(folder.glob("checkpoints/step_*/policy"), key=lambda one: (len(one.parent.name), one))
     inside = [folder / "model", *reversed(checkpoints)]
     return next((one for one in inside if (one / "config.json").is_file()), folder)

@@ -186,6 +186,11 @@ def memory_advice(summary: dict[str, dict[str, float]], config: TrainConfig, tok
         "The head is computed for response positions alone wherever the model takes logits_to_keep; a model that does "
         "not pays for the prompt's logits too."
     )
-    first = f"{top} takes most: {stages[top] / MIB:.0f} MiB, {grown / MIB:.0f} MiB above the stage that takes least."
+    first = (
+        f"{top} takes most: {stages[top] / MIB:.0f} MiB, {grown / MIB:.0f} MiB above the stage that takes least."
+        if grown >= MIB
+        else f"No stage takes 1 MiB more than another: the {stages[top] / MIB:.0f} MiB are weights, libraries and "
+        "what the allocator keeps."
+    )
     best = [linear, micro] if 2 * logits > 0.25 * grown and logits > MIB else [micro, linear]
     return [first, *best, head]

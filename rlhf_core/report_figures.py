@@ -49,6 +49,7 @@ def _curve(axes: Axes, metric: Metric, steps: np.ndarray, values: np.ndarray) ->
         axes.set_title(f"{values[good][-1]:.4g}", fontsize=9, color=LINE, loc="right")
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     axes.yaxis.set_major_locator(MaxNLocator(4))
+    axes.yaxis.set_major_formatter(lambda value, place: f"{value:.6g}")
     _plain(axes)
 
 

@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_core.config import RunConfig
+from rlhf_core.policy import context_length
 from rlhf_core.reward import FunctionReward, ModelReward, Reward, WeightedRewards
 from rlhf_core.reward_functions import RewardFunction, load_function
 from rlhf_core.reward_model import RewardModel, load_reward_model
@@ -90,7 +91,7 @@ def weighted(
     for one in loaded:
         if isinstance(one.found, tuple):
             model, own = one.found
-            reward: Reward = ModelReward(model.to(device), own, tokenizer)
+            reward: Reward = ModelReward(model.to(device), own, tokenizer, context_length(model.model))
         else:
             reward = FunctionReward(one.source.name, one.found, tokenizer, timeout_s)
         rewards[one.source.name] = (one.source.weight, reward)

@@ -21,13 +21,14 @@ from rlhf_core import runlog
 from rlhf_core.dataset import Rows
 from rlhf_core.optim import adamw
 from rlhf_core.policy import load_model
-from rlhf_core.reward_model import PairObjective, load_reward_model, new_reward_model
+from rlhf_core.reward_model import PairObjective, load_reward_model, new_reward_model, save_reward_model
 from rlhf_core.sft import CompletionObjective
 from rlhf_core.stage_config import PreferenceConfig, TrainingConfig
 from rlhf_core.supervised import SupervisedState, number_of_steps, supervised_step, width_rate
 from rlhf_core.testing.assertions import assert_runs_identical
 from rlhf_core.testing.command import run_command
 from rlhf_core.token_store import TokenWriter
+from rlhf_core.tokenization import byte_pair_tokenizer
 
 PROMPTS = [[5, 6], [], [7, 3, 9], [8]]
 COMPLETIONS = [[4, 4, 0], [2, 5, 0], [6, 0], [3, 3, 3, 3]]
@@ -306,6 +307,18 @@ def test_transformers_own_forward_gives_the_same_reward(finished):
     for row in rows:
         ids = torch.tensor([row])
         assert ours(ids, torch.ones_like(ids)).item() == pytest.approx(theirs(ids).logits.item(), abs=1e-6)
+
+
+def test_a_reward_model_whose_padding_is_its_end_is_read_right_by_transformers_too(tmp_path):
+    tokenizer = byte_pair_tokenizer(["film"], 270)
+    tokenizer.pad_token = tokenizer.eos_token
+    made = new_reward_model(tiny_lm("gpt2", vocabulary=len(tokenizer)))
+    with torch.no_grad():
+        made.model.score.weight.normal_(0.0, 1.0, generator=torch.Generator().manual_seed(1))
+    save_reward_model(made, tokenizer, tmp_path / "judge")
+    theirs = AutoModelForSequenceClassification.from_pretrained(tmp_path / "judge")
+    ids = torch.tensor([[5, 6, 7, tokenizer.eos_token_id]])
+    assert theirs(ids).logits.item() == pytest.approx(made(ids, torch.ones_like(ids)).item(), abs=1e-6)
 
 
 @pytest.mark.parametrize(

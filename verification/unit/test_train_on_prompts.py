@@ -124,6 +124,22 @@ def test_a_reward_model_with_another_tokenizer_reads_the_text_anew(place):
     assert outcome.code == 0, outcome.err
 
 
+def test_a_reward_model_reads_the_last_tokens_of_what_is_too_long_for_it(place):
+    tokenizer = byte_pair_tokenizer(["film"], 270)
+    short = tiny_lm("gpt2", vocabulary=len(tokenizer), context=4)
+    save_reward_model(new_reward_model(short), tokenizer, place / "short")
+    outcome = train("a", "--model.path", "policy", "--reward", "short")
+    assert outcome.code == 0, outcome.err
+
+
+def test_a_run_without_a_model_is_named_as_such(place):
+    assert train("a", *TWO).code == 0
+    shutil.rmtree(place / "runs" / "a" / "checkpoints")
+    outcome = train("b", "--model.path", "runs/a", "--reward", "kit_rewards:length")
+    assert outcome.code == 2
+    assert "run 'runs/a' has made no model yet; continue it with --resume" in outcome.complaint
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
