@@ -24,12 +24,15 @@ def draw(runs: Store, choice: Choice, examples: bool) -> None:
     """Draw the view."""
     shown = {name: runs.run(name) for name in choice.runs if name in runs.names()}
     found = {name: run.alerts() for name, run in shown.items()}
+    # Each part has a container of its own: what appears in one does not move the charts to another place of the page's
+    # tree, where they would be drawn anew.
     for name, run in shown.items():
         verdict(name, run, found[name], many=len(shown) > 1)
-    if examples:
-        draw_examples()
-    for name, alerts in found.items():
-        draw_alerts(alerts, name if len(shown) > 1 else "", name)
+    with st.container(key="alerts"):
+        if examples:
+            draw_examples()
+        for name, alerts in found.items():
+            draw_alerts(alerts, name if len(shown) > 1 else "", name)
     draw_questions(shown, found, choice)
 
 
@@ -56,10 +59,10 @@ def verdict(name: str, run: Run, alerts: Sequence[Alert], *, many: bool) -> None
     tiles = [tile("run" if many else state(progress), name if many else steps_done(progress))]
     tiles += [tile(state(progress), steps_done(progress))] if many else []
     tiles += [tile(label, value) for label, value in figures(progress, latest)]
-    show(
-        f'<div class="kit-strip" style="--kit:{colour}"><b class="kit-verdict">{text(words)}</b>{"".join(tiles)}</div>'
-    )
-    notes(progress)
+    with st.container(key=f"verdict_{_plain(name)}"):
+        words = f'<b class="kit-verdict">{text(words)}</b>'
+        show(f'<div class="kit-strip" style="--kit:{colour}">{words}{"".join(tiles)}</div>')
+        notes(progress)
 
 
 def state(progress: Progress) -> str:
