@@ -135,7 +135,7 @@ def test_continuous_integration_runs_lint_and_tests_and_fails_with_them():
     lines = [line for line in script.read_text().splitlines() if line and not line.startswith("#")]
     assert script.stat().st_mode & 0o111
     assert lines[0] == "set -euo pipefail"
-    assert lines[-2:] == ["make lint", "make test"]
+    assert lines[-3:] == ["make lint", "make test", "make cuda"]
 
 
 def test_pre_commit_runs_what_make_lint_runs():

@@ -53,7 +53,7 @@ def test_every_field_has_a_line_of_documentation_under_it():
     assert undocumented(SOURCE) == []
     undocumented_options = {path.stem: undocumented(path) for path in COMMANDS if undocumented(path)}
     # The wrappers around a configuration are no options.
-    stages = ("eval", "pipeline", "reward", "sft", "train")
+    stages = ("dpo", "eval", "pipeline", "reward", "sft", "train")
     assert undocumented_options == {name: [f"Options.{name}"] for name in stages}
     assert undocumented(SOURCE.with_name("stage_config.py")) == []
 
