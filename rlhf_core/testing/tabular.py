@@ -94,7 +94,7 @@ class TabularPolicy(PreTrainedModel):
         past_key_values: DynamicCache | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
-        logits_to_keep: int = 0,
+        logits_to_keep: int | slice | Tensor = 0,
         **_: Any,
     ) -> TabularOutput:
         """Return logits [B, L, V] and hidden states [B, L, S] of the tokens given; the cache keeps the ones before."""
@@ -105,7 +105,8 @@ class TabularPolicy(PreTrainedModel):
         attended_BL = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         rows_BL = self._lookup(input_ids, attended_BL.bool())[:, -new:]
         hidden_BLS = nn.functional.one_hot(rows_BL, len(self.states)).to(self.table.dtype)
-        logits_BLV = self.dropout(self.table[rows_BL[:, -logits_to_keep:]])
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits_BLV = self.dropout(self.table[rows_BL[:, kept]])
         return TabularOutput(
             logits=logits_BLV,
             last_hidden_state=hidden_BLS,

@@ -32,7 +32,9 @@ def replace(monkeypatch: pytest.MonkeyPatch, name: str, make: Callable[[Any], An
 
 @plant
 def labels_shifted_by_one_too_few(monkeypatch):
+    """Whatever the head is limited to, the logits and values of the last T positions are taken."""
     replace(monkeypatch, "predicting", lambda right: lambda x, length: x[:, -length:], policy)
+    monkeypatch.setattr(policy.ForwardArguments, "keep", lambda self, positions: {})
 
 
 @plant
@@ -170,8 +172,8 @@ def gradient_not_clipped(monkeypatch):
 @plant
 def each_micro_batch_divides_by_its_own_tokens(monkeypatch):
     def make(right):
-        def wrong(state, rollout, scores, targets, minibatch, config):
-            parts = [right(state, rollout, scores, targets, [rows], config) for rows in minibatch]
+        def wrong(state, rollout, scores, targets, minibatch, config, *rest):
+            parts = [right(state, rollout, scores, targets, [rows], config, *rest) for rows in minibatch]
             tokens = sum(part.tokens for part in parts)
             sums = torch.stack([part.sums for part in parts]).sum(0)
             return ppo.MinibatchSums(sums, torch.stack([part.deviation for part in parts]).max(), tokens, tokens)
@@ -196,9 +198,9 @@ def dropout_on(monkeypatch):
 @plant
 def value_coefficient_ignored(monkeypatch):
     def make(right):
-        def wrong(state, rollout, scores, targets, minibatch, config):
+        def wrong(state, rollout, scores, targets, minibatch, config, *rest):
             config = dataclasses.replace(config, ppo=dataclasses.replace(config.ppo, value_coef=1.0))
-            return right(state, rollout, scores, targets, minibatch, config)
+            return right(state, rollout, scores, targets, minibatch, config, *rest)
 
         return wrong
 
@@ -435,12 +437,12 @@ def value_loss_without_its_half(monkeypatch):
 @plant
 def old_logprobs_taken_anew_in_each_epoch(monkeypatch):
     def make(right):
-        def wrong(state, rollout, scores, targets, minibatch, config):
+        def wrong(state, rollout, scores, targets, minibatch, config, *rest):
             fresh = ppo.score_rollout(
                 state.model, state.reference, rollout, [minibatch], config.sampling.temperature, config.dtype
             )
             scores = dataclasses.replace(scores, logprobs_BT=fresh.logprobs_BT)
-            return right(state, rollout, scores, targets, minibatch, config)
+            return right(state, rollout, scores, targets, minibatch, config, *rest)
 
         return wrong
 

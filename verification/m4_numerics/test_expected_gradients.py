@@ -15,6 +15,7 @@ from rlhf_core.advantages import token_rewards
 from rlhf_core.config import PPOConfig, SamplingConfig, TrainConfig
 from rlhf_core.policy import ActorCritic, Reference
 from rlhf_core.ppo import accumulate_gradients
+from rlhf_core.profiling import StageClock
 from rlhf_core.rollout import Rollout
 from rlhf_core.scoring import Scores, score_rollout
 from rlhf_core.targets import Targets, make_targets
@@ -109,7 +110,13 @@ class Trainer:
             parameter.grad = None
         everything = [torch.arange(len(rows))]
         part = accumulate_gradients(
-            self.state, taken(self.rollout, rows), taken(self.scores, rows), targets, everything, self.config
+            self.state,
+            taken(self.rollout, rows),
+            taken(self.scores, rows),
+            targets,
+            everything,
+            self.config,
+            StageClock(),
         )
         return {name: torch.zeros_like(p) if p.grad is None else -p.grad for name, p in parameters.items()}, part.count
 

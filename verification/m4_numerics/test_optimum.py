@@ -51,8 +51,8 @@ def test_an_algorithm_reaches_the_optimum_from_anywhere(algorithm, initial_seed)
 
 
 # Three of the ten leave π* where it is: a larger denominator only shortens the steps, a value behind the end is no
-# token's baseline, and a mean left in whitened advantages is a baseline like any other, whose expected gradient is 0. The
-# properties find them (test_properties_of_the_trainer); training to the end cannot.
+# token's baseline, and a mean left in whitened advantages is a baseline like any other, whose expected gradient is 0.
+# The properties find them (test_properties_of_the_trainer); training to the end cannot.
 LEAVE_THE_OPTIMUM = {
     "padding_in_the_mean": {},
     "value_not_masked": {},
