@@ -1,4 +1,4 @@
-"""Somebody's numeric functions, held to our oracles: ``pytest verification/m4_numerics --implementation module:adapter``.
+"""Numeric functions held to our oracles by ``pytest verification/m4_numerics --implementation MODULE:ADAPTER``.
 
 An adapter is any object (a module, a class, a namespace) with some of these functions; a test of one that it lacks is
 skipped and says so. Tensors in, tensors out; masks are bool, True = counts.
@@ -19,6 +19,7 @@ skipped and says so. Tensors in, tensors out; masks are bool, True = counts.
 """
 
 import importlib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -64,9 +65,9 @@ class Results:
     cells: dict[str, str] = field(default_factory=dict)
 
 
-def passed(error: float) -> str:
-    """Return the cell of a test that passed with this largest error."""
-    return f"{error:.1e}"
+def shown(error: float) -> str:
+    """Return a largest error as the table has it; infinity stands for a NaN."""
+    return "NaN" if error == math.inf else f"{error:.1e}"
 
 
 HEAD = "check"

@@ -34,6 +34,7 @@ from rlhf_core.testing.readings import (
     parallel,
     policy_change,
     read_advantages,
+    read_flat,
     rows,
     short_case,
     value_change,

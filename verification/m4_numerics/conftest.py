@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from rlhf_core.testing.implementation import passed
+from rlhf_core.testing.implementation import shown
 from rlhf_core.testing.plugin import RESULTS
 
 
@@ -27,15 +27,15 @@ def check(implementation, request):
             pytest.skip(f"{implementation.name} has no {name}: {why}")
         error = error_of(function)
         if error <= tolerance:
-            cells[title(request)] = passed(error)
+            cells[title(request)] = shown(error)
             return
         if convention is not None:
             what, error_by_convention, its_tolerance = convention
             under = error_by_convention(function)
             if under <= its_tolerance:
-                cells[title(request)] = f"{passed(under)} ({what})"
+                cells[title(request)] = f"{shown(under)} ({what})"
                 return
-        cells[title(request)] = f"**{passed(error)}**"
+        cells[title(request)] = f"**{shown(error)}**"
         pytest.fail(f"{implementation.name}'s {name} is off by {error:.3g}, more than {tolerance:g}")
 
     return run

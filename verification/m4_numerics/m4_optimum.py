@@ -8,7 +8,7 @@ from rlhf_core.config import PPOConfig, SamplingConfig, TrainConfig
 from rlhf_core.policy import ActorCritic, Reference
 from rlhf_core.ppo import train
 from rlhf_core.rollout import Rollout
-from rlhf_core.testing.tabular import TabularPolicy
+from rlhf_core.testing.tabular import TabularPolicy, tabular_states
 from rlhf_core.testing.world import (
     World,
     double_precision,
@@ -49,6 +49,13 @@ def rewards(world: World, prompt: int) -> torch.Tensor:
     return 2.0 * torch.rand(len(world.responses), generator=generator, dtype=torch.float64) - 1.0
 
 
+def values_behind_the_end(world: World) -> torch.Tensor:
+    """Return [1, S] numbers that a network's value head may well give where nothing is to be valued."""
+    live = {(*prompt, *prefix) for prompt in world.prompts for prefix in world.prefixes}
+    states = tabular_states(world)
+    return torch.tensor([[0.0 if state in live else (row % 5) - 1.5 for row, state in enumerate(states)]])
+
+
 def run(
     algorithm: str = "ppo",
     *,
@@ -76,6 +83,9 @@ def run(
         reference = TabularPolicy(world, seed=1)
         policy = TabularPolicy(world, seed=1 if initial_seed is None else initial_seed)
         model = ActorCritic(policy, "shared" if config.ppo.recipe.has_value_model else None)
+        if model.value_head is not None:
+            with torch.no_grad():
+                model.value_head.weight += values_behind_the_end(world)
         state = new_state(model, Reference(reference), config)
         prompts = [list(world.prompts[i % len(world.prompts)]) for i in range(config.ppo.prompts_per_step)]
         for _ in train(state, lambda step: prompts, reward, config, eos_id=world.eos_id, pad_id=world.pad_id):

@@ -192,9 +192,9 @@ import sys
 from pathlib import Path
 from rlhf_core.dataset import build_store, open_rows
 from rlhf_core.profiling import peak_memory_bytes
-from rlhf_core.tokenization import byte_pair_tokenizer
+from rlhf_core.tokenization import word_tokenizer
 
-tokenizer = byte_pair_tokenizer(["abc"], 259)
+tokenizer = word_tokenizer(["word"])
 before = peak_memory_bytes()
 report = build_store(sys.argv[1], "demonstration", Path(sys.argv[2]), tokenizer=tokenizer, longest=64, errors="stop",
                      held_out_share=0.1)
