@@ -73,9 +73,14 @@ class Weights:
             self.head = tensors["value_head.weight"].requires_grad_(True)
             self.bias = tensors["value_head.bias"].requires_grad_(True)
             if config.value_model == "separate":
-                self.trunk = _model(self.folder / "policy").base_model
+                # Its token embeddings are the base model's and stay so; what else it is made of is in the checkpoint.
+                self.trunk = _model(run / "models" / "base").base_model
+                self.trunk.get_input_embeddings().requires_grad_(False)
                 own = {name.removeprefix("value_trunk."): t for name, t in tensors.items() if "value_trunk." in name}
-                self.trunk.load_state_dict(own)
+                trained = {name for name, parameter in self.trunk.named_parameters() if parameter.requires_grad}
+                if not trained <= own.keys():
+                    raise ValueError(f"{self.folder}: value.safetensors lacks {min(trained - own.keys())}")
+                self.trunk.load_state_dict(own, strict=False)
 
     def parameters(self) -> dict[str, Tensor]:
         """Return what is trained, by the names of the checkpoint's optimizer."""
@@ -84,7 +89,7 @@ class Weights:
             named |= {f"value_trunk.{name}": tensor for name, tensor in self.trunk.named_parameters()}
         if self.head is not None and self.bias is not None:
             named |= {"value_head.weight": self.head, "value_head.bias": self.bias}
-        return named
+        return {name: tensor for name, tensor in named.items() if tensor.requires_grad}
 
     def distribution(self, model: Any, ids: Tensor, length: int) -> tuple[Tensor, Tensor]:
         """Return [T, V] log-probs of the response positions, and [T, D] the policy's last hidden states there."""

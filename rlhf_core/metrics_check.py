@@ -33,7 +33,7 @@ POSSIBLE: dict[str, tuple[float | None, float | None]] = {
     "explained_variance": (None, 1.0),
     "value_mean": (None, None),
     "return_mean": (None, None),
-    "flat_groups": (0.0, 1.0),
+    "reward_zero_std_frac": (0.0, 1.0),
     "response_length_mean": (1.0, None),
     "response_tokens": (1.0, None),
     "eos_rate": (0.0, 1.0),

@@ -120,12 +120,12 @@ def test_a_spoiled_summary_is_found_out(profile_copy, kind):
 
 
 OPERATORS = {
-    "inflated self time": (cell("aten::mm", "self_cpu_ms", scaled(3)), "operators: self_cpu_ms of aten::mm is"),
-    "total below self": (cell("aten::mm", "total_cpu_ms", scaled(0.1)), "operators: total_cpu_ms of aten::mm is"),
-    "time on a GPU": (cell("aten::mm", "self_cuda_ms", lambda text: "1.0"), "operators: self_cuda_ms of aten::mm is"),
-    "more calls": (cell("aten::mm", "calls", lambda text: str(int(text) + 1)), "operators: calls of aten::mm is"),
-    "memory": (cell("aten::mm", "self_cpu_bytes", lambda text: str(int(text) + 8)), "self_cpu_bytes of aten::mm is"),
-    "a row less": (lambda rows: [row for row in rows if row[0] != "aten::mm"], "only the second ['aten::mm']"),
+    "inflated self time": (cell("aten::mul", "self_cpu_ms", scaled(3)), "operators: self_cpu_ms of aten::mul is"),
+    "total below self": (cell("aten::mul", "total_cpu_ms", scaled(0.1)), "operators: total_cpu_ms of aten::mul is"),
+    "time on a GPU": (cell("aten::mul", "self_cuda_ms", lambda text: "1.0"), "operators: self_cuda_ms of aten::mul is"),
+    "more calls": (cell("aten::mul", "calls", lambda text: str(int(text) + 1)), "operators: calls of aten::mul is"),
+    "memory": (cell("aten::mul", "self_cpu_bytes", lambda text: str(int(text) + 8)), "self_cpu_bytes of aten::mul is"),
+    "a row less": (lambda rows: [row for row in rows if row[0] != "aten::mul"], "only the second ['aten::mul']"),
     "a row more": (lambda rows: [*rows, ["aten::think", *rows[3][1:]]], "only the first has ['aten::think']"),
     "only the header": (lambda rows: rows[:1], "only the first has none, only the second ["),
 }
