@@ -115,6 +115,7 @@ def of_shared_head(config: TrainConfig, state: PPOState, rollout: Rollout) -> fl
         head = one.model.value_head
         one.model = ActorCritic(one.model.lm, value).double()
         one.model.value_head.load_state_dict(head.state_dict())
+        one.model.requires_grad_(True)  # the copy's token embeddings too, which are frozen otherwise
     once = with_ppo(config, epochs=1)
     (metrics, moved), (other, apart) = (learned(once, one, rollout) for one in (shared, separate))
     names = metrics.keys() - {"grad_norm", "grad_norm_max"}  # of other sets of parameters
