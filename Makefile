@@ -3,9 +3,14 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-NATIVE := $(shell find kernels -name '*.pyx' -o -name '*.pxd' -o -name '*.h' -o -name '*.c' -o -name '*.cu' -o -name '*.cpp')
+NATIVE := $(shell find kernels -name '*.pyx' -o -name '*.pxd' -o -name '*.h' -o -name '*.c' -o -name '*.cu' -o -name '*.cuh' -o -name '*.cpp')
 
-.PHONY: install demo test test-all verify_m1 bench lint clean
+# What TRL imports; beside the project and not of it, so that its two releases can stand side by side.
+PEERS_NEED := accelerate==1.15.0 datasets==5.2.0 dill==0.4.1 multiprocess==0.70.19 xxhash==4.1.0 psutil fsspec aiohttp aiohappyeyeballs \
+  aiosignal frozenlist multidict yarl propcache attrs pyarrow pandas
+NUMERIC := verification/m4_numerics/test_implementation.py -q --write-table docs/peers-numerics.md
+
+.PHONY: install demo test test-all verify_m1 bench cuda lint clean verify_m4 peers
 
 install: $(INSTALLED)
 
@@ -28,8 +33,23 @@ test-all: install  ## everything
 verify_m1: install  ## determinism
 	$(BIN)/python -m pytest verification/ -m "m1 and not slow"
 
-bench: install  ## the benchmarks, ours beside torch's
-	$(BIN)/python -m pytest verification/benchmarks --benchmark-only
+bench: install  ## the benchmarks, ours beside the peers, saved as the baseline of `pytest --benchmark-compare`
+	rm -rf verification/benchmarks/baseline
+	$(BIN)/python -m pytest verification/benchmarks --benchmark-only --benchmark-save=baseline
+
+verify_m4: install  ## numerics
+	$(BIN)/python -m pytest verification/ -m "m4 and not slow"
+
+peers: install  ## TRL's functions held to the numeric tests: writes docs/peers-numerics.md
+	$(BIN)/python -m pip install --quiet --no-deps --target .peers/deps $(PEERS_NEED)
+	$(BIN)/python -m pip install --quiet --no-deps --target .peers/trl_1_12 trl==1.12.0
+	$(BIN)/python -m pip install --quiet --no-deps --target .peers/trl_1_16 trl==1.16.0
+	$(BIN)/python -m pytest $(NUMERIC)
+	for peer in trl_1_12 trl_1_16; do PYTHONPATH=.peers/$$peer:.peers/deps $(BIN)/python -m pytest -W default $(NUMERIC) \
+	  --implementation rlhf_core.testing.adapters.trl:$$peer || test $$? -eq 1; done
+
+cuda: install  ## compile the CUDA extension: no warning, no spill, 16-byte accesses; skips where there is no nvcc
+	$(BIN)/python -m pytest verification/unit/kernels/test_kernel_cuda_build.py -rs
 
 lint: install  ## ruff and mypy
 	$(BIN)/ruff format --check .

@@ -2,7 +2,7 @@
 
 The CPU extensions need a C compiler and no header of torch. Each row kernel is compiled once for every instruction set
 and chosen at run time, so a wheel built on one x86-64 machine runs on an older one. The CUDA extension is built where
-nvcc and a torch are found; RLHF_KERNELS_CUDA=0 leaves it out, RLHF_KERNELS_CUDA=1 makes it an error that it cannot be built.
+nvcc and a torch are found; RLHF_KERNELS_CUDA=0 leaves it out, RLHF_KERNELS_CUDA=1 makes a build without it an error.
 """
 
 import os
@@ -18,9 +18,9 @@ from setuptools.errors import CCompilerError, CompileError, ExecError, PlatformE
 
 CPU = "kernels/rlhf_kernels/cpu"
 CUDA_FOLDER = "kernels/rlhf_kernels/cuda"
-CUDA_EXTENSION = "rlhf_kernels.cuda.kernels"
 CUDA = runpy.run_path(f"{CUDA_FOLDER}/build.py")
-HEADERS = sorted(str(path) for path in Path(CPU).glob("*.h"))
+CUDA_EXTENSION = f"rlhf_kernels.cuda.{Path(CUDA['LIBRARY']).stem}"
+HEADERS = sorted(str(path) for folder in (CPU, "kernels/rlhf_kernels/shared") for path in Path(folder).glob("*.h"))
 # Contraction to fused multiply-add differs by machine and compiler: where one is meant, the source says so.
 NUMERICS = ["-O3", "-std=gnu11", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden", "-Wno-psabi"]
 UNITS = {"portable_kernels": []}
@@ -34,8 +34,9 @@ class BuildKernels(build_ext):
 
     def get_ext_filename(self, fullname: str) -> str:
         """Where an extension goes; the CUDA extension is no Python module and has no Python version in its name."""
-        if fullname.endswith("cuda.kernels"):
-            return str(Path("rlhf_kernels", "cuda", CUDA["LIBRARY"]))
+        *folders, name = fullname.split(".")
+        if name == Path(CUDA["LIBRARY"]).stem:
+            return str(Path(*folders, CUDA["LIBRARY"]))
         return super().get_ext_filename(fullname)
 
     def build_cuda(self, ext: Extension) -> None:

@@ -18,10 +18,13 @@ Spec = dict[str, Any]
 COLOURS = ("#3b82f6", "#f97316", "#a855f7", "#14b8a6", "#ec4899", "#84cc16", "#eab308", "#64748b")
 """One for each run that is shown; all can be told apart on white and on black."""
 GOOD, WARNING, CRITICAL, INFO = "#16a34a", "#d97706", "#dc2626", "#0284c7"
+TEXT = "#7d8796"
+"""Grey that is read on white and on black: what is drawn does not know the page's theme."""
 SEVERITY_COLOURS = {"critical": CRITICAL, "warning": WARNING, "info": INFO}
 CHART_HEIGHT = 148
 TOKEN_LINE = 92
 """Characters of a line of tokens."""
+TOKEN_GAP = 0.6
 TOKEN_COLOURS = ("#2563eb", "#94a3b800", "#dc2626")
 
 _SCHEMA = pa.schema(
@@ -33,6 +36,8 @@ _QUIET = {
     "axis": {"labelFontSize": 10, "titleFontSize": 10, "domain": False, "tickSize": 3, "labelPadding": 3},
     "axisX": {"grid": False},
     "axisY": {"gridOpacity": 0.35},
+    # Or else the page draws a chart anew when its rows pass a number from which they are not described one by one.
+    "mark": {"aria": False},
 }
 # Where a mark lies, without a say in how far the axis goes.
 _PLACE: Spec = {"value": {"expr": "scale('x', datum.x)"}}
@@ -106,11 +111,11 @@ def metric_chart(
             ]
         },
         _layer(
-            "latest", _caption("right", 600), x={"value": {"expr": "width"}}, y={"value": -5}, text={"field": "label"}
+            "latest", _caption("right", 700), x={"value": {"expr": "width"}}, y={"value": -5}, text={"field": "label"}
         ),
         {
             "data": {"values": [{}]},
-            "mark": _caption("left", 500),
+            "mark": _caption("left", 600),
             "encoding": {"x": {"value": 0}, "y": {"value": -5}, "text": {"value": title}},
         },
     ]
@@ -134,7 +139,8 @@ def _layer(kind: str, mark: Spec, **encoding: Any) -> Spec:
 
 
 def _caption(align: str, weight: int) -> Spec:
-    return {"type": "text", "align": align, "baseline": "bottom", "fontSize": 12.5, "fontWeight": weight, "clip": False}
+    caption = {"type": "text", "align": align, "baseline": "bottom", "clip": False}
+    return caption | {"fontSize": 12.5, "fontWeight": weight, "color": TEXT}
 
 
 def _healthy_range(low: float | None, high: float | None) -> Spec:
@@ -219,7 +225,7 @@ def stage_bars(height_of_bar: int = 22) -> Spec:
         "encoding": {"y": y},
         "layer": [
             {
-                "mark": {"type": "bar", "cornerRadiusEnd": 2},
+                "mark": {"type": "bar", "cornerRadiusEnd": 2, "color": COLOURS[0]},
                 "encoding": {
                     "x": x,
                     "opacity": {"condition": {"test": "datum.inner", "value": 0.45}, "value": 1},
@@ -231,7 +237,7 @@ def stage_bars(height_of_bar: int = 22) -> Spec:
                 },
             },
             {
-                "mark": {"type": "text", "align": "left", "dx": 4, "fontSize": 11},
+                "mark": {"type": "text", "align": "left", "dx": 4, "fontSize": 11, "color": TEXT},
                 "encoding": {"x": x, "text": {"field": "share", "format": ".1%"}},
             },
         ],
@@ -241,7 +247,7 @@ def stage_bars(height_of_bar: int = 22) -> Spec:
 
 
 def token_map(limit: float) -> Spec:
-    """Return a completion's tokens as text over the colour of their log-ratio; for ``token_rows``.
+    """Return a completion's tokens as text, underlined in the colour of their log-ratio; for ``token_rows``.
 
     Red is what the policy is likelier to draw than the reference, blue what it is less likely to.
 
@@ -266,15 +272,15 @@ def token_map(limit: float) -> Spec:
     colour["scale"] = {"domain": [-limit, 0, limit], "range": list(TOKEN_COLOURS), "clamp": True}
     return {
         "width": TOKEN_LINE * 7.25,
-        "height": {"step": 21},
+        "height": {"step": 26},
         "encoding": {"y": line},
         "layer": [
             {
-                "mark": {"type": "rect", "opacity": 0.6, "cornerRadius": 2},
+                "mark": {"type": "bar", "height": 5, "yOffset": 10, "cornerRadius": 1},
                 "encoding": {"x": start, "x2": {"field": "end"}, "color": colour, "tooltip": tooltip},
             },
             {
-                "mark": {"type": "text", "align": "left", "font": "monospace", "fontSize": 12, "dx": 1},
+                "mark": {"type": "text", "align": "left", "font": "monospace", "fontSize": 12, "color": TEXT},
                 "encoding": {"x": start, "text": {"field": "token"}, "tooltip": tooltip},
             },
         ],
@@ -286,13 +292,13 @@ def token_map(limit: float) -> Spec:
 def token_rows(tokens: Sequence[str], logprobs: Sequence[float], references: Sequence[float]) -> pa.Table:
     """Return the data of ``token_map``: tokens laid out in lines of ``TOKEN_LINE`` characters."""
     rows: list[dict[str, Any]] = []
-    line, at = 0, 0
+    line, at = 0, 0.0
     for position, (token, logprob, reference) in enumerate(zip(tokens, logprobs, references, strict=True)):
         text = printable(token).replace(" ", "\u00a0") or "∅"
         text = text if len(text) <= TOKEN_LINE // 2 else text[: TOKEN_LINE // 2 - 1] + "…"
         if at + len(text) > TOKEN_LINE:
-            line, at = line + 1, 0
+            line, at = line + 1, 0.0
         rows.append({"token": text, "position": position, "line": line, "start": at, "end": at + len(text)})
         rows[-1] |= {"ratio": logprob - reference, "logprob": logprob, "reference": reference}
-        at += len(text)
+        at += len(text) + TOKEN_GAP
     return pa.Table.from_pylist(rows)

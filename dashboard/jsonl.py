@@ -82,37 +82,35 @@ class Tail:
 def parse(lines: bytes) -> tuple[Columns, int]:
     """Return the numbers of whole lines as columns, and how many lines are no row with a step.
 
-    An object inside a row gives columns named ``outer/inner``. Metrics named in a row's ``nonfinite`` are NaN there.
+    An object inside a row gives columns named ``outer/inner``; null, and what a row names as ``nonfinite``, is NaN.
     """
     try:
         options = pyarrow.json.ReadOptions(use_threads=False, block_size=len(lines) + 1)
-        table = pyarrow.json.read_json(io.BytesIO(lines), read_options=options)
-        columns = _from_table(table)
+        columns = _from_table(pyarrow.json.read_json(io.BytesIO(lines), read_options=options))
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
         columns = None
-    if columns is not None and "step" in columns and not np.ma.getmaskarray(columns["step"]).any():
-        return columns, 0
-    return _from_lines(lines)
+    return (columns, 0) if columns is not None else _from_lines(lines)
 
 
 def _from_table(table: pa.Table) -> Columns | None:
+    """Return the columns of plain rows; None where rows have to be looked at one by one.
+
+    A table does not tell null, which stands for what was not finite, from what a row does not have.
+    """
     columns: Columns = {}
     for name in table.column_names:
         column = table.column(name).combine_chunks()
         if pa.types.is_struct(column.type):
             for field, inner in zip(column.type, column.flatten(), strict=True):
                 _add_numbers(columns, f"{name}/{field.name}", inner)
-        elif name != "nonfinite":
+        elif column.null_count or (
+            name == "nonfinite" and (not pa.types.is_list(column.type) or len(column.flatten()))
+        ):
+            return None
+        else:
             _add_numbers(columns, name, column)
-    if "step" in columns and not _whole(columns["step"]):
-        return None
-    if "nonfinite" in table.column_names:
-        for row, names in enumerate(table.column("nonfinite").to_pylist()) if _any_named(table) else ():
-            for name in names if isinstance(names, list) else ():
-                if name not in columns:
-                    columns[name] = np.ma.masked_all(table.num_rows)
-                columns[name][row] = math.nan
-    return columns
+    steps = columns.get("step")
+    return columns if steps is not None and pa.types.is_integer(table.schema.field("step").type) else None
 
 
 def concatenated(first: Columns, second: Columns) -> Columns:
@@ -129,15 +127,6 @@ def concatenated(first: Columns, second: Columns) -> Columns:
         )
         for name in dict.fromkeys((*first, *second))
     }
-
-
-def _any_named(table: pa.Table) -> bool:
-    column = table.column("nonfinite")
-    return pa.types.is_list(column.type) and not pa.types.is_null(column.type.value_type)
-
-
-def _whole(step: np.ma.MaskedArray) -> bool:
-    return bool(np.all(np.ma.filled(step == np.floor(step), True)))
 
 
 def _add_numbers(columns: Columns, name: str, column: pa.Array) -> None:
@@ -182,8 +171,8 @@ def numbers(row: dict[str, Any]) -> dict[str, float]:
     for name, value in row.items():
         if isinstance(value, dict):
             found |= {f"{name}/{inner}": _float(one) for inner, one in value.items() if _is_number(one)}
-        elif _is_number(value):
-            found[name] = _float(value)
+        elif value is None or _is_number(value):
+            found[name] = math.nan if value is None else _float(value)
     nonfinite = row.get("nonfinite")
     named = nonfinite if isinstance(nonfinite, list) else []
     return found | {name: math.nan for name in named if isinstance(name, str)}

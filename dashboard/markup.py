@@ -3,16 +3,24 @@
 import html
 
 import streamlit as st
+from streamlit.delta_generator import DeltaGenerator
 
 from rlhf_core.terminal import printable
 
 STYLE = """<style>
 [data-testid="stMainBlockContainer"] {padding: 0.7rem 1.4rem 2rem; max-width: 1900px}
 [data-testid="stHeader"] {background: transparent; height: 2.6rem; min-height: 2.6rem; pointer-events: none}
-[data-testid="stHeader"] * {pointer-events: auto}
+[data-testid="stHeader"] * {pointer-events: none}
+[data-testid="stHeader"] button, [data-testid="stHeader"] button * {pointer-events: auto}
 .st-key-toolbar {padding-right: 3rem}
 .st-key-toolbar > div:first-child {flex: 1 1 15rem; min-width: 12rem}
-[class*="st-key-question_"] {flex: 1 1 300px !important; min-width: 280px; gap: 0.35rem !important}
+.st-key-questions > div {flex: 1 1 300px !important; min-width: min(300px, 100%) !important}
+.st-key-split > div {flex: 1 1 360px !important; min-width: min(360px, 100%) !important}
+.st-key-split > div:first-child {flex: 1.6 1 620px !important}
+[class*="st-key-question_"] {gap: 0.35rem !important}
+[class*="st-key-alert_"] > div:first-child {flex: 1 1 18rem !important; min-width: 0 !important}
+[class*="st-key-alert_"] button {min-height: 1.7rem; padding: 0 0.55rem}
+[class*="st-key-alert_"] button p {font-size: 0.8rem}
 [data-testid="stVerticalBlock"] {gap: 0.6rem}
 .kit-strip {display: flex; flex-wrap: wrap; gap: 0.35rem 1.5rem; align-items: center; padding: 0.4rem 0.8rem;
   border-radius: 0.4rem; border-left: 6px solid var(--kit); background: color-mix(in srgb, var(--kit) 11%, transparent)}
@@ -52,3 +60,9 @@ def show(markup: str) -> None:
 def tile(label: str, value: str) -> str:
     """Return a figure with its name above it."""
     return f'<div class="kit-tile"><small>{text(label)}</small><span>{text(value)}</span></div>'
+
+
+def split() -> tuple[DeltaGenerator, DeltaGenerator]:
+    """Return a wide and a narrow part, side by side where there is room and else below each other."""
+    with st.container(horizontal=True, key="split", gap="medium"):
+        return st.container(key="split_wide"), st.container(key="split_narrow")

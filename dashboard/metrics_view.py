@@ -1,5 +1,6 @@
 """The first screen: is it healthy? Verdict, alerts, then the metrics by the question that they answer."""
 
+from collections import Counter
 from collections.abc import Sequence
 
 import streamlit as st
@@ -15,6 +16,7 @@ from rlhf_core.terminal import printable
 
 POINTS = 500
 """Points of a curve, each with its minimum and maximum: more than a chart has pixels across."""
+MOST_OPEN = 4
 MOST_ALERTS = 30
 
 
@@ -22,12 +24,15 @@ def draw(runs: Store, choice: Choice, examples: bool) -> None:
     """Draw the view."""
     shown = {name: runs.run(name) for name in choice.runs if name in runs.names()}
     found = {name: run.alerts() for name, run in shown.items()}
+    # Each part has a container of its own: what appears in one does not move the charts to another place of the page's
+    # tree, where they would be drawn anew.
     for name, run in shown.items():
         verdict(name, run, found[name], many=len(shown) > 1)
-    if examples:
-        draw_examples()
-    for name, alerts in found.items():
-        draw_alerts(alerts, name if len(shown) > 1 else "", name)
+    with st.container(key="alerts"):
+        if examples:
+            draw_examples()
+        for name, alerts in found.items():
+            draw_alerts(alerts, name if len(shown) > 1 else "", name)
     draw_questions(shown, found, choice)
 
 
@@ -47,15 +52,17 @@ def verdict(name: str, run: Run, alerts: Sequence[Alert], *, many: bool) -> None
         colour, words = charts.INFO, "No step yet"
     elif worst:
         colour, words = charts.SEVERITY_COLOURS[worst], " and ".join(counts)
+    elif progress.read < 1:
+        colour, words = charts.INFO, "Reading"
     else:
         colour, words = charts.GOOD, "Healthy"
     tiles = [tile("run" if many else state(progress), name if many else steps_done(progress))]
     tiles += [tile(state(progress), steps_done(progress))] if many else []
     tiles += [tile(label, value) for label, value in figures(progress, latest)]
-    show(
-        f'<div class="kit-strip" style="--kit:{colour}"><b class="kit-verdict">{text(words)}</b>{"".join(tiles)}</div>'
-    )
-    notes(progress)
+    with st.container(key=f"verdict_{_plain(name)}"):
+        words = f'<b class="kit-verdict">{text(words)}</b>'
+        show(f'<div class="kit-strip" style="--kit:{colour}">{words}{"".join(tiles)}</div>')
+        notes(progress)
 
 
 def state(progress: Progress) -> str:
@@ -103,25 +110,38 @@ def notes(progress: Progress) -> None:
 
 
 def draw_alerts(alerts: Sequence[Alert], owner: str, key: str) -> None:
-    """Draw alerts, the worst first, each with links to its step."""
-    for number, alert in enumerate(alerts[:MOST_ALERTS]):
-        with st.container(
-            horizontal=True, vertical_alignment="center", key=f"alert_{number}_{_plain(key)}", gap="small"
-        ):
-            show(card(alert, owner))
-            with st.container(horizontal=True, width="content", gap="small"):
-                for view, label in (("Metrics", "Curves"), ("Completions", f"Step {alert.first_step}")):
-                    pressed = st.button(
-                        label,
-                        key=f"{view}_{number}_{_plain(key)}",
-                        on_click=go,
-                        args=(view, alert.first_step),
-                        help=f"{view} at step {alert.first_step}",
-                    )
-                    if pressed:
-                        st.rerun()
-    if len(alerts) > MOST_ALERTS:
-        show(f'<small class="kit-dim">and {len(alerts) - MOST_ALERTS} more: rlhf alerts RUN</small>')
+    """Draw alerts, the worst first; what has passed, or stands and is no warning, folds up."""
+    first = [alert for alert in alerts if alert.synthetic or (alert.standing and alert.severity != "info")]
+    shown, folded = first[:MOST_OPEN], [alert for alert in alerts if alert not in first]
+    folded = first[MOST_OPEN:] + folded if first and not first[0].synthetic else folded
+    shown = first if first and first[0].synthetic else shown
+    for number, alert in enumerate(shown):
+        draw_alert(alert, owner, f"{number}_{_plain(key)}")
+    if folded:
+        kinds = Counter("passed" if not alert.standing else alert.severity for alert in folded)
+        words = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
+        with st.expander(f"{words}: alerts that are folded up", key=f"folded_{_plain(key)}"):
+            for number, alert in enumerate(folded[:MOST_ALERTS]):
+                draw_alert(alert, owner, f"folded_{number}_{_plain(key)}")
+            if len(folded) > MOST_ALERTS:
+                show(f'<small class="kit-dim">and {len(folded) - MOST_ALERTS} more: rlhf alerts RUN</small>')
+
+
+def draw_alert(alert: Alert, owner: str, key: str) -> None:
+    """Draw an alert with links to its step among the curves, and to that step's metrics and completions."""
+    with st.container(horizontal=True, vertical_alignment="center", key=f"alert_{key}", gap="small"):
+        show(card(alert, owner))
+        with st.container(horizontal=True, width="content", gap="small"):
+            for view, label in (("Metrics", "Curves"), ("Completions", f"Step {alert.first_step}")):
+                pressed = st.button(
+                    label,
+                    key=f"{view}_{key}",
+                    on_click=go,
+                    args=(view, alert.first_step),
+                    help=f"{view} at step {alert.first_step}",
+                )
+                if pressed:
+                    st.rerun()
 
 
 def _plain(name: str) -> str:
@@ -181,7 +201,9 @@ def draw_metric(name: str, shown: dict[str, Run], found: dict[str, list[Alert]],
     marks = [
         (place, alert.severity)
         for alert in found[first_name]
-        if name in (alert.metric, *alert.moved_with) and (place := _inside(first, alert.first_step, choice, curves))
+        if alert.severity != "info"
+        and name in (alert.metric, *alert.moved_with)
+        and (place := _inside(first, alert.first_step, choice, curves))
     ]
     chosen = None if choice.step is None else _inside(first, choice.step, choice, curves)
     latest = first.latest()

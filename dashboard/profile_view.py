@@ -12,7 +12,7 @@ from dashboard import charts
 from dashboard.api import PROFILES
 from dashboard.folder import open_plain, plain_file
 from dashboard.jsonl import finite
-from dashboard.markup import show
+from dashboard.markup import show, split
 from dashboard.metrics_view import verdict
 from dashboard.state import Choice
 from dashboard.store import Run, Store
@@ -20,6 +20,8 @@ from rlhf_core.terminal import printable
 
 CSV_BYTES = 1 << 20
 MOST_OPERATORS = 30
+WHOLE_STEP = "step"
+"""The row of a summary that is no stage, but all of them and what lies between."""
 PERFETTO = "https://ui.perfetto.dev"
 
 
@@ -30,7 +32,7 @@ def draw(runs: Store, choice: Choice, examples: bool) -> None:
     verdict(name, run, run.alerts(), many=len(choice.runs) > 1)
     summary = read_csv(run, "summary.csv")
     profiled = stages_of(summary)
-    left, right = st.columns([0.55, 0.45], gap="medium")
+    left, right = split()
     with left:
         bars, source = (profiled, "profiles/summary.csv") if profiled else (logged_stages(run), "timings.jsonl")
         show('<div class="kit-question"><span>Stages of a step</span></div>')
@@ -43,7 +45,7 @@ def draw(runs: Store, choice: Choice, examples: bool) -> None:
         else:
             st.text("No step has been timed yet.")
         if profiled:
-            st.dataframe([tidy(row) for row in summary], hide_index=True, key="summary")
+            st.dataframe(tidy(summary), hide_index=True, key="summary")
     with right:
         draw_operators(read_csv(run, "op_stats.csv"))
         draw_downloads(run, name)
@@ -62,12 +64,15 @@ def read_csv(run: Run, name: str) -> list[dict[str, str]]:
         return []
 
 
-def tidy(row: dict[str, str]) -> dict[str, Any]:
-    """Return a row of a table with numbers where they are numbers."""
-    return {
-        printable(name): value if (value := as_number(text)) is not None else printable(text)
-        for name, text in row.items()
-    }
+def tidy(rows: list[dict[str, str]]) -> list[dict[str, Any]]:
+    """Return the rows of a table with numbers where they are numbers, without the columns that are 0 throughout."""
+    kept = [name for name in rows[0] if any(as_number(row.get(name, "")) != 0.0 for row in rows)]
+    return [{printable(name): _tidy(row.get(name, "")) for name in kept} for row in rows]
+
+
+def _tidy(text: str) -> float | str:
+    number = as_number(text)
+    return printable(text) if number is None else round(number, 3)
 
 
 def as_number(text: str) -> float | None:
@@ -80,15 +85,12 @@ def as_number(text: str) -> float | None:
 
 def stages_of(summary: list[dict[str, str]]) -> list[dict[str, Any]]:
     """Return the bars of a profile's summary: the mean of a step, as ``mean_ms`` is of a call."""
-    stages = {
-        row["stage"]: row for row in summary if row.get("stage") and as_number(row.get("total_ms", "")) is not None
-    }
-    steps = max(
-        (as_number(row.get("calls", "")) or 0.0 for name, row in stages.items() if "/" not in name), default=0.0
-    )
+    totals = {row["stage"]: as_number(row.get("total_ms", "")) for row in summary if row.get("stage")}
+    calls = {row["stage"]: as_number(row.get("calls", "")) or 0.0 for row in summary if row.get("stage")}
+    steps = calls.get(WHOLE_STEP) or max((count for name, count in calls.items() if "/" not in name), default=0.0)
     if not steps:
         return []
-    return bars_of({name: (as_number(row["total_ms"]) or 0.0) / steps for name, row in stages.items()})
+    return bars_of({name: total / steps for name, total in totals.items() if total is not None and name != WHOLE_STEP})
 
 
 def logged_stages(run: Run) -> list[dict[str, Any]]:
@@ -137,7 +139,7 @@ def draw_operators(rows: list[dict[str, str]]) -> None:
     )
     by = by or next((name for name in rows[0] if name.startswith("self")), None) or next(iter(rows[0]))
     rows.sort(key=lambda row: -(as_number(row.get(by, "")) or 0.0))
-    st.dataframe([tidy(row) for row in rows[:MOST_OPERATORS]], hide_index=True, height=420, key="operators")
+    st.dataframe(tidy(rows[:MOST_OPERATORS]), hide_index=True, height=420, key="operators")
 
 
 def draw_downloads(run: Run, name: str) -> None:

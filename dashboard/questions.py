@@ -16,6 +16,8 @@ QUESTIONS: dict[str, tuple[str, ...]] = {
         "value_loss",
         "value_mean",
         "return_mean",
+        "reward_length_corr",
+        "flat_groups",
     ),
     "Is it stable?": (
         "entropy",
@@ -26,6 +28,11 @@ QUESTIONS: dict[str, tuple[str, ...]] = {
         "grad_norm_max",
         "adv_var",
         "lr",
+        "first_gradient_error",
+        "target_error",
+        "sampling_z",
+        "tokens_after_eos",
+        "value_gradient_share",
     ),
     "Is the policy still close?": (
         "kl",

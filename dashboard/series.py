@@ -142,13 +142,13 @@ def smooth(curve: Curve, weight: float) -> Curve:
     """Return a curve whose mean is an exponential moving average, m_k = (w m_{k−1} + (1 − w) x_k) / (1 − w^k).
 
     The average starts unbiased, as in Adam (Kingma and Ba, 2015, section 3). A gap is passed over. Minimum and maximum
-    stay those of the raw values: they are the band that is drawn behind.
+    are those of the raw values that weigh most in the average, the last 1 / (1 − w): the band that is drawn behind.
 
     Args:
         curve: what to smooth.
         weight: w in [0, 1).
     """
-    if not weight:
+    if not weight or not len(curve.x):
         return curve
     average, norm = 0.0, 0.0
     smoothed = np.full(len(curve.mean), np.nan)
@@ -156,4 +156,15 @@ def smooth(curve: Curve, weight: float) -> Curve:
         if value == value:
             average, norm = weight * average + (1 - weight) * value, weight * norm + (1 - weight)
             smoothed[place] = average / norm
-    return Curve(curve.x, smoothed, curve.low, curve.high, curve.bad)
+    span = round(1 / (1 - weight))
+    low = _windows(curve.low, span, np.inf).min(axis=1)
+    high = _windows(curve.high, span, -np.inf).max(axis=1)
+    return Curve(
+        curve.x, smoothed, np.where(np.isinf(low), np.nan, low), np.where(np.isinf(high), np.nan, high), curve.bad
+    )
+
+
+def _windows(values: np.ndarray, span: int, missing: float) -> np.ndarray:
+    """Return [K, span]: each value with those before it, ``missing`` where there is none."""
+    filled = np.where(np.isfinite(values), values, missing)
+    return np.lib.stride_tricks.sliding_window_view(np.concatenate([np.full(span - 1, missing), filled]), span)

@@ -45,7 +45,8 @@ def toolbar(names: list[str]) -> Choice:
         view = st.segmented_control(
             "View",
             VIEWS,
-            default=VIEWS[0],
+            # A link sets the view; a default beside that would be a second source of the value.
+            default=None if "view" in st.session_state else VIEWS[0],
             key="view",
             bind="query-params",
             required=True,

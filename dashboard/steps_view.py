@@ -6,7 +6,7 @@ import streamlit as st
 
 from dashboard import charts, jsonl, questions
 from dashboard.folder import open_plain
-from dashboard.markup import show, text
+from dashboard.markup import show, split, text
 from dashboard.metrics_view import verdict
 from dashboard.state import Choice
 from dashboard.store import Run, Store
@@ -39,7 +39,7 @@ def draw(runs: Store, choice: Choice, examples: bool) -> None:
     step = min(max(last if choice.step is None else choice.step, first), last)
     if choice.step is not None and choice.step != step:
         show(f'<small class="kit-dim">Completions are logged of steps {first:,} to {last:,}.</small>')
-    left, right = st.columns([0.68, 0.32], gap="medium")
+    left, right = split()
     with left:
         draw_samples(run, step)
     with right:

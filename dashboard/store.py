@@ -14,15 +14,17 @@ import numpy as np
 from dashboard import folder, jsonl, series
 from dashboard.jsonl import Columns
 from dashboard.series import Curve
-from rlhf_core import runlog
+from rlhf_core import readers, runlog
 from rlhf_core.alert_thresholds import default_thresholds
-from rlhf_core.alerts import Alert, Monitor
+from rlhf_core.alerts import Alert, Monitor, worst_first
 
 MOST_RUNS = 12
 """Runs that are held at a time; the one not asked for the longest goes."""
 AT_ONCE_BYTES = 1 << 24
 """A log with less than this unread is read while the page waits; a longer one in the background."""
 PREVIEW_ROWS = 400
+HEAD_START_S = 1.0
+"""How long the reading in the background waits, so that the page is drawn first."""
 LATE_S = 1.0
 """How long a row waits for its timings, which are written a moment later."""
 JSON_BYTES = 1 << 20
@@ -74,7 +76,7 @@ class Run:
         self._monitor = Monitor(default_thresholds())
         self._buckets = series.Buckets()
         self._recent: Columns = {}
-        self._preview: series.Buckets | None = None
+        self._previews: list[series.Buckets] = []
         self._preview_last: Columns = {}
         self._first_step: int | None = None
         self._bad_lines = 0
@@ -91,9 +93,9 @@ class Run:
             if self._metrics.size - self._metrics.offset <= AT_ONCE_BYTES:
                 while self._read_block():
                     pass
-                self._preview = None
+                self._previews = []
                 return
-            self._make_preview()
+            self._make_previews()
             self._reader = threading.Thread(target=self._read_on, name=f"read {self.path.name}", daemon=True)
             self._reader.start()
 
@@ -102,20 +104,26 @@ class Run:
         self._closed = True
 
     def _read_on(self) -> None:
+        time.sleep(HEAD_START_S)
         more = True
         while more and not self._closed:
             with self._lock:
                 more = self._read_block()
                 if not more:
-                    self._preview = None
+                    self._previews = []
             time.sleep(0.0005)  # a lock is not fair: let the page have it
 
-    def _make_preview(self) -> None:
-        rows, _ = jsonl.parse(jsonl.skim(self.path, runlog.METRICS_FILE, PREVIEW_ROWS))
-        if "step" in rows:
-            self._preview = series.Buckets(PREVIEW_ROWS + 1)
-            self._preview.extend(rows)
-            self._preview_last = {name: column[-1:] for name, column in rows.items()}
+    def _make_previews(self) -> None:
+        for log in (runlog.METRICS_FILE, runlog.TIMINGS_FILE):
+            rows, _ = jsonl.parse(lines) if (lines := jsonl.skim(self.path, log, PREVIEW_ROWS)) else ({}, 0)
+            if "step" in rows:
+                self._previews.append(series.Buckets(PREVIEW_ROWS + 1))
+                self._previews[-1].extend(rows)
+                self._preview_last = {name: column[-1:] for name, column in rows.items()} | self._preview_last
+
+    def _holder(self, name: str) -> series.Buckets:
+        """Return what has the curve of a metric at present."""
+        return next((preview for preview in self._previews if name in preview.names), self._buckets)
 
     def _read_block(self) -> bool:
         """Read some rows with their timings; return whether there may be more."""
@@ -171,19 +179,22 @@ class Run:
     def names(self) -> list[str]:
         """Return the metrics that the log has, the seconds of stages as ``stages_s/NAME``."""
         with self._lock:
-            names = (self._preview or self._buckets).names
+            names = dict.fromkeys(name for held in (*self._previews, self._buckets) for name in held.names)
         return [name for name in names if name not in ("step", *series.AXES)]
 
     def curve(self, name: str, axis: str, last: int | None, points: int) -> Curve:
         """Return a metric's curve of at most ``points`` points, of the last steps or, with None, of all."""
         with self._lock:
-            if self._preview is not None:
-                curve, behind = self._preview.curve(name, axis), self._preview.curve("step", axis)
-            elif last is not None and len(self._recent.get("step", ())) >= min(last, self._buckets.rows):
+            if (
+                last is not None
+                and not self._previews
+                and len(self._recent.get("step", ())) >= min(last, self._buckets.rows)
+            ):
                 curve = series.recent_curve(self._recent, name, axis)
                 behind = series.recent_curve(self._recent, "step", axis)
             else:
-                curve, behind = self._buckets.curve(name, axis), self._buckets.curve("step", axis)
+                held = self._holder(name)
+                curve, behind = held.curve(name, axis), held.curve("step", axis)
         if last is not None and len(curve.x):
             inside = behind.high > behind.high[-1] - last
             curve = series.clip(curve, curve.x[inside][0])
@@ -202,7 +213,7 @@ class Run:
     def place(self, step: int, axis: str) -> float | None:
         """Return where on an axis a step lies, among the points that are held."""
         with self._lock:
-            steps = (self._preview or self._buckets).curve("step", axis)
+            steps = self._holder("step").curve("step", axis)
         if not len(steps.x):
             return None
         return float(steps.x[min(int(np.searchsorted(steps.high, step)), len(steps.x) - 1)])
@@ -210,7 +221,7 @@ class Run:
     def latest(self) -> dict[str, float | None]:
         """Return the last row's numbers, with its timings; None for what was not finite."""
         with self._lock:
-            rows = self._preview_last if self._preview is not None else self._recent
+            rows = self._preview_last if self._previews else self._recent
             last = {name: column[-1] for name, column in rows.items() if len(column)}
         present = {name: float(value) for name, value in last.items() if value is not np.ma.masked}
         return {name: value if np.isfinite(value) else None for name, value in present.items()}
@@ -220,7 +231,18 @@ class Run:
         progress = self.progress()
         with self._lock:
             waiting = progress.steps is not None and not progress.ended and progress.read == 1.0
-            return self._monitor.alerts(progress.age_s if waiting else None)
+            found = self._monitor.alerts(progress.age_s if waiting else None)
+        return worst_first([*found, *self._unlogged_alerts(progress.last_step or 0)])
+
+    def _unlogged_alerts(self, last_step: int) -> list[Alert]:
+        """Return the alert of a step that the trainer gave up, and so did not log."""
+        path = folder.plain_file(self.path, runlog.ALERTS_FILE)
+        if path is None or path.stat().st_size > JSON_BYTES:
+            return []
+        try:
+            return readers.unlogged_alerts(self.path, last_step)
+        except (OSError, ValueError):
+            return []
 
     def not_checked(self) -> dict[str, tuple[str, ...]]:
         """Return the rules that cannot look at this log, with the metrics that each lacks."""
@@ -231,7 +253,7 @@ class Run:
         """Return how far the run is."""
         steps = planned_steps(self.config())
         with self._lock:
-            reading = self._preview is not None
+            reading = bool(self._previews)
             last = self.latest().get("step")
             times = self._recent.get("step_time_s", np.ma.array([]))[-20:].compressed()
             rows, size = self._buckets.rows, self._metrics.size

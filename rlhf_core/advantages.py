@@ -21,7 +21,8 @@ def kl_penalties(logprobs_BT: torch.Tensor, ref_logprobs_BT: torch.Tensor, estim
 
     With x = log π − log π_ref: k1 is x, k2 is ½ x², k3 is e^{−x} − 1 + x (Schulman, "Approximating KL Divergence",
     2020). A reward's gradient is E[k ∇ log π], not E[∇k]: for k1 it is ∇ KL(π‖π_ref), exactly; for k3 it is
-    ∇ KL(π‖π_ref) − ∇ KL(π_ref‖π), and for k2 no KL's: both pull towards the reference, with a bias.
+    ∇ KL(π‖π_ref) − ∇ KL(π_ref‖π), and for k2 no KL's. Near the reference, where the two directions of the KL agree,
+    k2 and k3 hardly pull at all: take k1.
 
     Args:
         logprobs_BT: [B, T] log π of the sampled tokens.

@@ -13,6 +13,7 @@ COMMANDS = (
     "train",
     "sft",
     "reward",
+    "dpo",
     "eval",
     "pipeline",
     "export",
@@ -20,6 +21,10 @@ COMMANDS = (
     "samples",
     "alerts",
     "dashboard",
+    "check-profile",
+    "check-metrics",
+    "report",
+    "bench",
 )
 """Each is the module of that name in ``rlhf_core.commands`` (with ``_`` for ``-``): ``Options`` and ``run``."""
 

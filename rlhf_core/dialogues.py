@@ -53,7 +53,10 @@ def _message(value: Any, where: str) -> Message:
         raise RowError("unknown role", f"the role of {where} is {_shown(role)}; it must be one of {', '.join(ROLES)}")
     if isinstance(content, list) and all(isinstance(one, dict) and one.get("type") == "text" for one in content):
         content = "".join(str(one.get("text")) for one in content)
-    return {"role": role, "content": text_of(content, f"the content of {where}", empty=role != "assistant")}
+    return {
+        "role": role,
+        "content": text_of(content, f"the content of {where}", empty=role not in ("user", "assistant")),
+    }
 
 
 def text_of(value: Any, name: str, *, empty: bool = False) -> str:

@@ -71,12 +71,12 @@ def load_inputs(config: TrainConfig, place: DataPlace) -> Inputs:
             they do not fit together.
     """
     choose_device(config)
+    rewards = load_rewards(config, config.model.attention)
     task = load_task(config)
     model = load_model(config.model.path, config.model.attention) if config.model.path else None
     vocabulary = len(task.tokenizer) if model is None else model.config.get_text_config().vocab_size
     check_vocabulary(task.tokenizer, vocabulary)
     limit = config.model.context if model is None else context_length(model)
-    rewards = load_rewards(config, config.model.attention)
     if task.prompts is None or task.held_out_prompts is None:
         if place.kept is None:
             _prepare_prompts(config, task, limit, place)

@@ -12,12 +12,23 @@ from rlhf_core.reward_model import load_reward_model
 from rlhf_core.run_setup import DATA_FOLDER
 from rlhf_core.tokenization import load_tokenizer
 
-KINDS = {"train": "policy trained with PPO", "sft": "language model, fine-tuned", "reward": "reward model"}
+KINDS = {
+    "train": "policy trained with {algorithm}",
+    "sft": "language model, fine-tuned",
+    "reward": "reward model",
+    "dpo": "policy trained with DPO",
+}
 
 
 def kind_of(config: Mapping[str, Any]) -> str:
     """Return which command made a run, by its configuration."""
-    for key, kind in (("reward_model", "pipeline"), ("ppo", "train"), ("judging", "eval"), ("preference", "reward")):
+    for key, kind in (
+        ("reward_model", "pipeline"),
+        ("ppo", "train"),
+        ("judging", "eval"),
+        ("preference", "reward"),
+        ("dpo", "dpo"),
+    ):
         if key in config:
             return kind
     return "sft"
@@ -77,9 +88,8 @@ def _model_of(run: Path, kind: str) -> Path:
         damaged: list[str] = []
         newest = checkpoint.newest_sound(run / "checkpoints", damaged.append)
         if newest is None:
-            raise FileNotFoundError(
-                f"{run} has no sound checkpoint; {'; '.join(damaged) or 'it has not begun its steps'}"
-            )
+            why = "; ".join(damaged) or "it has not begun its steps"
+            raise FileNotFoundError(f"{run} has no sound checkpoint; {why}")
         return newest / "policy"
     folder = run / "model"
     if not folder.is_dir():
@@ -90,7 +100,8 @@ def _model_of(run: Path, kind: str) -> Path:
 
 def model_card(run: Path, kind: str, config: dict[str, Any], source: Path) -> str:
     """Return the card as Markdown, with the front matter of the hub."""
-    tags = {"train": ["rlhf", "ppo"], "sft": ["sft"], "reward": ["rlhf", "reward-model"]}[kind]
+    algorithm = config["ppo"].get("algorithm", "ppo") if kind == "train" else ""
+    tags = {"train": ["rlhf", algorithm], "sft": ["sft"], "reward": ["rlhf", "reward-model"]}.get(kind, ["rlhf", kind])
     task = "text-classification" if kind == "reward" else "text-generation"
     rows = list(runlog.read(run / runlog.METRICS_FILE)) if (run / runlog.METRICS_FILE).is_file() else []
     lines = [
@@ -101,7 +112,7 @@ def model_card(run: Path, kind: str, config: dict[str, Any], source: Path) -> st
         *(f"- {tag}" for tag in tags),
         "---",
     ]
-    lines += ["", f"# A {KINDS[kind]}", ""]
+    lines += ["", f"# A {KINDS[kind].format(algorithm=algorithm.upper())}", ""]
     step = int(source.parent.name.removeprefix("step_")) if kind == "train" else rows[-1]["step"] if rows else 0
     lines += [f"Made by `rlhf {kind}` of the RLHF Systems Kit, after {step:,} steps, with seed {config['seed']}.", ""]
     lines += ["## How to load", "", "```python", *_loading(kind), "```", "", "## Data", "", *_data_lines(run, config)]
@@ -122,8 +133,13 @@ def _loading(kind: str) -> list[str]:
     lines = [f"from transformers import {name}, AutoTokenizer", "", 'folder = "path/to/this/folder"']
     lines += [f"model = {name}.from_pretrained(folder)", "tokenizer = AutoTokenizer.from_pretrained(folder)"]
     if kind == "reward":
-        return [*lines, "# Put tokenizer.eos_token_id behind prompt and completion: the reward is read there.",
-                "ids = tokenizer(prompt + completion, return_tensors=\"pt\")", "reward = model(**ids).logits"]  # fmt: skip
+        return [
+            *lines,
+            "# The reward is read at the end-of-sequence token.",
+            "text = prompt + completion + tokenizer.eos_token",
+            'ids = tokenizer(text, split_special_tokens=False, return_tensors="pt")',
+            'reward = model(ids["input_ids"]).logits',
+        ]
     return [
         *lines,
         'ids = tokenizer("A prompt", return_tensors="pt", return_token_type_ids=False)',

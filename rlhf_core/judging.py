@@ -58,6 +58,7 @@ def load_judging(config: EvalConfig, place: DataPlace) -> JudgingInputs:
         raise ValueError("--data is missing; give a file of prompts, a folder of such, or hub:NAME")
     if config.judging.best_of > 1 and not config.reward:
         raise ValueError(f"judging.best_of is {config.judging.best_of}, and nothing says which is best; give --reward")
+    rewards = load_rewards(config, config.model.attention)
     policy = load_model(config.model.path, config.model.attention)
     tokenizer = load_tokenizer(config.model.path)
     vocabulary = policy.config.get_text_config().vocab_size
@@ -81,7 +82,7 @@ def load_judging(config: EvalConfig, place: DataPlace) -> JudgingInputs:
                 cut_prompt=lambda text, row: cut_prompt(text, config.seed, row),
             )
         )
-    return JudgingInputs(policy, reference, tokenizer, load_rewards(config, config.model.attention))
+    return JudgingInputs(policy, reference, tokenizer, rewards)
 
 
 def run_judging(config: EvalConfig, inputs: JudgingInputs, run: Path, *, resumed: bool) -> None:
@@ -279,7 +280,7 @@ def print_judging(summary: dict[str, Any]) -> None:
         return f"{interval['mean']:+.3f} [{interval['low']:+.3f}, {interval['high']:+.3f}]"
 
     title = f"{summary['prompts']} prompts, {summary['completions']} completions: mean, and its 95% interval"
-    table = Table(title=title, box=box.SIMPLE_HEAD)
+    table = Table(title=title, box=box.SIMPLE, show_header=False)
     table.add_column("")
     table.add_column("", justify="right")
     for name, interval in summary["rewards"].items():

@@ -53,7 +53,7 @@ METRICS = (
     ),
     Metric("return_mean", "reward", "mean over response tokens of advantage + value", logged="with values"),
     Metric(
-        "flat_groups", "1", "share of prompts whose completions all have the same score: nothing is learnt from them",
+        "reward_zero_std_frac", "1", "share of prompts whose completions all score the same: nothing is learnt there",
         (0.0, 0.9), logged="with groups",
     ),
     Metric("response_length_mean", "tokens", "mean over sequences of response tokens, EOS included", (1.0, None)),
@@ -99,6 +99,20 @@ REWARD_METRICS = (
 )
 """What a row of ``rlhf reward`` has."""
 
+
+DPO_METRICS = (
+    Metric("loss", "1", "mean over pairs of the preference loss", (0.0, None)),
+    Metric("grad_norm", "1", "total gradient norm before clipping", (0.0, None)),
+    Metric("lr", "1", "the optimizer's rate in this step", (0.0, None)),
+    Metric("units", "pairs", "pairs of the step"),
+    Metric("accuracy", "1", "share of pairs with reward_margin above 0; 0 itself counts half", (0.5, 1.0)),
+    Metric("reward_chosen", "nats", "mean over pairs of β log π/π_ref of the chosen completion"),
+    Metric("reward_rejected", "nats", "mean over pairs of β log π/π_ref of the rejected one"),
+    Metric("reward_margin", "nats", "reward_chosen − reward_rejected", (0.0, None)),
+    Metric("logprob_chosen", "nats", "mean over pairs of log π of the chosen completion", (None, 0.0)),
+    Metric("logprob_rejected", "nats", "mean over pairs of log π of the rejected one", (None, 0.0)),
+)
+"""What a row of ``rlhf dpo`` has."""
 
 EVAL_METRICS = (
     Metric("completions", "1", "completions of the batch"),
@@ -187,7 +201,7 @@ def rollout_metrics(
     if values is not None and returns is not None:
         found |= value_metrics(values[on].astype(np.float64), returns[on].astype(np.float64))
     if group_size > 1:
-        found["flat_groups"] = float((np.ptp(scores.reshape(-1, group_size), axis=1) == 0).mean())
+        found["reward_zero_std_frac"] = float((np.ptp(scores.reshape(-1, group_size), axis=1) == 0).mean())
     return found
 
 

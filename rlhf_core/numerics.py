@@ -57,6 +57,11 @@ def apply_environment(numerics: Numerics, threads: int) -> None:
     os.environ.update(wanted)
 
 
+def is_portable() -> bool:
+    """Return whether this process was set up for ``portable``."""
+    return os.environ.get("ATEN_CPU_CAPABILITY") == "default"
+
+
 def cpu_flags() -> frozenset[str]:
     """Return the processor's feature flags as Linux lists them; empty where it does not."""
     try:

@@ -1,24 +1,30 @@
 """torch's operators while a step runs: recorded by torch's profiler, put on the time of the step's stages.
 
-Kineto, the recorder under ``torch.profiler``, has a clock of its own. While it records, every stage also leaves a marker
-in it; a marker lies inside its stage, so each pair bounds the difference of the two clocks from both sides.
+Kineto, the recorder under ``torch.profiler``, has a clock of its own. While it records, every stage also leaves a
+marker in it, and our clock is read before and after each end of the marker: each pair bounds the difference of the two
+clocks from both sides, and all of them together give it to a microsecond or so.
 """
 
+import bisect
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch._C._autograd import DeviceType
 from torch.autograd.profiler import profile, record_function
 from torch.autograd.profiler_util import MEMORY_EVENT_NAME
 
+from rlhf_core.profiling import now_ns
+
 MARKER = "stage:"
-_CPU = torch.autograd.DeviceType.CPU
-_CUDA = torch.autograd.DeviceType.CUDA
+_CUDA = DeviceType.CUDA
+SNAP_NS = 20_000
+"""How far across a stage's border an operator may seem to reach, by the error of the two clocks."""
 
 
-@dataclass
+@dataclass(slots=True)
 class Operator:
     """One call of an operator, or on a GPU one kernel."""
 
@@ -55,7 +61,8 @@ class OperatorRecorder:
     def __init__(self) -> None:
         device = "cuda" if torch.cuda.is_available() else None
         self._profile = profile(use_kineto=True, profile_memory=True, use_device=device)
-        self._markers: list[Any] = []
+        self._open: list[tuple[Any, int]] = []
+        self._brackets: list[tuple[tuple[int, int], tuple[int, int]]] = []
 
     def start(self) -> None:
         """Begin."""
@@ -63,82 +70,113 @@ class OperatorRecorder:
 
     def opened(self, name: str) -> None:
         """Mark the beginning of a stage."""
-        self._markers.append(record_function(f"{MARKER}{name}"))
-        self._markers[-1].__enter__()
+        marker = record_function(f"{MARKER}{len(self._brackets)}")
+        before = now_ns()
+        marker.__enter__()
+        self._open.append((marker, len(self._brackets)))
+        self._brackets.append(((before, now_ns()), (0, 0)))
 
     def closed(self) -> None:
         """Mark its end."""
-        self._markers.pop().__exit__(None, None, None)
+        marker, number = self._open.pop()
+        before = now_ns()
+        marker.__exit__(None, None, None)
+        self._brackets[number] = (self._brackets[number][0], (before, now_ns()))
 
-    def stop(self, stages: Iterable[tuple[int, int]]) -> Recording:
-        """End, and return what ran on the clock of ``stages``: (start, end) in ns, in the order of their markers."""
+    def stop(self, borders: Iterable[int]) -> Recording:
+        """End, and return what ran, on our clock; ``borders`` are the moments at which stages begin and end."""
         self._profile.__exit__(None, None, None)
         assert self._profile.kineto_results is not None
-        events = self._profile.kineto_results.events()
-        markers = sorted((event.start_ns(), event.end_ns(), event.start_thread_id()) for event in _markers(events))
-        recording = Recording(main_thread=markers[0][2] if markers else 0)
-        shift = clock_shift([(start, end) for start, end, _ in markers], list(stages))
-        _sort_events(events, shift, recording)
-        return recording
+        return sort_events(self._profile.kineto_results.events(), self._brackets, sorted(borders))
 
     def abort(self) -> None:
         """End, and forget what was recorded."""
-        while self._markers:
+        while self._open:
             self.closed()
         self._profile.__exit__(None, None, None)
 
 
-def _markers(events: Iterable[Any]) -> list[Any]:
-    return [event for event in events if event.device_type() == _CPU and event.name().startswith(MARKER)]
-
-
-def clock_shift(markers: list[tuple[int, int]], stages: list[tuple[int, int]]) -> int:
-    """Return the ns to add to the markers' clock: in the middle of what lays every marker inside its stage."""
-    if not markers:
-        return 0
-    pairs = list(zip(markers, stages, strict=True))
-    lowest = max(stage[0] - marker[0] for marker, stage in pairs)
-    highest = min(stage[1] - marker[1] for marker, stage in pairs)
+def clock_shift(markers: list[tuple[int, int]], brackets: list[tuple[tuple[int, int], tuple[int, int]]]) -> int:
+    """Return the ns to add to the markers' clock: the middle of what lays both ends of each inside their brackets."""
+    pairs = [
+        pair for marker, bracket in zip(markers, brackets, strict=True) for pair in zip(marker, bracket, strict=True)
+    ]
+    lowest = max((before - moment for moment, (before, _) in pairs), default=0)
+    highest = min((after - moment for moment, (_, after) in pairs), default=0)
     return (lowest + highest) // 2
 
 
-def _sort_events(events: Iterable[Any], shift: int, recording: Recording) -> None:
-    """Fill the recording: attribute memory to the innermost call around it, and kernels to the call behind them."""
-    by_thread: dict[int, list[tuple[int, int, Any]]] = defaultdict(list)
-    by_correlation: dict[int, Operator] = {}
-    launched: list[tuple[int, int]] = []
+def sort_events(
+    events: Iterable[Any], brackets: list[tuple[tuple[int, int], tuple[int, int]]], borders: list[int]
+) -> Recording:
+    """Return the calls, each with the memory and the kernels that are its own, and the kernels, on our clock.
+
+    Memory belongs to the innermost call around it, a kernel to the call that is linked to it.
+    """
+    markers: dict[int, tuple[int, int, int]] = {}
+    by_thread: dict[int, list[Operator]] = defaultdict(list)
+    calls: dict[int, Operator] = {}
+    kernels: list[tuple[int, Operator]] = []
     for event in events:
-        name, start, end = event.name(), event.start_ns() + shift, event.end_ns() + shift
-        if event.device_type() == _CPU or name == MEMORY_EVENT_NAME:
-            if name == MEMORY_EVENT_NAME:
-                by_thread[event.start_thread_id()].append((start, 0, event))
-            elif not name.startswith(MARKER) and not event.is_async():
-                call = Operator(name, start, end, event.start_thread_id())
-                if event.linked_correlation_id() == 0:
-                    by_correlation[event.correlation_id()] = call
-                    by_thread[call.thread].append((start, start - end, call))
-        elif event.device_type() == _CUDA and not event.is_user_annotation():
-            recording.kernels.append(Operator(name, start, end, event.device_resource_id()))
-            launched.append((event.linked_correlation_id(), end - start))
-    for correlation, duration in launched:
-        if correlation in by_correlation:
-            by_correlation[correlation].cuda_ns += duration
+        name, start, end, thread = event.name(), event.start_ns(), event.end_ns(), event.start_thread_id()
+        on_gpu = event.device_type() == _CUDA
+        if name == MEMORY_EVENT_NAME:
+            size = event.nbytes()
+            memory = Operator(name, start, start, thread, 0 if on_gpu else size, size if on_gpu else 0)
+            by_thread[thread].append(memory)
+        elif name.startswith(MARKER):
+            if not on_gpu:
+                markers[int(name.removeprefix(MARKER))] = (start, end, thread)
+        elif on_gpu:
+            if not event.is_user_annotation():
+                kernel = Operator(name, start, end, event.device_resource_id())
+                kernels.append((event.linked_correlation_id(), kernel))
+        elif event.linked_correlation_id() == 0 and not event.is_async():
+            calls[event.correlation_id()] = call = Operator(name, start, end, thread)
+            by_thread[thread].append(call)
+    recording = Recording(kernels=[kernel for _, kernel in kernels], main_thread=markers[0][2] if markers else 0)
+    for correlation, kernel in kernels:
+        if correlation in calls:
+            calls[correlation].cuda_ns += kernel.end_ns - kernel.start_ns
+    shift = clock_shift([markers[number][:2] for number in range(len(markers))], brackets)
+    for kernel in recording.kernels:
+        kernel.start_ns, kernel.end_ns = kernel.start_ns + shift, kernel.end_ns + shift
     for items in by_thread.values():
-        items.sort(key=lambda item: item[:2])
-        around: list[Operator] = []
-        for start, _, item in items:
-            while around and around[-1].end_ns <= start:
-                around.pop()
-            if isinstance(item, Operator):
-                if around and item.end_ns > around[-1].end_ns:
-                    item.end_ns = around[-1].end_ns  # the recorder's clock is read in steps
-                around.append(item)
-                recording.calls.append(item)
-            elif around:
-                if item.device_type() == _CUDA:
-                    around[-1].cuda_bytes += item.nbytes()
-                else:
-                    around[-1].cpu_bytes += item.nbytes()
+        for item in items:
+            item.start_ns, item.end_ns = snapped(item.start_ns + shift, item.end_ns + shift, borders)
+        recording.calls += _nested(items)
+    return recording
+
+
+def snapped(start_ns: int, end_ns: int, borders: list[int]) -> tuple[int, int]:
+    """Return the ends of a call, one of them moved to a border that it seems to reach across by a little."""
+    after = bisect.bisect_right(borders, start_ns)
+    if after == len(borders) or borders[after] >= end_ns:
+        return start_ns, end_ns
+    if end_ns - borders[after] <= min(SNAP_NS, borders[after] - start_ns):
+        return start_ns, borders[after]
+    last = borders[bisect.bisect_left(borders, end_ns) - 1]
+    return (last, end_ns) if last - start_ns <= SNAP_NS else (start_ns, end_ns)
+
+
+def _nested(items: list[Operator]) -> list[Operator]:
+    """Return a thread's calls in the order of their start, its memory added to the innermost call around it."""
+    items.sort(key=lambda item: (item.start_ns, -item.end_ns))
+    calls: list[Operator] = []
+    around: list[Operator] = []
+    for item in items:
+        while around and around[-1].end_ns <= item.start_ns:
+            around.pop()
+        if item.name == MEMORY_EVENT_NAME:
+            if around:
+                around[-1].cpu_bytes += item.cpu_bytes
+                around[-1].cuda_bytes += item.cuda_bytes
+            continue
+        if around and item.end_ns > around[-1].end_ns:
+            item.end_ns = around[-1].end_ns  # the recorder's clock is read in steps
+        around.append(item)
+        calls.append(item)
+    return calls
 
 
 @dataclass

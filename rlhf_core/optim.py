@@ -28,11 +28,27 @@ def gradients(parameters: Iterable[torch.nn.Parameter]) -> list[torch.Tensor]:
 
 
 def total_norm(grads: list[torch.Tensor]) -> float:
-    """Return √Σ g² over all gradients; products and Python's square root, for the reason given at :func:`adamw`."""
+    """Return √Σ g² over all gradients; with Python's square root, for the reason given at :func:`adamw`."""
     if not grads:
         return 0.0
-    squares = torch.stack([torch.dot(grad.flatten(), grad.flatten()) for grad in grads])
-    return math.sqrt(squares.double().sum().item())
+    return math.sqrt(math.fsum(torch.stack([squared_norm(grad) for grad in grads]).tolist()))
+
+
+ROW = 1024
+
+
+def squared_norm(x: torch.Tensor) -> torch.Tensor:
+    """Return Σ x² in float64, added up row by row, so that the order does not depend on the number of threads.
+
+    A sum over a whole tensor is split by threads; a sum over the rows of a matrix is not.
+    """
+    flat = x.detach().flatten()
+    whole = len(flat) // ROW * ROW
+    rows, rest = flat[:whole].view(-1, ROW), flat[whole:]
+    total = rest.double().square().sum()
+    for part in rows.split(ROW):
+        total = total + part.square().sum(dim=1).double().sum()
+    return total
 
 
 def clip_gradients(grads: list[torch.Tensor], norm: float, max_norm: float) -> None:

@@ -1,32 +1,37 @@
 """``rlhf pipeline``: preferences → sft on the chosen ones → reward model → PPO → evaluation, stage by stage like make.
 
 Each stage is a run in a folder of the pipeline's. Its key is the SHA-256 of its configuration, the data's content and
-the models that it starts from. A finished stage whose key and files are as they were is kept; one that was interrupted goes
-on; one whose key has changed, or whose files were damaged, is done again, and so are those that depend on it.
+the models that it starts from. A finished stage whose key and files are as they were is kept; one that was interrupted
+goes on; one whose key has changed, or whose files were damaged, is done again, and so are those that depend on it.
 """
 
 import dataclasses
 import hashlib
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rlhf_core import checkpoint, runlog
+from rlhf_core.alert_thresholds import default_thresholds
 from rlhf_core.config import RunConfig, TrainConfig, to_json
 from rlhf_core.dataset import DataReport, fingerprint, read_examples
 from rlhf_core.dialogues import Chat
 from rlhf_core.experiment import load_inputs
 from rlhf_core.judging import load_judging, run_judging
-from rlhf_core.policy import model_folder
+from rlhf_core.policy import model_folder, model_source
+from rlhf_core.reward_functions import load_function
+from rlhf_core.reward_sources import RewardSource, parse_reward
 from rlhf_core.run_setup import DataPlace, begin_run, choose_device, data_place
 from rlhf_core.stage_config import EvalConfig, PipelineConfig, RewardConfig, SFTConfig
 from rlhf_core.stages import load_stage_inputs, run_reward, run_sft
 from rlhf_core.terminal import console
 from rlhf_core.tokenization import load_tokenizer
 from rlhf_core.training import run_training
+from rlhf_core.watch import WatchOptions
 
 STAGE_FILE = "stage.json"
 NOT_OUTPUTS = (STAGE_FILE, runlog.TIMINGS_FILE, runlog.ENVIRONMENT_FILE)
@@ -62,10 +67,14 @@ def stages_of(config: PipelineConfig) -> list[Stage]:
     return [
         Stage("sft", sft, (), lambda one, place: load_stage_inputs(one, "demonstration", place), run_sft),
         Stage("reward", reward, ("sft",), lambda one, place: load_stage_inputs(one, "pair", place), run_reward),
-        Stage("ppo", ppo, ("sft", "reward"), load_inputs, run_training),
+        Stage("ppo", ppo, ("sft", "reward"), load_inputs, _train),
         Stage("eval-sft", judged("sft"), ("sft", "reward"), load_judging, run_judging),
         Stage("eval-ppo", judged("ppo"), ("sft", "reward", "ppo"), load_judging, run_judging),
     ]
+
+
+def _train(config: TrainConfig, inputs: Any, run: Path, *, resumed: bool) -> None:
+    run_training(config, inputs, run, resumed=resumed, watch=WatchOptions(default_thresholds(), None))
 
 
 def located_in(config: Any, run: Path) -> Any:
@@ -97,7 +106,20 @@ def load_pipeline(config: PipelineConfig, place: DataPlace) -> dict[str, Any]:
     found: dict[str, Any] = {"data": fingerprint(config.data)}
     if config.model.path and Path(config.model.path).is_dir():
         found["model"] = files_of(model_folder(config.model.path))
+    elif config.model.path:
+        found["model"] = config.model.path
+    found["reward"] = {text: _content_of(parse_reward(text)) for text in config.reward}
     return found
+
+
+def _content_of(source: RewardSource) -> Any:
+    """Return what a reward's content is known by: a model's files, or the source of a function's module."""
+    if source.folder is not None:
+        folder = Path(model_source(source.folder))
+        return files_of(folder) if folder.is_dir() else source.folder
+    load_function(source.name)
+    code = sys.modules[source.name.partition(":")[0]].__file__
+    return checkpoint.sha256(Path(code)) if code else None
 
 
 def run_pipeline(config: PipelineConfig, sources: dict[str, Any], run: Path, *, resumed: bool) -> None:
@@ -142,8 +164,10 @@ def _note(folder: Path, content: dict[str, Any]) -> None:
 
 
 def key_of(config: RunConfig, sources: dict[str, Any], models: dict[str, Any]) -> str:
-    """Return the key of a stage: a SHA-256 of everything that decides what it makes."""
-    content = json.dumps([to_json(config), sources, models], sort_keys=True)
+    """Return the key of a stage: a SHA-256 of everything that decides what it makes, but for where it lies."""
+    plain: Any = dataclasses.replace(config, data=None)
+    plain = dataclasses.replace(plain, model=dataclasses.replace(plain.model, path=None))
+    content = json.dumps([to_json(plain), sources, models], sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()
 
 

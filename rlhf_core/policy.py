@@ -17,6 +17,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_core.config import ModelConfig
+from rlhf_core.layers import exchange_layers
+from rlhf_core.numerics import is_portable
 
 
 def build_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
@@ -52,6 +54,13 @@ def build_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> PreT
             **common,
         )
     model = AutoModelForCausalLM.from_config(shape, attn_implementation=config.attention, dtype=torch.float32)
+    return as_computed_here(model)
+
+
+def as_computed_here(model: PreTrainedModel) -> PreTrainedModel:
+    """Return the model in evaluation mode and, unless numerics are portable, with this kit's layers."""
+    if not is_portable():
+        exchange_layers(model)
     return model.eval()
 
 
@@ -99,7 +108,7 @@ def load_pretrained(kind: Any, path: str | Path, attention: str, **options: Any)
     if loaded["mismatched_keys"]:
         name, stored, wanted = min(loaded["mismatched_keys"])
         raise ValueError(f"{problem}: {name} is {tuple(stored)}, but {tuple(wanted)} by its config.json; save it again")
-    return model.eval()
+    return as_computed_here(model)
 
 
 @contextmanager
@@ -107,6 +116,7 @@ def quiet_transformers() -> Iterator[None]:
     """Keep transformers' report on a load off the terminal: what matters of it becomes an error."""
     level = transformers.utils.logging.get_verbosity()
     transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
     try:
         yield
     finally:
@@ -118,6 +128,8 @@ def require_model_source(path: str | Path) -> None:
     folder = Path(path)
     if folder.is_dir():
         folder = model_folder(folder)
+        if (folder / "environment.json").is_file():
+            raise FileNotFoundError(f"run {str(path)!r} has made no model yet; continue it with --resume")
         if not (folder / "config.json").is_file():
             raise FileNotFoundError(f"model folder {str(path)!r} has no config.json; is it a transformers model?")
         return
@@ -129,8 +141,13 @@ def require_model_source(path: str | Path) -> None:
 
 
 def model_folder(path: str | Path) -> Path:
-    """Return where the model of a folder lies: in a run's folder its ``model``, or its newest checkpoint's policy."""
+    """Return where the model of a folder lies: in a run's folder its ``model``, or its newest checkpoint's policy.
+
+    A pipeline's is that of its PPO stage.
+    """
     folder = Path(path)
+    if (folder / "ppo" / "config.json").is_file():
+        folder /= "ppo"
     checkpoints = sorted(folder.glob("checkpoints/step_*/policy"), key=lambda one: (len(one.parent.name), one))
     inside = [folder / "model", *reversed(checkpoints)]
     return next((one for one in inside if (one / "config.json").is_file()), folder)
@@ -174,22 +191,31 @@ class ForwardArguments:
         ids = position_ids(attention_mask_BL)
         return {"position_ids": ids if last is None else ids[:, -last:]}
 
-    def keep(self, positions: int) -> dict[str, int]:
-        """Return the argument that limits the head to the last ``positions``; nothing where there is none."""
+    def keep(self, positions: int | slice) -> dict[str, int | slice]:
+        """Return the argument that limits the head to its last positions, or a slice; nothing where there is none."""
         return {"logits_to_keep": positions} if "logits_to_keep" in self._names else {}
+
+
+def value_trunk(lm: PreTrainedModel) -> Any:
+    """Return a copy of a language model's trunk, its token embeddings frozen."""
+    trunk: Any = copy.deepcopy(lm.base_model)
+    trunk.get_input_embeddings().requires_grad_(False)
+    return trunk
 
 
 class ActorCritic(nn.Module):
     """A policy and its value model, where there is one.
 
-    ``shared`` puts a linear head on the policy's last hidden state; ``separate`` gives the head a copy of the trunk;
-    None has no values. The head starts at zero: before any update every value is 0.
+    ``shared`` puts a linear head on the policy's last hidden state; ``separate`` gives the head a copy of the trunk,
+    which learns but for its token embeddings: those of a large vocabulary would be most of the copy's weights, and
+    hardly any of them stand in a batch. None has no values. The head starts at zero: before any update every value
+    is 0.
     """
 
     def __init__(self, lm: PreTrainedModel, value: Literal["shared", "separate"] | None) -> None:
         super().__init__()
-        self.lm = lm
-        self.value_trunk = copy.deepcopy(lm.base_model) if value == "separate" else None
+        self.lm = as_computed_here(lm)
+        self.value_trunk = value_trunk(lm) if value == "separate" else None
         self.value_head = nn.Linear(lm.config.get_text_config().hidden_size, 1) if value else None
         if self.value_head is not None:
             nn.init.zeros_(self.value_head.weight)
@@ -222,7 +248,7 @@ class ActorCritic(nn.Module):
             use_cache=False,
             output_hidden_states=shared,
             **self._arguments.positions(attention_mask_BL),
-            **self._arguments.keep(response_length + 1),
+            **self._arguments.keep(response_slice(response_length)),
         )
         logits_BTV = predicting(output.logits, response_length)
         if self.value_head is None:
@@ -243,9 +269,14 @@ class ActorCritic(nn.Module):
         return logits_BTV, values_BT
 
 
-def predicting(x: torch.Tensor, response_length: int) -> torch.Tensor:
+def response_slice(response_length: int) -> slice:
     """Return the T positions before the last: what stands at position t predicts token t + 1."""
-    return x[:, -(response_length + 1) : -1]
+    return slice(-(response_length + 1), -1)
+
+
+def predicting(x: torch.Tensor, response_length: int) -> torch.Tensor:
+    """Return the positions of :func:`response_slice`, unless nothing else is there."""
+    return x if x.shape[1] == response_length else x[:, response_slice(response_length)]
 
 
 def response_logits(
@@ -261,7 +292,7 @@ def response_logits(
         attention_mask=attention_mask_BL,
         use_cache=False,
         **arguments.positions(attention_mask_BL),
-        **arguments.keep(response_length + 1),
+        **arguments.keep(response_slice(response_length)),
     )
     return predicting(output.logits, response_length)
 
@@ -271,7 +302,7 @@ class Reference(nn.Module):
 
     def __init__(self, lm: PreTrainedModel) -> None:
         super().__init__()
-        self.lm = lm.requires_grad_(False).eval()
+        self.lm = as_computed_here(lm).requires_grad_(False)
         self._arguments = ForwardArguments(lm)
 
     def forward(

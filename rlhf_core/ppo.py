@@ -14,6 +14,7 @@ import torch
 
 from rlhf_core.advantages import adapt_kl_coef, penalize_missing_eos, token_rewards
 from rlhf_core.config import PPOConfig, TrainConfig
+from rlhf_core.finite import NonFiniteError, first_nonfinite_of_update, require_finite
 from rlhf_core.gradient_probe import GradientProbe
 from rlhf_core.invariants import target_error, tokens_after_end
 from rlhf_core.losses import (
@@ -35,18 +36,7 @@ from rlhf_core.rollout import Rollout, sample
 from rlhf_core.scoring import Plan, Scores, evaluate_rows, score_rollout
 from rlhf_core.seeding import CounterUniforms, permutation
 from rlhf_core.targets import Targets, make_targets
-
-
-class NonFiniteError(FloatingPointError):
-    """A tensor of the step holds NaN or infinity."""
-
-    def __init__(self, step: int, name: str) -> None:
-        self.step = step
-        self.name = name
-        super().__init__(
-            f"step {step}: {name} is not finite, so training stops and nothing more is saved; "
-            "lower the learning rate, or look at the reward"
-        )
+from rlhf_core.update_statistics import LOSS_SUMS, MinibatchSums, UpdateStatistics
 
 
 @dataclass
@@ -82,57 +72,6 @@ def plan_epoch(config: PPOConfig, seed: int, step: int, epoch: int) -> Plan:
     """Return the shuffled minibatches of an epoch: a function of (seed, step, epoch) alone."""
     rows = torch.from_numpy(permutation(seed, "minibatches", config.batch_size, step, epoch))
     return [list(minibatch.split(config.micro_batch_size)) for minibatch in rows.split(config.minibatch_size)]
-
-
-LOSS_SUMS = ("policy_loss", "value_loss", "approx_kl", "clip_frac")
-"""What a minibatch adds up over its micro-batches, in this order."""
-
-
-class UpdateStatistics:
-    """Sums over an update's minibatches, from which its metrics are made."""
-
-    def __init__(self) -> None:
-        self._sums = np.zeros(len(LOSS_SUMS))
-        self._counts = np.zeros(len(LOSS_SUMS))
-        self._norms: list[float] = []
-        self._first_deviation: float | None = None
-
-    def add(self, minibatch: "MinibatchSums", norm: float) -> None:
-        """Add a minibatch and its gradient norm."""
-        self._sums += minibatch.sums.double().cpu().numpy()
-        self._counts += [minibatch.count, minibatch.count, minibatch.tokens, minibatch.tokens]
-        self._norms.append(norm)
-        if self._first_deviation is None:
-            self._first_deviation = minibatch.deviation.item()
-
-    def metrics(self, *, value: bool) -> dict[str, float]:
-        """Return the update's metrics: means over response tokens, and over optimizer steps for the norm.
-
-        Losses are averaged as they are in the update. Without a value model there is no ``value_loss``.
-        """
-        assert self._first_deviation is not None
-        means = dict(zip(LOSS_SUMS, (self._sums / self._counts).tolist(), strict=True))
-        if not value:
-            del means["value_loss"]
-        return means | {
-            "ratio_max_dev_first": self._first_deviation,
-            "grad_norm": math.fsum(self._norms) / len(self._norms),
-            "grad_norm_max": max(self._norms),
-        }
-
-
-@dataclass(frozen=True)
-class MinibatchSums:
-    """What is added up over the micro-batches of a minibatch."""
-
-    sums: torch.Tensor
-    """Policy loss (with the KL penalty that is part of it), value loss, k3 of new against old, clipped tokens."""
-    deviation: torch.Tensor
-    """max |ρ − 1|."""
-    count: int
-    """What the losses are divided by."""
-    tokens: int
-    """Response tokens."""
 
 
 def accumulate_gradients(
@@ -235,27 +174,6 @@ def update(
     return statistics.metrics(value=state.model.has_value) | (probe.metrics() if probe else {})
 
 
-def first_nonfinite_of_update(model: ActorCritic, sums: torch.Tensor) -> str:
-    """Return the name of the first non-finite tensor: a loss, else a parameter's gradient."""
-    for name, value in zip(LOSS_SUMS, sums.tolist(), strict=True):
-        if not math.isfinite(value):
-            return name
-    for name, parameter in model.named_parameters():
-        if parameter.grad is not None and not parameter.grad.isfinite().all():
-            return f"the gradient of {name}"
-    return "the total gradient norm"
-
-
-def require_finite(step: int, mask_BT: torch.Tensor | None, **tensors: torch.Tensor | None) -> None:
-    """Raise NonFiniteError with the name of the first tensor that is not finite where the mask is True."""
-    for name, tensor in tensors.items():
-        if tensor is None:
-            continue
-        on_mask = tensor if mask_BT is None else torch.where(mask_BT, tensor, 0.0)
-        if not on_mask.isfinite().all():
-            raise NonFiniteError(step, name)
-
-
 def ppo_step(
     state: PPOState,
     prompt_ids: list[list[int]],
@@ -266,7 +184,7 @@ def ppo_step(
     pad_id: int,
     clock: StageClock | None = None,
 ) -> StepResult:
-    """Do one step: sample, score, estimate advantages, update.
+    """Do one step: sample completions, and learn from them.
 
     Args:
         state: changed in place; ``state.step`` counts up.
@@ -282,25 +200,45 @@ def ppo_step(
         NonFiniteError: something is NaN or infinite.
     """
     step, ppo, clock = state.step + 1, config.ppo, clock or StageClock(state.step + 1)
-    recipe = ppo.recipe
     if len(prompt_ids) != ppo.prompts_per_step:
         raise ValueError(
             f"step {step} has {len(prompt_ids)} prompts; ppo.batch_size is {ppo.batch_size} and ppo.group_size "
-            f"{recipe.group_size}, so it takes {ppo.prompts_per_step}"
+            f"{ppo.recipe.group_size}, so it takes {ppo.prompts_per_step}"
         )
-    prompt_ids = [prompt for prompt in prompt_ids for _ in range(recipe.group_size)]
-    require_finite(step, None, **dict(state.model.named_parameters()))
-    lr = learning_rate(ppo, step)
-    set_learning_rate(state.optimizer, lr)
+    prompt_ids = [prompt for prompt in prompt_ids for _ in range(ppo.recipe.group_size)]
 
     # 1. Rollout: a group of completions for each prompt, their uniforms keyed by (seed, step, sample, position).
     with clock.stage("rollout"):
+        require_finite(step, None, **dict(state.model.named_parameters()))
         length = config.sampling.max_new_tokens
         uniforms = CounterUniforms(config.seed, "rollout", step, np.arange(len(prompt_ids)), length)
         device = next(state.model.parameters()).device
         with autocast(device, config.dtype):
             rollout = sample(state.model.lm, prompt_ids, uniforms, config.sampling, eos_id=eos_id, pad_id=pad_id)
+    return learn(state, rollout, reward, config, clock, eos_id=eos_id)
+
+
+def learn(
+    state: PPOState, rollout: Rollout, reward: Reward, config: TrainConfig, clock: StageClock, *, eos_id: int
+) -> StepResult:
+    """Do what follows the sampling of a step: score, estimate advantages, update.
+
+    Args:
+        state: changed in place; ``state.step`` counts up.
+        rollout: ``batch_size`` completions, those of a prompt side by side.
+        reward: scores them.
+        config: the whole configuration.
+        clock: of the step.
+        eos_id: ends a response.
+
+    Raises:
+        ValueError: the number of scores is not that of the completions.
+        NonFiniteError: something is NaN or infinite.
+    """
+    step, ppo, recipe = state.step + 1, config.ppo, config.ppo.recipe
     mask_BT = rollout.response_mask_BT
+    lr = learning_rate(ppo, step)
+    set_learning_rate(state.optimizer, lr)
 
     # 2. Reward of the whole text; a response that did not end costs something.
     with clock.stage("reward"):
@@ -378,7 +316,7 @@ def ppo_step(
                 returns_BT=targets.returns_BT.cpu().numpy(),
             )
         if ppo.kl_control == "adaptive":
-            n = len(prompt_ids)
+            n = len(rewards_B)
             state.kl_coef = adapt_kl_coef(
                 state.kl_coef, metrics["kl"], target=ppo.kl_target, n=n, horizon=ppo.kl_horizon
             )
@@ -403,5 +341,6 @@ def train(
     """
     while state.step < config.ppo.steps:
         clock = new_clock(state.step + 1)
-        prompt_ids = prompts_of_step(state.step + 1)
+        with clock.stage("prompts"):
+            prompt_ids = prompts_of_step(state.step + 1)
         yield ppo_step(state, prompt_ids, reward, config, eos_id=eos_id, pad_id=pad_id, clock=clock)

@@ -97,19 +97,19 @@ def _event(item: Any, where: str) -> Event:
     for name, kind in (("cat", str), ("name", str), ("pid", int), ("tid", int), ("args", dict)):
         if type(item.get(name)) is not kind:
             raise ProfileError(f"{where}: {name} is {item.get(name)!r}; it must be {kind.__name__}")
-    numbers = {}
-    for name in ("ts", "dur"):
-        value = item.get(name)
-        if type(value) not in (int, float) or not math.isfinite(value):
-            raise ProfileError(f"{where} ({item['name']}): {name} is {value!r}; it must be a finite number")
-        if value < 0:
-            raise ProfileError(f"{where} ({item['name']}): {name} is {value}; it must not be negative")
-        numbers[name] = round(value * 1000)
+    start, length = (_nanoseconds(item.get(name), f"{where} ({item['name']}): {name}") for name in ("ts", "dur"))
     step = item["args"].get("step")
     if type(step) is not int:
         raise ProfileError(f"{where} ({item['name']}): args.step is {step!r}; it must be a whole number")
-    start, end = numbers["ts"], numbers["ts"] + numbers["dur"]
-    return Event(item["cat"], item["name"], item["pid"], item["tid"], start, end, step, item["args"])
+    return Event(item["cat"], item["name"], item["pid"], item["tid"], start, start + length, step, item["args"])
+
+
+def _nanoseconds(value: Any, where: str) -> int:
+    if type(value) not in (int, float) or not math.isfinite(value):
+        raise ProfileError(f"{where} is {value!r}; it must be a finite number")
+    if value < 0:
+        raise ProfileError(f"{where} is {value}; it must not be negative")
+    return round(value * 1000)
 
 
 def read_table(path: Path, columns: tuple[str, ...]) -> dict[str, dict[str, float]]:

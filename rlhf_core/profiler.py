@@ -14,6 +14,7 @@ Around any loop of any trainer::
 """
 
 import csv
+import gc
 import io
 import json
 from array import array
@@ -41,12 +42,12 @@ from rlhf_core.profiling import Kind, PeakMemory, Span, StageClock, now_ns, peak
 from rlhf_core.runlog import errors_name, write_atomically
 
 
-def powers_of_ten(number: int) -> bool:
-    """Return whether the operators of the ``number``-th profiled step are recorded: of the 1st, 10th, 100th …
+def powers_of_100(number: int) -> bool:
+    """Return whether the operators of the ``number``-th profiled step are recorded: of the 1st, 100th, 10,000th.
 
-    Recording and sorting them takes about as long as the step; this keeps their share of a run, and the trace, small.
+    Recording and sorting them takes a few times as long as the step; so its share of a run, and the trace, stay small.
     """
-    return number in {10**exponent for exponent in range(10)}
+    return number in {100**exponent for exponent in range(6)}
 
 
 @dataclass
@@ -67,7 +68,7 @@ class Profiler:
     bytes a span. The files get their names at the end, also that of a loop that fails; a step cut short is left out.
     """
 
-    def __init__(self, folder: Path | str, *, records_operators: Callable[[int], bool] = powers_of_ten) -> None:
+    def __init__(self, folder: Path | str, *, records_operators: Callable[[int], bool] = powers_of_100) -> None:
         """Take the folder, and which of the profiled steps, counted from 1, have their operators recorded."""
         self._folder = Path(folder)
         self._records_operators = records_operators
@@ -173,12 +174,15 @@ class Profiler:
                 self._count(span, clock)
         self._steps.append(clock.step)
         if self._recorder is not None:
-            recorder, self._recorder = self._recorder, None
-            stages = [(span.start_ns, span.end_ns) for span in spans if span.kind == "stage"]
-            recording = recorder.stop(stages)
-            self._trace.write_recording(recording, clock.step)
-            add_operators(self._operators, recording.calls)
+            with garbage_left_alone():
+                self._keep_operators(self._recorder, spans, clock.step)
+            self._recorder = None
             self._operator_steps.append(clock.step)
+
+    def _keep_operators(self, recorder: OperatorRecorder, spans: list[Span], step: int) -> None:
+        recording = recorder.stop(moment for span in spans for moment in (span.start_ns, span.end_ns))
+        self._trace.write_recording(recording, step)
+        add_operators(self._operators, recording.calls)
 
     def _count(self, span: Span, clock: StageClock) -> None:
         totals = self._stages.setdefault(span.name, StageTotals())
@@ -217,6 +221,18 @@ class Profiler:
             yield [name, operator.calls, *times, *cpu_bytes, *cuda_bytes]
 
 
+@contextmanager
+def garbage_left_alone() -> Iterator[None]:
+    """Do not look for cycles of garbage meanwhile: a hundred thousand new objects would have it done over and over."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
 class TraceWriter:
     """Writes a trace event by event in Chrome's Trace Event Format, which chrome://tracing and Perfetto open."""
 
@@ -246,7 +262,8 @@ class TraceWriter:
                 self._threads[call.thread] = STAGES_THREAD + len(self._threads)
                 self._write_name(TRAINING, self._threads[call.thread], "thread_name", "operators", start=",\n", end="")
             figures = {"cpu_bytes": call.cpu_bytes, "cuda_bytes": call.cuda_bytes, "cuda_ns": call.cuda_ns}
-            self._write_event("operator", call, TRAINING, self._threads[call.thread], {"step": step, **figures})
+            arguments = {"step": step} | {name: figure for name, figure in figures.items() if figure}
+            self._write_event("operator", call, TRAINING, self._threads[call.thread], arguments)
         for kernel in recording.kernels:
             if kernel.thread not in self._streams:
                 self._streams.add(kernel.thread)

@@ -1,6 +1,7 @@
 """Wall time of a step and of its stages, and the memory of the process."""
 
 import os
+import re
 import resource
 import time
 from collections.abc import Iterator
@@ -51,9 +52,9 @@ class Observer(Protocol):
 class StageClock:
     """The wall time of one step, and of the stages in it.
 
-    The time of a step runs from the making of its clock to :meth:`stop`, whatever stages there are: what the stages leave
-    out can be seen. Stages inside others are measured only for an observer, because on a GPU that costs: at both ends of
-    a stage the GPU is waited for.
+    The time of a step runs from the making of its clock to :meth:`stop`, whatever stages there are: what the stages
+    leave out can be seen. Stages inside others are measured only for an observer, because on a GPU that costs: at both
+    ends of a stage the GPU is waited for.
 
     What a clock measures goes to ``timings.jsonl`` and the profiles alone: none of it reaches a file that has to be
     reproducible.
@@ -153,10 +154,12 @@ def peak_memory_bytes() -> int:
 
 
 def _status_bytes(name: str) -> int | None:
-    if not STATUS.is_file():
+    try:
+        text = STATUS.read_text(encoding="utf-8")
+    except OSError:
         return None
-    lines = dict(line.partition(":")[::2] for line in STATUS.read_text(encoding="utf-8").splitlines())
-    return int(lines[name].split()[0]) * 1024 if name in lines else None
+    found = re.search(rf"^{name}:\s*(\d+) kB", text, re.MULTILINE)
+    return None if found is None else int(found[1]) * 1024
 
 
 class PeakMemory:

@@ -114,9 +114,17 @@ class ModelReward:
     """A reward model's number for prompt and response."""
 
     def __init__(
-        self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, policy_tokenizer: PreTrainedTokenizerBase
+        self,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        policy_tokenizer: PreTrainedTokenizerBase,
+        longest: int | None = None,
     ) -> None:
-        """Take the policy's tokens as they are where both have one vocabulary; else its texts are tokenized anew."""
+        """Take the policy's tokens as they are where both have one vocabulary; else its texts are tokenized anew.
+
+        Of a row that has more than ``longest`` tokens the last ones are read.
+        """
+        self._longest = longest
         self._model, self._tokenizer, self._policy_tokenizer = model, tokenizer, policy_tokenizer
         self._same = tokenizer.get_vocab() == policy_tokenizer.get_vocab()
 
@@ -124,6 +132,8 @@ class ModelReward:
     def __call__(self, rollout: Rollout) -> torch.Tensor:
         """Return [B] float32 rewards."""
         rows = rollout.token_ids() if self._same else self._tokenized_anew(rollout)
+        if self._longest is not None:
+            rows = [row[-self._longest :] for row in rows]
         ids, mask = right_pad(rows, self._tokenizer.pad_token_id)
         device = next(self._model.parameters()).device
         rewards_B: torch.Tensor = self._model(ids.to(device), mask.to(device))

@@ -83,14 +83,24 @@ def load_reward_model(path: str | Path, attention: str) -> RewardModel:
     Raises:
         FileNotFoundError, ValueError: it is missing, damaged, or no reward model: a language model has no ``score``.
     """
-    model = load_pretrained(AutoModelForSequenceClassification, path, attention, num_labels=1)
+    try:
+        model = load_pretrained(AutoModelForSequenceClassification, path, attention, num_labels=1)
+    except ValueError as error:
+        if "score.weight" not in str(error):
+            raise
+        raise ValueError(f"{str(path)!r} is no reward model ({error}); rlhf reward trains one") from None
     _require_score(model, str(path))
     return RewardModel(model.requires_grad_(False))
 
 
 def save_reward_model(reward_model: RewardModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Save a reward model as a transformers folder."""
-    reward_model.model.config.pad_token_id = tokenizer.pad_token_id
+    """Save a reward model as a transformers folder.
+
+    Transformers reads the reward at the last token that is no padding. Where padding is the end-of-sequence token that
+    would be the token before, so such a model is saved without a padding token: it then takes one row at a time.
+    """
+    distinct = tokenizer.pad_token_id != tokenizer.eos_token_id
+    reward_model.model.config.pad_token_id = tokenizer.pad_token_id if distinct else None
     reward_model.model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 

@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_core.config import RunConfig
-from rlhf_core.policy import model_source
+from rlhf_core.policy import context_length
 from rlhf_core.reward import FunctionReward, ModelReward, Reward, WeightedRewards
 from rlhf_core.reward_functions import RewardFunction, load_function
 from rlhf_core.reward_model import RewardModel, load_reward_model
@@ -45,7 +45,7 @@ def parse_reward(text: str) -> RewardSource:
     if not math.isfinite(weight):
         raise ValueError(f"--reward {text!r}: the weight must be finite")
     folder = name.removeprefix(MODEL)
-    if name.startswith(MODEL) or Path(name).is_dir():
+    if name.startswith(MODEL) or (name.strip() and Path(name).is_dir()):
         return RewardSource(Path(folder).name or folder, weight, folder)
     if _FUNCTION.fullmatch(name):
         return RewardSource(name, weight, None)
@@ -91,14 +91,8 @@ def weighted(
     for one in loaded:
         if isinstance(one.found, tuple):
             model, own = one.found
-            reward: Reward = ModelReward(model.to(device), own, tokenizer)
+            reward: Reward = ModelReward(model.to(device), own, tokenizer, context_length(model.model))
         else:
             reward = FunctionReward(one.source.name, one.found, tokenizer, timeout_s)
         rewards[one.source.name] = (one.source.weight, reward)
     return WeightedRewards(rewards)
-
-
-def reward_folders(config: RunConfig) -> list[Path]:
-    """Return the folders of the reward models, where their files lie."""
-    sources = [parse_reward(text) for text in config.reward]
-    return [Path(model_source(one.folder)) for one in sources if one.folder is not None]

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from rlhf_core.config import SamplingConfig
-from rlhf_core.policy import ForwardArguments, context_length
+from rlhf_core.decoding import decoder_for, threads_for_decoding
+from rlhf_core.policy import context_length
 from rlhf_core.seeding import UniformSource
 from rlhf_kernels import sample_tokens
 
@@ -97,7 +98,8 @@ def sample(
     """Draw one completion for each prompt.
 
     Each token is the inverse of the policy's cumulative distribution at that row's uniform, so the source of uniforms
-    alone decides the completions. Rows that have ended are filled with padding; the loop stops when all have.
+    alone decides the completions. What has ended leaves the batch, a quarter of it or more at a time, and is filled
+    with padding.
 
     Args:
         model: a causal language model, in evaluation mode.
@@ -115,41 +117,42 @@ def sample(
     prompts_BP, attention_BP = left_pad(prompt_ids, pad_id)
     check_context(model, prompt_ids, config.max_new_tokens)
     device = next(model.parameters()).device
-    ids, attention = prompts_BP.to(device), attention_BP.to(device)
-    arguments = ForwardArguments(model)
-    cache = DynamicCache(config=model.config)
-    alive_B = torch.ones(len(prompt_ids), dtype=torch.bool, device=device)
-    tokens, masks, logprobs = [], [], []
-    next_input = ids
-    for position in range(config.max_new_tokens):
-        output = model(
-            input_ids=next_input,
-            attention_mask=attention,
-            past_key_values=cache,
-            use_cache=True,
-            **arguments.positions(attention, last=next_input.shape[1]),
-            **arguments.keep(1),
-        )
-        drawn = sample_tokens(
-            output.logits[:, -1],
-            uniforms.uniforms(position).to(device),
-            temperature=config.temperature,
-            top_k=config.top_k,
-            top_p=config.top_p,
-        )
-        token_B = torch.where(alive_B, drawn.ids, pad_id)
-        tokens.append(token_B)
-        masks.append(alive_B)
-        logprobs.append(torch.where(alive_B, drawn.logprobs, 0.0))
-        attention = torch.cat([attention, alive_B[:, None].long()], dim=1)
-        alive_B = alive_B & (token_B != eos_id)
-        next_input = token_B[:, None]
-        if not alive_B.any():
-            break
+    ids_BP, attention_BP = prompts_BP.to(device), attention_BP.to(device)
+    rows, length = len(prompt_ids), config.max_new_tokens
+    tokens_BT = torch.full((rows, length), pad_id, device=device)
+    mask_BT = torch.zeros(rows, length, dtype=torch.bool, device=device)
+    logprobs_BT = torch.zeros(rows, length, dtype=torch.float64, device=device)
+    batch = torch.arange(rows, device=device)  # the rows that the decoder goes on with, some of them ended already
+    going = torch.ones(rows, dtype=torch.bool, device=device)
+    with threads_for_decoding(model, rows):
+        decoder = decoder_for(model, length)
+        logits = decoder.read_prompts(ids_BP, attention_BP)
+        for position in range(length):
+            drawn = sample_tokens(
+                logits,
+                uniforms.uniforms(position).to(device)[batch],
+                temperature=config.temperature,
+                top_k=config.top_k,
+                top_p=config.top_p,
+            )
+            alive = batch[going]
+            tokens_BT[alive, position] = drawn.ids[going]
+            mask_BT[alive, position] = True
+            logprobs_BT[alive, position] = drawn.logprobs[going].double()
+            going, next_ids = going & (drawn.ids != eos_id), drawn.ids
+            left = int(going.sum())
+            if position + 1 == length or left == 0:
+                break
+            if left <= 0.75 * len(batch):
+                kept = going.nonzero()[:, 0]
+                batch, going, next_ids = batch[kept], going[kept], next_ids[kept]
+                decoder.keep(kept)
+            logits = decoder.read_tokens(next_ids)
+    tokens_BT, mask_BT = tokens_BT[:, : position + 1], mask_BT[:, : position + 1]
     return Rollout(
-        input_ids_BL=torch.cat([ids, torch.stack(tokens, dim=1)], dim=1),
-        attention_mask_BL=attention,
-        response_mask_BT=torch.stack(masks, dim=1),
-        sampler_logprobs_BT=torch.stack(logprobs, dim=1),
-        ended_B=~alive_B,
+        input_ids_BL=torch.cat([ids_BP, tokens_BT], dim=1),
+        attention_mask_BL=torch.cat([attention_BP, mask_BT.long()], dim=1),
+        response_mask_BT=mask_BT,
+        sampler_logprobs_BT=logprobs_BT[:, : position + 1].to(drawn.logprobs.dtype),
+        ended_B=(mask_BT & (tokens_BT == eos_id)).any(dim=1),
     )

@@ -252,8 +252,14 @@ def compare(run_a: Path, run_b: Path) -> Difference | None:
     Raises:
         FileNotFoundError, ValueError: a log is missing or malformed.
     """
-    found = [_first_difference(run_a / name, run_b / name) for name in DETERMINISTIC_LOGS]
+    found = [_first_difference(run_a / name, run_b / name) for name in deterministic_logs(run_a, run_b)]
     return min((one for one in found if one is not None), key=lambda one: one.step, default=None)
+
+
+def deterministic_logs(*runs: Path) -> list[str]:
+    """Return the logs that have to be the same bytes: ``samples.jsonl`` only where a run draws completions."""
+    drawn = any((run / SAMPLES_FILE).exists() for run in runs)
+    return [METRICS_FILE, SAMPLES_FILE] if drawn else [METRICS_FILE]
 
 
 def _first_difference(path_a: Path, path_b: Path) -> Difference | None:

@@ -1,6 +1,7 @@
-"""The configurations of ``rlhf sft``, ``reward``, ``eval`` and ``pipeline``; ``config`` has that of ``rlhf train``."""
+"""The configurations of the commands but ``rlhf train``, whose is in ``config``."""
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from rlhf_core.config import (
     LogConfig,
@@ -8,6 +9,7 @@ from rlhf_core.config import (
     PPOConfig,
     RunConfig,
     SamplingConfig,
+    _require,
     _require_field,
     _require_finite,
     _require_not_negative,
@@ -30,7 +32,7 @@ class TrainingConfig:
     max_length: int = 1024
     """Longest row in tokens, prompt and completion together; never more than the model's context."""
     learning_rate: float | None = None
-    """Peak rate. None: 3e-3 for sft and 1e-3 for reward at width 96, in proportion less for wider models."""
+    """Peak rate. None: 3e-3 for sft, 1e-3 for reward and 3e-4 for dpo at width 96, less for wider models."""
     weight_decay: float = 0.01
     """AdamW's decoupled weight decay."""
     max_grad_norm: float = 1.0
@@ -83,6 +85,37 @@ class RewardConfig(RunConfig):
     training: TrainingConfig = field(default_factory=TrainingConfig)
     """The optimizer and its steps."""
     preference: PreferenceConfig = field(default_factory=PreferenceConfig)
+    """The loss."""
+
+
+@dataclass(frozen=True)
+class DPOLossConfig:
+    """The loss of preference pairs."""
+
+    loss: Literal["sigmoid", "ipo"] = "sigmoid"
+    """sigmoid: Rafailov et al. (2023). ipo: Azar et al. (2024), which does not push certain preferences for ever."""
+    beta: float = 0.1
+    """How strongly the policy is kept near the reference: the reward is β log π/π_ref."""
+    label_smoothing: float = 0.0
+    """Probability that a label is wrong (sigmoid alone); below 0.5."""
+
+    def __post_init__(self) -> None:
+        _require_finite(self)
+        _require(self.beta > 0, f"dpo.beta is {self.beta}; it must be greater than 0")
+        wrong = self.label_smoothing
+        _require(0 <= wrong < 0.5, f"dpo.label_smoothing is {wrong}; it must lie in [0, 0.5)")
+        _require(self.loss == "sigmoid" or wrong == 0, "dpo.label_smoothing belongs to the loss sigmoid; leave it out")
+
+
+@dataclass(frozen=True)
+class DPOConfig(RunConfig):
+    """A policy trained on preferences alone, from the model that it is kept near to."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """The language model that it starts from, and its reference; --model.path names it."""
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    """The optimizer and its steps."""
+    dpo: DPOLossConfig = field(default_factory=DPOLossConfig)
     """The loss."""
 
 

@@ -1,10 +1,10 @@
-"""``rlhf sft`` and ``rlhf reward`` from beginning to end."""
+"""``rlhf sft``, ``rlhf reward`` and ``rlhf dpo`` from beginning to end."""
 
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from rich import box
@@ -12,21 +12,23 @@ from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_core import checkpoint, runlog
-from rlhf_core.dataset import DataReport, build_store, open_rows, texts_of
+from rlhf_core.dataset import DataReport, Rows, build_store, open_rows, texts_of
+from rlhf_core.dpo import DPOObjective
 from rlhf_core.examples import Need
 from rlhf_core.policy import build_model, context_length, load_model
 from rlhf_core.reward_model import PairObjective, new_reward_model, save_reward_model
 from rlhf_core.reward_report import pair_report
 from rlhf_core.run_setup import DATA_FOLDER, DataPlace, begin_run, choose_device
 from rlhf_core.sft import CompletionObjective
-from rlhf_core.stage_config import RewardConfig, SFTConfig
+from rlhf_core.stage_config import DPOConfig, RewardConfig, SFTConfig
 from rlhf_core.stopping import StopRequest
 from rlhf_core.supervised import run_supervised, width_rate
 from rlhf_core.terminal import console, progress_bar
 from rlhf_core.tokenization import byte_pair_tokenizer, check_vocabulary, load_tokenizer, saved_tokenizer
 
 TOKENIZER_FOLDER = "tokenizer"
-SFT_RATE, REWARD_RATE = 3e-3, 1e-3
+SPLITS: tuple[Literal["train", "held_out"], ...] = ("train", "held_out")
+SFT_RATE, REWARD_RATE, DPO_RATE = 3e-3, 1e-3, 3e-4
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class StageInputs:
     """The model that ``--model.path`` names; None: it is built."""
 
 
-def load_stage_inputs(config: SFTConfig | RewardConfig, need: Need, place: DataPlace) -> StageInputs:
+def load_stage_inputs(config: SFTConfig | RewardConfig | DPOConfig, need: Need, place: DataPlace) -> StageInputs:
     """Load the model, and prepare the data unless the resumed run has it.
 
     Raises:
@@ -47,6 +49,8 @@ def load_stage_inputs(config: SFTConfig | RewardConfig, need: Need, place: DataP
     choose_device(config)
     if config.data is None:
         raise ValueError("--data is missing; give a data file, a folder of them, or hub:NAME")
+    if isinstance(config, DPOConfig) and config.model.path is None:
+        raise ValueError("--model.path is missing; DPO starts from a language model, as rlhf sft leaves in its model/")
     source, path = config.data, config.model.path
     model = load_model(path, config.model.attention) if path else None
     if place.kept is not None:
@@ -75,7 +79,9 @@ def load_stage_inputs(config: SFTConfig | RewardConfig, need: Need, place: DataP
     return StageInputs(saved_tokenizer(place.scratch / DATA_FOLDER / TOKENIZER_FOLDER), model)
 
 
-def starting_model(config: SFTConfig | RewardConfig, inputs: StageInputs, device: torch.device) -> PreTrainedModel:
+def starting_model(
+    config: SFTConfig | RewardConfig | DPOConfig, inputs: StageInputs, device: torch.device
+) -> PreTrainedModel:
     """Return the model to train, on its device."""
     model = inputs.model if inputs.model is not None else build_model(config.model, inputs.tokenizer)
     torch.nn.Module.to(model, device)
@@ -133,6 +139,53 @@ def run_reward(config: RewardConfig, inputs: StageInputs, run: Path, *, resumed:
     console.print(f"reward model: {run / 'model'}", soft_wrap=True, markup=False)
 
 
+def run_dpo(config: DPOConfig, inputs: StageInputs, run: Path, *, resumed: bool) -> None:
+    """Train a policy on preferences in the run's folder, as :func:`run_sft` does on demonstrations."""
+    device = begin_run(config, run, resumed=resumed)
+    tokenizer, data = inputs.tokenizer, run / DATA_FOLDER
+    model = starting_model(config, inputs, device)
+    # Measured before training, under the model that training starts from: on a resume too, to the same bits.
+    objectives = {name: _pairs(config, model, open_rows(data, name), tokenizer) for name in SPLITS}
+    objective, held_out = objectives["train"], objectives["held_out"]
+    if objective is None:
+        raise ValueError(f"{config.data} leaves no pair to train on; lower --held-out or give more pairs")
+    rate = width_rate(config.training.learning_rate, DPO_RATE, model.config.get_text_config().hidden_size)
+    with StopRequest().listening() as stop:
+        run_supervised("dpo", objective, config.training, run, stop, seed=config.seed, peak_rate=rate)
+    model.requires_grad_(False)
+    checkpoint.write_folder(run / "model", lambda folder: _save(model, tokenizer, folder))
+    if held_out is not None:
+        summary = _with_bar(len(held_out), lambda advance: held_out.evaluate(config.training.micro_batch_size, advance))
+        write_evaluation(run, {"held_out": summary})
+        console.print(
+            f"{summary['pairs']} held-out pairs: {summary['accuracy']:.1%} ordered as labelled, margin "
+            f"{summary['reward_margin']:+.3f} (chosen {summary['reward_chosen']:+.3f}, rejected "
+            f"{summary['reward_rejected']:+.3f})"
+        )
+    console.print(f"model: {run / 'model'}", soft_wrap=True, markup=False)
+
+
+def _pairs(
+    config: DPOConfig, model: PreTrainedModel, rows: Rows, tokenizer: PreTrainedTokenizerBase
+) -> DPOObjective | None:
+    """Return the objective of a split's pairs, measured under the model as it is; None when there are none."""
+    if not len(rows):
+        return None
+    with progress_bar("reference", len(rows)) as bar:
+        return DPOObjective(
+            model,
+            rows.column("prompt"),
+            rows.column("chosen"),
+            rows.column("rejected"),
+            config.dpo,
+            pad_id=tokenizer.pad_token_id,
+            dtype=config.dtype,
+            ties=rows.margins_and_ties()[:, 1].tolist(),
+            batch_size=config.training.micro_batch_size,
+            advance=lambda done: bar.advance(by=done),
+        )
+
+
 def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -152,7 +205,7 @@ def write_evaluation(run: Path, summary: dict[str, Any]) -> None:
 def print_pair_report(summary: dict[str, Any]) -> None:
     """Print a reward model's report on held-out pairs."""
     length = summary["length"]
-    table = Table(title=f"{summary['pairs']} held-out pairs, {summary['ties']} ties", box=box.SIMPLE_HEAD)
+    table = Table(title=f"{summary['pairs']} held-out pairs, {summary['ties']} ties", box=box.SIMPLE, show_header=False)
     table.add_column("")
     table.add_column("", justify="right")
     rows = [

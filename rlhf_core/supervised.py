@@ -183,4 +183,4 @@ def width_rate(rate: float | None, base: float, hidden_size: int) -> float:
 
     Adam's best rate of a matrix falls with the width (Yang et al., "Tensor Programs V", 2022).
     """
-    return base * 96 / hidden_size if rate is None else rate
+    return base * (96 / hidden_size) if rate is None else rate

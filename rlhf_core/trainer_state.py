@@ -24,8 +24,14 @@ def new_state(model: ActorCritic, reference: Reference, config: TrainConfig) -> 
     """Return the state before the first step."""
     ppo = config.ppo
     optimizer = adamw(
-        model.parameters(), lr=ppo.learning_rate, beta2=ppo.adam_beta2, eps=ppo.adam_eps, weight_decay=ppo.weight_decay
+        (parameter for parameter in model.parameters() if parameter.requires_grad),
+        lr=ppo.learning_rate,
+        beta2=ppo.adam_beta2,
+        eps=ppo.adam_eps,
+        weight_decay=ppo.weight_decay,
     )
+    if model.value_trunk is not None:  # frozen, and the same in both: one of them is enough
+        model.value_trunk.set_input_embeddings(reference.lm.get_input_embeddings())
     return PPOState(model, reference, optimizer, ppo.kl_coef)
 
 
@@ -58,8 +64,8 @@ def load_state(folder: Path, reference: Reference, config: TrainConfig, device: 
 def _value_tensors(model: ActorCritic) -> dict[str, torch.Tensor]:
     return {
         name: tensor.detach().cpu().contiguous()
-        for name, tensor in model.state_dict().items()
-        if name.startswith(("value_trunk.", "value_head."))
+        for name, tensor in model.named_parameters()
+        if name.startswith(("value_trunk.", "value_head.")) and tensor.requires_grad
     }
 
 

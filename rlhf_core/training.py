@@ -2,7 +2,9 @@
 
 import copy
 import json
+from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -10,6 +12,7 @@ import torch
 from rlhf_core import batches, checkpoint, runlog
 from rlhf_core.config import TrainConfig
 from rlhf_core.evaluation import Evaluation, evaluate
+from rlhf_core.evaluation_table import evaluation_summary, print_evaluation
 from rlhf_core.experiment import Experiment, Inputs, prepare
 from rlhf_core.metrics import log_row
 from rlhf_core.policy import ActorCritic, Reference
@@ -17,8 +20,9 @@ from rlhf_core.ppo import PPOState, train
 from rlhf_core.profile_files import PROFILES_FOLDER
 from rlhf_core.profiler import Profiler, timing_row
 from rlhf_core.profiling import StageClock
-from rlhf_core.report import evaluation_summary, print_evaluation
+from rlhf_core.report_to import Destination, Reporter
 from rlhf_core.reward import decode
+from rlhf_core.rollout_file import keep_rollout, prune_rollouts
 from rlhf_core.run_setup import begin_run
 from rlhf_core.step_rows import sample_rows
 from rlhf_core.stopping import StopRequest, by_alert, by_signal
@@ -28,7 +32,14 @@ from rlhf_core.watch import Watch, WatchOptions, in_words
 
 
 def run_training(
-    config: TrainConfig, inputs: Inputs, run: Path, *, resumed: bool, watch: WatchOptions, profile: bool = False
+    config: TrainConfig,
+    inputs: Inputs,
+    run: Path,
+    *,
+    resumed: bool,
+    watch: WatchOptions,
+    profile: bool = False,
+    report_to: Sequence[Destination] = (),
 ) -> None:
     """Train as configured in the run's folder, and print the result; ``profile`` writes ``profiles/`` too.
 
@@ -40,8 +51,9 @@ def run_training(
     with StopRequest().listening() as stop:
         experiment = prepare(config, inputs, run, device, stop)
         state = start_or_resume(experiment, config, run, device)
-        with Profiler(run / PROFILES_FOLDER) if profile else nullcontext() as profiler:
-            run_ppo(state, experiment, config, run, stop, Watch(run, watch), profiler)
+        profiling = Profiler(run / PROFILES_FOLDER) if profile else nullcontext()
+        with profiling as profiler, Reporter(report_to, run, asdict(config)) as reporter:
+            run_ppo(state, experiment, config, run, stop, Watch(run, watch), reporter, profiler)
     if config.log.evaluation_prompts and len(experiment.held_out_ids):
         report(state, experiment, config, run)
     console.print(f"run folder: {run}", soft_wrap=True, markup=False)
@@ -72,6 +84,7 @@ def save_checkpoint(state: PPOState, experiment: Experiment, config: TrainConfig
     folder = checkpoint.step_folder(run / "checkpoints", state.step)
     checkpoint.write_folder(folder, lambda partial: save_state(state, experiment.task.tokenizer, partial))
     checkpoint.prune(run / "checkpoints", config.log.keep)
+    prune_rollouts(run)
 
 
 def run_ppo(
@@ -81,6 +94,7 @@ def run_ppo(
     run: Path,
     stop: StopRequest,
     watch: Watch,
+    reporter: Reporter,
     profiler: Profiler | None = None,
 ) -> None:
     """Do the remaining steps, log each, save checkpoints and watch for alerts."""
@@ -106,6 +120,7 @@ def run_ppo(
                 parts = getattr(experiment.reward, "parts", {})
                 samples = sample_rows(state.step, result, experiment.task.tokenizer, config.log.samples_per_step, parts)
                 runlog.append(run / runlog.SAMPLES_FILE, samples)
+                keep_rollout(run, state.step, result)
             last = state.step == config.ppo.steps or stop.signal_number is not None
             saved = last or state.step % config.log.save_every == 0
             if saved:
@@ -114,6 +129,7 @@ def run_ppo(
             result.clock.stop(int(result.metrics["response_tokens"]))
             timings = timing_row(result.clock, profiler)
             runlog.append(run / runlog.TIMINGS_FILE, [timings])
+            reporter.after_step(metrics, timings)
             bar.advance(f"reward {result.metrics['reward_mean']:+.3f}  kl {result.metrics['kl']:.2f}")
             alert = watch.after_step(metrics, timings)
             if alert is not None and state.step < config.ppo.steps:

@@ -135,7 +135,7 @@ def test_continuous_integration_runs_lint_and_tests_and_fails_with_them():
     lines = [line for line in script.read_text().splitlines() if line and not line.startswith("#")]
     assert script.stat().st_mode & 0o111
     assert lines[0] == "set -euo pipefail"
-    assert lines[-2:] == ["make lint", "make test"]
+    assert lines[-3:] == ["make lint", "make test", "make cuda"]
 
 
 def test_pre_commit_runs_what_make_lint_runs():
@@ -145,8 +145,8 @@ def test_pre_commit_runs_what_make_lint_runs():
     assert [Path(entry.split()[0]).name for entry in hooks] == ["ruff", "ruff", "mypy"]
 
 
-def test_mypy_looks_at_both_packages():
-    assert PROJECT["tool"]["mypy"]["packages"] == ["rlhf_core", "rlhf_kernels"]
+def test_mypy_looks_at_all_packages():
+    assert PROJECT["tool"]["mypy"]["packages"] == ["dashboard", "rlhf_core", "rlhf_kernels"]
 
 
 def test_warnings_are_errors():
@@ -154,7 +154,8 @@ def test_warnings_are_errors():
 
 
 def test_every_package_folder_is_installed():
-    folders = {"rlhf_core": ROOT / "rlhf_core", "rlhf_kernels": ROOT / "kernels" / "rlhf_kernels"}
+    folders = {name: ROOT / name for name in ("dashboard", "rlhf_core")}
+    folders["rlhf_kernels"] = ROOT / "kernels" / "rlhf_kernels"
     found = {
         ".".join([name, *path.parent.relative_to(folder).parts])
         for name, folder in folders.items()

@@ -6,6 +6,7 @@ others are fast and give the same bits on every x86-64 processor and for any num
 
 from rlhf_kernels.api import SampledTokens, gae, linear_token_logprobs, sample_tokens, token_logprobs, whiten
 from rlhf_kernels.dispatch import BackendUnavailableError, KernelFallbackWarning, available_backends
+from rlhf_kernels.products import linear
 
 __all__ = [
     "BackendUnavailableError",
@@ -13,6 +14,7 @@ __all__ = [
     "SampledTokens",
     "available_backends",
     "gae",
+    "linear",
     "linear_token_logprobs",
     "sample_tokens",
     "token_logprobs",

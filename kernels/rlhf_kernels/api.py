@@ -33,22 +33,22 @@ def gae(
     values: Tensor,
     mask: Tensor,
     *,
-    gamma: float,
-    lam: float,
+    gamma: float | Tensor,
+    lam: float | Tensor,
     bootstrap: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Generalised advantage estimation (Schulman et al. 2016, arXiv 1506.02438, equations 12 and 16).
 
-    δ_t = r_t + γ V_{t+1} − V_t, A_t = δ_t + γλ A_{t+1}, over the tokens of the mask only: a token outside it is
+    δ_t = r_t + γ_t V_{t+1} − V_t, A_t = δ_t + γ_t λ_t A_{t+1}, over the tokens of the mask only: a token outside it is
     skipped, the next value and advantage are carried across it, and what it holds never changes a bit.
 
     Args:
         rewards: [B, T], float32 or float64.
         values: [B, T], same dtype.
-        mask: [B, T], bool, True = counts.
-        gamma: discount in [0, 1].
-        lam: λ in [0, 1].
+        mask: [B, T], True = counts; bool, or numbers that are all 0 or 1.
+        gamma: discount in [0, 1], a number, or a tensor of the rewards' dtype that expands to [B, T].
+        lam: λ in [0, 1], likewise.
         bootstrap: [B], the value after the last token of a truncated sequence; None = the sequences ended (0).
         backend: auto, reference, cython or cuda.
 
@@ -63,18 +63,19 @@ def gae(
     _require_rank("rewards", rewards, 2)
     _require_dtype("rewards", rewards, _FLOATS)
     _require_like("values", values, rewards)
-    _require_mask(mask, rewards)
+    mask = _as_mask(mask, rewards)
     if bootstrap is not None:
-        _require_shape("bootstrap", bootstrap, rewards.shape[:1])
-        _require_dtype("bootstrap", bootstrap, (rewards.dtype,))
-        _require_device("bootstrap", bootstrap, rewards)
-    _require_unit_interval("gamma", gamma)
-    _require_unit_interval("lam", lam)
-    _refuse_gradient("gae", rewards, values, bootstrap)
+        _require_like("bootstrap", bootstrap, rewards, rewards.shape[:1])
+    gamma, lam = _per_token("gamma", gamma, rewards, mask), _per_token("lam", lam, rewards, mask)
+    gammas, lams = (x if isinstance(x, Tensor) else None for x in (gamma, lam))
+    _refuse_gradient("gae", rewards, values, bootstrap, gammas, lams)
     if choose_backend(backend, rewards, _FLOATS) == "reference":
         if rewards.numel() == 0:
             return torch.zeros_like(rewards), torch.zeros_like(rewards)
         return reference.gae(rewards, values, mask, bootstrap, gamma, lam)
+    if isinstance(gamma, Tensor) or isinstance(lam, Tensor):
+        one_gamma, one_lam = (0.0 if isinstance(x, Tensor) else x for x in (gamma, lam))
+        return ops.gae_per_token(rewards, values, mask, bootstrap, gammas, lams, one_gamma, one_lam)
     return ops.gae(rewards, values, mask, bootstrap, gamma, lam)
 
 
@@ -126,7 +127,8 @@ def token_logprobs(
         logp [...], or (logp, entropy), float32 (float64 for float64 logits).
 
     Raises:
-        IndexError: a label outside [0, V), with its value and position.
+        IndexError: a label outside [0, V), with its value and position. The CUDA kernel, which nobody waits for, prints
+            value and row and stops with a device-side assertion instead.
         ValueError: a shape, device or temperature that does not fit.
         TypeError: a dtype that does not fit.
     """
@@ -225,7 +227,7 @@ def linear_token_logprobs(
     if weight.shape[0] == 0 and labels.numel() > 0:
         raise ValueError(f"weight has an empty vocabulary: shape {tuple(weight.shape)}")
     entropy: Tensor | None
-    if choose_backend(backend, hidden, _LOGITS) == "reference":
+    if choose_backend(backend, hidden, _LOGITS, lacking=("cuda",)) == "reference":
         _require_labels_in_range(labels, weight.shape[0], ignore_index)
         logp, entropy = reference.linear_token_logprobs(
             hidden, weight, labels, bias, temperature, with_entropy, ignore_index
@@ -301,7 +303,7 @@ def whiten(x: Tensor, mask: Tensor, *, shift_mean: bool = True, backend: str = "
 
     Args:
         x: any shape, float32 or float64.
-        mask: same shape, bool, True = counts.
+        mask: same shape, True = counts; bool, or numbers that are all 0 or 1.
         shift_mean: False keeps the mean.
         backend: auto, reference, cython or cuda.
 
@@ -314,7 +316,7 @@ def whiten(x: Tensor, mask: Tensor, *, shift_mean: bool = True, backend: str = "
         RuntimeError: x requires a gradient; there is none, whitened advantages are constants of the loss.
     """
     _require_dtype("x", x, _FLOATS)
-    _require_mask(mask, x)
+    mask = _as_mask(mask, x)
     _refuse_gradient("whiten", x)
     if choose_backend(backend, x, _FLOATS) == "reference":
         return reference.whiten(x, mask, shift_mean)
@@ -347,15 +349,44 @@ def _require_like(name: str, tensor: Tensor, other: Tensor, shape: torch.Size | 
     _require_device(name, tensor, other)
 
 
-def _require_mask(mask: Tensor, other: Tensor) -> None:
+def _as_mask(mask: Tensor, other: Tensor) -> Tensor:
     _require_shape("mask", mask, other.shape)
-    _require_dtype("mask", mask, (torch.bool,))
     _require_device("mask", mask, other)
+    if mask.dtype == torch.bool:
+        return mask
+    if _has_values(mask):
+        _require_none("mask", mask, (mask != 0) & (mask != 1), "must be 0 or 1")
+    return mask != 0
 
 
-def _require_unit_interval(name: str, number: float) -> None:
-    if not 0.0 <= number <= 1.0:
-        raise ValueError(f"{name} is {number}; it must be in [0, 1]")
+def _per_token(name: str, number: float | Tensor, other: Tensor, mask: Tensor) -> float | Tensor:
+    """The number, or the tensor expanded to the other's shape; either in [0, 1] where it counts."""
+    if not isinstance(number, Tensor):
+        if not 0.0 <= number <= 1.0:
+            raise ValueError(f"{name} is {number}; it must be in [0, 1]")
+        return number
+    _require_dtype(name, number, (other.dtype,))
+    _require_device(name, number, other)
+    try:
+        each = number.expand(other.shape)
+    except RuntimeError as error:
+        raise ValueError(f"{name} must expand to shape {tuple(other.shape)}, got {tuple(number.shape)}") from error
+    if _has_values(each):
+        _require_none(name, each, ~((each >= 0.0) & (each <= 1.0)) & mask, "must be in [0, 1]")
+    return each
+
+
+def _has_values(tensor: Tensor) -> bool:
+    """Whether values can be looked at: not while tracing or capturing a CUDA graph, and not without data."""
+    if torch.compiler.is_compiling() or tensor.device.type == "meta":
+        return False
+    return not (tensor.is_cuda and torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())
+
+
+def _require_none(name: str, tensor: Tensor, bad: Tensor, rule: str) -> None:
+    if bad.any():
+        position = tuple(int(i) for i in bad.nonzero()[0])
+        raise ValueError(f"{name} is {tensor[position].item()} at position {position}; it {rule}")
 
 
 def _require_temperature(temperature: float) -> None:

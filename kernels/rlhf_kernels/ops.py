@@ -12,6 +12,8 @@ from torch import Tensor
 _LIBRARY = torch.library.Library("rlhf_kernels", "DEF")
 _SCHEMAS = (
     "gae(Tensor rewards, Tensor values, Tensor mask, Tensor? bootstrap, float gamma, float lam) -> (Tensor, Tensor)",
+    "gae_per_token(Tensor rewards, Tensor values, Tensor mask, Tensor? bootstrap, Tensor? gammas, Tensor? lams,"
+    " float gamma, float lam) -> (Tensor, Tensor)",
     "token_logprobs(Tensor logits, Tensor labels, float temperature, bool with_entropy, int? ignore_index)"
     " -> (Tensor, Tensor, Tensor)",
     "token_logprobs_backward(Tensor logits, Tensor labels, Tensor statistics, Tensor entropy, Tensor? grad_logp,"
@@ -34,6 +36,21 @@ def gae(
 ) -> tuple[Tensor, Tensor]:
     """See `rlhf_kernels.gae`."""
     return cast("tuple[Tensor, Tensor]", torch.ops.rlhf_kernels.gae(rewards, values, mask, bootstrap, gamma, lam))
+
+
+def gae_per_token(
+    rewards: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    bootstrap: Tensor | None,
+    gammas: Tensor | None,
+    lams: Tensor | None,
+    gamma: float,
+    lam: float,
+) -> tuple[Tensor, Tensor]:
+    """See `rlhf_kernels.gae`; gamma and lam count where their tensors are None."""
+    operator = torch.ops.rlhf_kernels.gae_per_token
+    return cast("tuple[Tensor, Tensor]", operator(rewards, values, mask, bootstrap, gammas, lams, gamma, lam))
 
 
 def token_logprobs(
@@ -76,6 +93,20 @@ def whiten(x: Tensor, mask: Tensor, shift_mean: bool) -> Tensor:
 @torch.library.register_fake("rlhf_kernels::gae", lib=_LIBRARY)
 def _gae_shapes(
     rewards: Tensor, values: Tensor, mask: Tensor, bootstrap: Tensor | None, gamma: float, lam: float
+) -> tuple[Tensor, Tensor]:
+    return rewards.new_empty(rewards.shape), rewards.new_empty(rewards.shape)
+
+
+@torch.library.register_fake("rlhf_kernels::gae_per_token", lib=_LIBRARY)
+def _gae_per_token_shapes(
+    rewards: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    bootstrap: Tensor | None,
+    gammas: Tensor | None,
+    lams: Tensor | None,
+    gamma: float,
+    lam: float,
 ) -> tuple[Tensor, Tensor]:
     return rewards.new_empty(rewards.shape), rewards.new_empty(rewards.shape)
 

@@ -12,11 +12,16 @@ WHITEN_EPSILON = 1e-8
 
 
 def gae(
-    rewards_BT: Tensor, values_BT: Tensor, mask_BT: Tensor, bootstrap_B: Tensor | None, gamma: float, lam: float
+    rewards_BT: Tensor,
+    values_BT: Tensor,
+    mask_BT: Tensor,
+    bootstrap_B: Tensor | None,
+    gamma: float | Tensor,
+    lam: float | Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Generalised advantage estimation over the tokens of the mask.
+    """Generalised advantage estimation over the tokens of the mask; γ and λ are numbers or [B, T].
 
-    δ_t = r_t + γ V_{t+1} − V_t and A_t = δ_t + γλ A_{t+1} (Schulman et al. 2016, arXiv 1506.02438, eq. 12 and 16),
+    δ_t = r_t + γ_t V_{t+1} − V_t and A_t = δ_t + γ_t λ_t A_{t+1} (Schulman et al. 2016, arXiv 1506.02438, eq. 12, 16),
     where t+1 is the next token *inside the mask*; after the last one the value is `bootstrap_B` or 0.
     """
     rewards, values = rewards_BT.double(), values_BT.double()
@@ -25,8 +30,9 @@ def gae(
     columns = []
     for t in reversed(range(rewards.shape[1])):
         inside = mask_BT[:, t]
-        delta = rewards[:, t] + gamma * next_value - values[:, t]
-        advantage = delta + gamma * lam * next_advantage
+        gamma_t, lam_t = (x[:, t].double() if isinstance(x, Tensor) else x for x in (gamma, lam))
+        delta = rewards[:, t] + gamma_t * next_value - values[:, t]
+        advantage = delta + gamma_t * lam_t * next_advantage
         columns.append(torch.where(inside, advantage, 0.0))
         next_value = torch.where(inside, values[:, t], next_value)
         next_advantage = torch.where(inside, advantage, next_advantage)

@@ -31,7 +31,7 @@ def run(arguments: list[str]) -> int:
 
     Raises:
         NotADirectoryError: the runs are a file.
-        ModuleNotFoundError: the dashboard is not installed.
+        FileNotFoundError: the dashboard is not installed.
     """
     options = parse(Options, arguments, "dashboard")
     if options.runs.exists() and not options.runs.is_dir():
@@ -43,7 +43,7 @@ def command(options: Options) -> list[str]:
     """Return the command line of the server."""
     found = importlib.util.find_spec("dashboard")
     if found is None or not found.submodule_search_locations:
-        raise ModuleNotFoundError("the dashboard is not installed; install the kit with: pip install -e .")
+        raise FileNotFoundError("the dashboard is not installed; install the kit with: pip install -e .")
     app = Path(found.submodule_search_locations[0]) / "app.py"
     streamlit = [sys.executable, "-m", "streamlit", "run", str(app), "--server.port", str(options.port)]
     return [*streamlit, "--", str(options.runs.resolve())]

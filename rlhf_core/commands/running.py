@@ -28,6 +28,7 @@ class Job(Generic[C]):
     """A command that makes a run."""
 
     command: str
+    """Its name."""
     options: type
     """The command's options; the field named like the command's first word holds the configuration."""
     field: str
@@ -41,6 +42,7 @@ class Job(Generic[C]):
     execute: Callable[[C, Any, Any, Path], None]
     """Does the run, given the command's options, what was loaded and the run's folder."""
     default_name: Callable[[C], str]
+    """The run's name where none is given."""
     before: Callable[[Any], None] = lambda options: None
     """Looks at the command's options before torch is loaded."""
     reopens: bool = False

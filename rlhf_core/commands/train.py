@@ -11,6 +11,7 @@ from rlhf_core import config as configuration
 from rlhf_core.alert_thresholds import default_thresholds, read_thresholds
 from rlhf_core.commands.running import Job, make_run, source_name
 from rlhf_core.config import TrainConfig
+from rlhf_core.report_to import Destination, require_installed
 from rlhf_core.watch import WatchOptions
 
 if TYPE_CHECKING:
@@ -36,6 +37,8 @@ class Options:
     """Continue the run --name (or the latest) from its newest sound checkpoint, with the options it began with."""
     profile: bool = False
     """Write profiles/: time and memory by stage, a trace for Perfetto, operators. Changes no number of the run."""
+    report_to: tuple[Destination, ...] = ()
+    """Send the metrics there too; each needs the extra of its name."""
     stop_on: Literal["critical", "warning", "never"] = "never"
     """Stop, saved and ready to --resume, when an alert of this severity or a worse one is raised; see rlhf alerts."""
     thresholds: Path | None = None
@@ -67,6 +70,7 @@ def run(arguments: list[str]) -> int:
 
 
 def _before(options: Options) -> None:
+    require_installed(options.report_to)
     _ = options.watch  # a file of thresholds that cannot be read shows before there is a run
     if options.profile:
         # Kineto, torch's recorder of operators, prints lines of its own unless told before torch is loaded.
@@ -82,4 +86,12 @@ def _load(config: TrainConfig, place: "DataPlace") -> Any:
 def _execute(config: TrainConfig, options: Options, inputs: Any, folder: Path) -> None:
     from rlhf_core.training import run_training
 
-    run_training(config, inputs, folder, resumed=options.resume, watch=options.watch, profile=options.profile)
+    run_training(
+        config,
+        inputs,
+        folder,
+        resumed=options.resume,
+        watch=options.watch,
+        profile=options.profile,
+        report_to=options.report_to,
+    )

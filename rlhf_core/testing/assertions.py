@@ -26,7 +26,8 @@ def run_hashes(run: Path) -> dict[str, str]:
     Raises:
         FileNotFoundError: a log is missing.
     """
-    return {name: hashlib.sha256((run / name).read_bytes()).hexdigest() for name in runlog.DETERMINISTIC_LOGS}
+    names = runlog.deterministic_logs(run)
+    return {name: hashlib.sha256((run / name).read_bytes()).hexdigest() for name in names}
 
 
 def assert_runs_identical(run_a: Path | str, run_b: Path | str) -> None:

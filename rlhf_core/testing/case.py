@@ -23,6 +23,7 @@ from rlhf_core.testing.tabular import TabularPolicy, tabular_states
 from rlhf_core.testing.world import Tokens, World
 
 PLAIN: Mapping[str, Any] = {
+    "algorithm": "ppo",
     "steps": 1,
     "epochs": 1,
     "learning_rate": 1.0,
@@ -48,7 +49,7 @@ class Case:
 
     world: World
     prompts: tuple[int, ...]
-    """Which prompt each row has; ``world.prompts[i]`` are its tokens."""
+    """Which prompt each row has; ``world.prompts[i]`` are its tokens. The rows of a group stand side by side."""
     responses: tuple[Tokens, ...]
     """What is drawn for each row, in every step."""
     scores: tuple[float, ...]
@@ -113,7 +114,11 @@ class Trainer(Protocol):
     """A trainer under test."""
 
     def __call__(self, case: Case) -> Outcome:
-        """Take the case's steps and return what they did."""
+        """Take the case's steps and return what they did.
+
+        Raises:
+            NotImplementedError: this trainer does not have what a setting asks for; the property is left out.
+        """
         ...
 
 

@@ -39,18 +39,22 @@ def kit_trainer(case: Case) -> Outcome:
         return torch.tensor([score_of[tuple(tokens)] for tokens in rollout.token_ids()])
 
     with double_precision():
-        model = ActorCritic(case.policy(), "shared")
-        with torch.no_grad():
-            model.value_head.weight.copy_(case.values_S[None])
-        model.value_head.bias.requires_grad_(False)  # a value for each prefix, and nothing that they share
-        reference = Reference(case.reference())
+        recipe = config.ppo.recipe
+        policy = case.policy()
+        model = ActorCritic(policy, "shared" if recipe.has_value_model else None)
+        if model.value_head is not None:
+            with torch.no_grad():
+                model.value_head.weight.copy_(case.values_S[None])
+            model.value_head.bias.requires_grad_(False)  # a value for each prefix, and nothing that they share
+        reference_table = case.reference()
+        reference = Reference(reference_table)
         state = new_state(model, reference, config)
         state.optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
         metrics: dict[str, float] = {}
-        with draws(world, model.lm, case.prompts, case.responses, case.temperature):
+        with draws(world, policy, case.prompts, case.responses, case.temperature):
             steps = ppo.train(
                 state,
-                lambda step: [list(world.prompts[prompt]) for prompt in case.prompts],
+                lambda step: [list(world.prompts[prompt]) for prompt in case.prompts[:: recipe.group_size]],
                 reward,
                 config,
                 eos_id=world.eos_id,
@@ -59,9 +63,9 @@ def kit_trainer(case: Case) -> Outcome:
             for result in steps:
                 metrics = result.metrics
     return Outcome(
-        policy_SV=model.lm.table.detach(),
-        values_S=model.value_head.weight.detach()[0],
-        reference_SV=reference.lm.table.detach(),
+        policy_SV=policy.table.detach(),
+        values_S=case.values_S if model.value_head is None else model.value_head.weight.detach()[0],
+        reference_SV=reference_table.table.detach(),
         kl_coef=state.kl_coef,
         metrics=metrics,
     )

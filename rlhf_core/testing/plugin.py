@@ -13,19 +13,42 @@ and then writes tests such as::
     def test_my_page_shows_a_run(finished_run):
         assert my_page.read(finished_run).steps == 5
 
+``--implementation module:adapter`` holds somebody's numeric functions to this project's oracles.
+
 The assertions that go with it are in :mod:`rlhf_core.testing.assertions`.
 """
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from rlhf_core.testing.command import TINY_RUN, run_command
+from rlhf_core.testing.implementation import KIT, Results, load_implementation, write_table
+
+RESULTS = pytest.StashKey[Results]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the options of the numeric tests."""
+    group = parser.getgroup("rlhf")
+    group.addoption(
+        "--implementation",
+        default=KIT,
+        metavar="MODULE:ADAPTER",
+        help="whose numeric functions are tested: see rlhf_core.testing.implementation",
+    )
+    group.addoption(
+        "--write-table",
+        metavar="PATH",
+        help="write what the numeric tests found into the table of this document, as the implementation's column",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Make the marker known."""
     config.addinivalue_line("markers", "cuda: needs an NVIDIA GPU; skipped without one")
+    config.stash[RESULTS] = Results(column="")
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -35,6 +58,24 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
         if not torch.cuda.is_available():
             pytest.skip("torch finds no GPU here")
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Write the table, where one was asked for and a numeric test has run."""
+    path, results = session.config.getoption("--write-table"), session.config.stash[RESULTS]
+    if path and results.cells:
+        write_table(Path(path), results)
+
+
+@pytest.fixture(scope="session")
+def implementation(pytestconfig: pytest.Config) -> Any:
+    """Return the adapter that ``--implementation`` names."""
+    try:
+        found = load_implementation(pytestconfig.getoption("--implementation"))
+    except ValueError as error:
+        pytest.exit(str(error), returncode=pytest.ExitCode.USAGE_ERROR)
+    pytestconfig.stash[RESULTS].column = found.name
+    return found
 
 
 @pytest.fixture(scope="session")

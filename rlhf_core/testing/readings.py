@@ -1,7 +1,8 @@
 """The cases that properties are asked in, and how advantages are read back from what a step changed.
 
 On a tabular policy one step of gradient descent at rate 1 changes the logits of prefix s by Σ A (e_a − π(·|s)) / (τ N)
-over the N response tokens of the minibatch, a the token drawn at s and τ the temperature, and its value by c (R − V) / N.
+over the N response tokens of the minibatch, where a is the token drawn at s and τ the temperature, and its value by
+c (R − V) / N.
 
 Shape suffixes: S prefixes, V vocabulary.
 """

@@ -4,8 +4,8 @@ It answers to what a trainer calls of a transformers model: ``forward`` with a k
 ``base_model``, ``hidden_states``, ``save_pretrained``. Its last hidden state is the prefix as a one-hot vector, so a
 linear value head is a table of values, one for each prefix.
 
-Because prefixes share no weights, a gradient can be read: the row of a prefix moved exactly when a loss was taken there.
-The table has rows for prefixes behind the end of a response too. No loss may ever move them.
+Because prefixes share no weights, a gradient can be read: the row of a prefix moved exactly when a loss was taken
+there. The table has rows for prefixes behind the end of a response too. No loss may ever move them.
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
-from transformers.modeling_outputs import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from rlhf_core.testing.world import Tokens, World
 
@@ -75,6 +75,8 @@ class TabularPolicy(PreTrainedModel):
             logits = scale * torch.randn(shape, generator=generator, dtype=torch.float64)
         self.table = nn.Parameter(logits.clone())
         self.dropout = nn.Dropout(dropout)
+        self._codes: Tensor
+        self._rows: Tensor
         codes = [_code(state, world.vocabulary) for state in self.states]
         order = sorted(range(len(codes)), key=codes.__getitem__)
         self.register_buffer("_codes", torch.tensor([codes[row] for row in order]), persistent=False)
@@ -92,7 +94,7 @@ class TabularPolicy(PreTrainedModel):
         past_key_values: DynamicCache | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
-        logits_to_keep: int = 0,
+        logits_to_keep: int | slice | Tensor = 0,
         **_: Any,
     ) -> TabularOutput:
         """Return logits [B, L, V] and hidden states [B, L, S] of the tokens given; the cache keeps the ones before."""
@@ -103,7 +105,8 @@ class TabularPolicy(PreTrainedModel):
         attended_BL = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         rows_BL = self._lookup(input_ids, attended_BL.bool())[:, -new:]
         hidden_BLS = nn.functional.one_hot(rows_BL, len(self.states)).to(self.table.dtype)
-        logits_BLV = self.dropout(self.table[rows_BL[:, -logits_to_keep:]])
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits_BLV = self.dropout(self.table[rows_BL[:, kept]])
         return TabularOutput(
             logits=logits_BLV,
             last_hidden_state=hidden_BLS,

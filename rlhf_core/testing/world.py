@@ -114,7 +114,7 @@ def token_distributions(world: World, lm: nn.Module, prompt: int, *, temperature
 
     Args:
         world: what is enumerated.
-        lm: ``lm(input_ids=, attention_mask=)`` returns an object with ``logits`` [N, L, V]. It is given no left padding.
+        lm: ``lm(input_ids=, attention_mask=)`` returns an object with ``logits`` [N, L, V]. No prompt is padded.
         prompt: which of the world's prompts.
         temperature: the policy is softmax(logits / temperature).
     """

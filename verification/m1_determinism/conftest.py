@@ -8,7 +8,7 @@ Tests marked ``slow`` emulate other processors with Debian's ``qemu-user`` (``ap
 **Golden hashes.** ``golden_hashes/`` holds the SHA-256 of the logs, one file for what the hash belongs to:
 
 - ``portable-base-torch-2.13.0.json``, numerics = "portable": one for each torch version, on every x86-64 processor;
-- ``native-2-threads-torch-2.13.0+cpu-x86_64-AuthenticAMD-26-2-AVX512.json``, numerics = "native": one for each torch
+- ``native-torch-2.13.0+cpu-x86_64-AuthenticAMD-26-2-AVX512.json``, numerics = "native": one for each torch
   build and fingerprint of the machine (its type, processor vendor, family and model, vector width).
 
 Where none is recorded, the test skips and names the command that records it::

@@ -101,8 +101,8 @@ def native(threads: int, name: str, *environment: tuple[str, str]) -> Run:
     return Run(f"native-{threads}-{name}", options=options, environment=environment)
 
 
-NATIVE = {threads: native(threads, "first") for threads in (1, 2)}
-NATIVE_AGAIN = {threads: native(threads, "again", ("OMP_NUM_THREADS", "4"), ("TZ", "Asia/Tokyo")) for threads in (1, 2)}
+NATIVE = {threads: native(threads, "first") for threads in (1, 2, 4)}
+NATIVE_AGAIN = native(2, "again", ("OMP_NUM_THREADS", "4"), ("TZ", "Asia/Tokyo"))
 
 _DRAW = int(os.environ.get("M1_DRAW", "0"))
 KILLED = (

@@ -33,7 +33,12 @@ def test_gpt2_with_a_shared_value_head_repeats_its_bytes(runs: RunPool, first: R
     assert_identical(runs[first], runs[again])
 
 
-@pytest.mark.parametrize(("first", "again"), [(NATIVE[n], NATIVE_AGAIN[n]) for n in (1, 2)], ids=str)
+@pytest.mark.parametrize(("one", "more"), [(NATIVE[1], NATIVE[n]) for n in (2, 4)], ids=str)
+def test_native_numerics_log_the_same_bytes_with_one_thread_and_with_more(runs: RunPool, one: Run, more: Run) -> None:
+    assert_identical(runs[one], runs[more])
+
+
+@pytest.mark.parametrize(("first", "again"), [(NATIVE[2], NATIVE_AGAIN)], ids=str)
 def test_native_numerics_repeat_their_bytes(runs: RunPool, first: Run, again: Run) -> None:
     assert_identical(runs[first], runs[again])
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from rlhf_core import policy, ppo, rollout
+from rlhf_core import policy, ppo, rollout, scoring, targets
 
 Plant = Callable[[pytest.MonkeyPatch], None]
 PLANTED: dict[str, Plant] = {}
@@ -32,7 +32,9 @@ def replace(monkeypatch: pytest.MonkeyPatch, name: str, make: Callable[[Any], An
 
 @plant
 def labels_shifted_by_one_too_few(monkeypatch):
+    """Whatever the head is limited to, the logits and values of the last T positions are taken."""
     replace(monkeypatch, "predicting", lambda right: lambda x, length: x[:, -length:], policy)
+    monkeypatch.setattr(policy.ForwardArguments, "keep", lambda self, positions: {})
 
 
 @plant
@@ -50,10 +52,7 @@ def score_on_the_first_token(monkeypatch):
 
 @plant
 def padding_in_the_mean(monkeypatch):
-    def make(right):
-        return lambda *args, **kwargs: right(*args, **kwargs) * args[-1].double().mean()
-
-    replace(monkeypatch, "ppo_policy_loss", make)
+    replace(monkeypatch, "loss_count", lambda right: lambda mask_BT, loss_mean, longest: mask_BT.numel())
 
 
 @plant
@@ -61,22 +60,32 @@ def value_not_masked(monkeypatch):
     def make(right):
         return lambda v, old, returns, mask, **kwargs: right(v, old, returns, torch.ones_like(mask), **kwargs)
 
-    replace(monkeypatch, "clipped_value_loss", make)
+    replace(monkeypatch, "clipped_value_losses", make)
 
 
 @plant
 def whitening_with_the_mean_left_in(monkeypatch):
-    replace(monkeypatch, "whiten", lambda right: lambda x, mask, shift_mean=True: right(x, mask, shift_mean=False))
+    replace(
+        monkeypatch, "whiten", lambda right: lambda x, mask, shift_mean=True: right(x, mask, shift_mean=False), targets
+    )
 
 
 @plant
 def kl_sign(monkeypatch):
-    replace(monkeypatch, "token_rewards", lambda right: lambda *args, kl_coef: right(*args, kl_coef=-kl_coef))
+    replace(
+        monkeypatch,
+        "token_rewards",
+        lambda right: lambda *args, kl_coef, **kwargs: right(*args, kl_coef=-kl_coef, **kwargs),
+    )
 
 
 @plant
 def kl_coefficient_twice(monkeypatch):
-    replace(monkeypatch, "token_rewards", lambda right: lambda *args, kl_coef: right(*args, kl_coef=2.0 * kl_coef))
+    replace(
+        monkeypatch,
+        "token_rewards",
+        lambda right: lambda *args, kl_coef, **kwargs: right(*args, kl_coef=2.0 * kl_coef, **kwargs),
+    )
 
 
 @plant
@@ -90,7 +99,7 @@ def missing_detach_of_the_advantages(monkeypatch):
 
         return wrong
 
-    replace(monkeypatch, "ppo_policy_loss", make)
+    replace(monkeypatch, "clipped_policy_losses", make)
 
 
 @plant
@@ -103,21 +112,19 @@ def bootstrapping_past_the_end(monkeypatch):
 
         return wrong
 
-    replace(monkeypatch, "gae", make)
+    replace(monkeypatch, "gae", make, targets)
 
 
 @plant
 def old_logprobs_at_another_temperature(monkeypatch):
-    replace(
-        monkeypatch,
-        "score_rollout",
-        lambda right: (
-            lambda state, rollout, plan, temperature, dtype: dataclasses.replace(
-                right(state, rollout, plan, temperature, dtype),
-                logprobs_BT=right(state, rollout, plan, 1.0, dtype).logprobs_BT,
-            )
-        ),
-    )
+    def make(right):
+        def wrong(model, reference, rollout, plan, temperature, dtype):
+            scores, cold = (right(model, reference, rollout, plan, tau, dtype) for tau in (temperature, 1.0))
+            return dataclasses.replace(scores, logprobs_BT=cold.logprobs_BT)
+
+        return wrong
+
+    replace(monkeypatch, "score_rollout", make)
 
 
 TEN = tuple(PLANTED)
@@ -132,7 +139,7 @@ def missing_detach_of_the_returns(monkeypatch):
     def make(right):
         return lambda v, old, returns, mask, **kwargs: right(v, old, returns + (v - v.detach()) / 2, mask, **kwargs)
 
-    replace(monkeypatch, "clipped_value_loss", make)
+    replace(monkeypatch, "clipped_value_losses", make)
 
 
 @plant
@@ -146,20 +153,15 @@ def gradient_not_zeroed(monkeypatch):
 
 
 @plant
-def gradient_clipped_by_micro_batch(monkeypatch):
+def gradient_clipped_tensor_by_tensor(monkeypatch):
     def make(right):
-        def wrong(state, rollout, scores, targets, minibatch, config):
-            parts = []
-            for rows in minibatch:
-                parts.append(right(state, rollout, scores, targets, [rows], config))
-                grads = ppo.gradients(state.model.parameters())
-                ppo.clip_gradients(grads, ppo.total_norm(grads), config.ppo.max_grad_norm)
-            sums, deviations, tokens = zip(*parts, strict=True)
-            return torch.stack(sums).sum(0), torch.stack(deviations).max(), sum(tokens)
+        def wrong(grads, norm, max_norm):
+            for grad in grads:
+                right([grad], ppo.total_norm([grad]), max_norm)
 
         return wrong
 
-    replace(monkeypatch, "accumulate_gradients", make)
+    replace(monkeypatch, "clip_gradients", make)
 
 
 @plant
@@ -170,10 +172,11 @@ def gradient_not_clipped(monkeypatch):
 @plant
 def each_micro_batch_divides_by_its_own_tokens(monkeypatch):
     def make(right):
-        def wrong(state, rollout, scores, targets, minibatch, config):
-            parts = [right(state, rollout, scores, targets, [rows], config) for rows in minibatch]
-            sums, deviations, tokens = zip(*parts, strict=True)
-            return torch.stack(sums).sum(0), torch.stack(deviations).max(), sum(tokens)
+        def wrong(state, rollout, scores, targets, minibatch, config, *rest):
+            parts = [right(state, rollout, scores, targets, [rows], config, *rest) for rows in minibatch]
+            tokens = sum(part.tokens for part in parts)
+            sums = torch.stack([part.sums for part in parts]).sum(0)
+            return ppo.MinibatchSums(sums, torch.stack([part.deviation for part in parts]).max(), tokens, tokens)
 
         return wrong
 
@@ -186,6 +189,18 @@ def dropout_on(monkeypatch):
         def wrong(state, *args):
             state.model.train()
             return right(state, *args)
+
+        return wrong
+
+    replace(monkeypatch, "accumulate_gradients", make)
+
+
+@plant
+def value_coefficient_ignored(monkeypatch):
+    def make(right):
+        def wrong(state, rollout, scores, targets, minibatch, config, *rest):
+            config = dataclasses.replace(config, ppo=dataclasses.replace(config.ppo, value_coef=1.0))
+            return right(state, rollout, scores, targets, minibatch, config, *rest)
 
         return wrong
 
@@ -220,7 +235,7 @@ def mean_of_each_sequence_first(monkeypatch):
 
         return wrong
 
-    replace(monkeypatch, "ppo_policy_loss", make)
+    replace(monkeypatch, "clipped_policy_losses", make)
 
 
 @plant
@@ -262,7 +277,8 @@ def value_of_the_next_state(monkeypatch):
 
         return wrong
 
-    replace(monkeypatch, "evaluate_rows", make)
+    for module in (ppo, scoring):
+        replace(monkeypatch, "evaluate_rows", make, module)
 
 
 @plant
@@ -270,7 +286,7 @@ def whitening_over_the_padding(monkeypatch):
     def make(right):
         return lambda x, mask, shift_mean=True: right(x, torch.ones_like(mask), shift_mean=shift_mean)
 
-    replace(monkeypatch, "whiten", make)
+    replace(monkeypatch, "whiten", make, targets)
 
 
 # -- rewards, advantages, returns --------------------------------------------------------------------------------------
@@ -278,16 +294,16 @@ def whitening_over_the_padding(monkeypatch):
 
 @plant
 def gamma_and_lambda_swapped(monkeypatch):
-    replace(monkeypatch, "gae", lambda right: lambda *args, gamma, lam: right(*args, gamma=lam, lam=gamma))
+    replace(monkeypatch, "gae", lambda right: lambda *args, gamma, lam: right(*args, gamma=lam, lam=gamma), targets)
 
 
 @plant
 def returns_from_whitened_advantages(monkeypatch):
     def make(right):
         def wrong(rewards_BT, values_BT, mask_BT, config):
-            targets, raw_BT = right(rewards_BT, values_BT, mask_BT, config)
-            returns_BT = torch.where(mask_BT, ppo.whiten(raw_BT, mask_BT) + values_BT, 0.0)
-            return dataclasses.replace(targets, returns_BT=returns_BT), raw_BT
+            found, raw_BT = right(rewards_BT, values_BT, mask_BT, config)
+            returns_BT = torch.where(mask_BT, targets.whiten(raw_BT, mask_BT) + values_BT, 0.0)
+            return dataclasses.replace(found, returns_BT=returns_BT), raw_BT
 
         return wrong
 
@@ -303,7 +319,7 @@ def returns_without_the_value(monkeypatch):
 
         return wrong
 
-    replace(monkeypatch, "gae", make)
+    replace(monkeypatch, "gae", make, targets)
 
 
 @plant
@@ -319,12 +335,14 @@ def sample_variance_in_whitening(monkeypatch):
 
         return wrong
 
-    replace(monkeypatch, "whiten", make)
+    replace(monkeypatch, "whiten", make, targets)
 
 
 @plant
 def reward_whitening_takes_the_mean_out(monkeypatch):
-    replace(monkeypatch, "whiten", lambda right: lambda x, mask, shift_mean=True: right(x, mask, shift_mean=True))
+    replace(
+        monkeypatch, "whiten", lambda right: lambda x, mask, shift_mean=True: right(x, mask, shift_mean=True), targets
+    )
 
 
 @plant
@@ -336,16 +354,14 @@ def penalty_for_the_responses_that_ended(monkeypatch):
 
 @plant
 def reference_at_another_temperature(monkeypatch):
-    replace(
-        monkeypatch,
-        "score_rollout",
-        lambda right: (
-            lambda state, rollout, plan, temperature, dtype: dataclasses.replace(
-                right(state, rollout, plan, temperature, dtype),
-                ref_logprobs_BT=right(state, rollout, plan, 1.0, dtype).ref_logprobs_BT,
-            )
-        ),
-    )
+    def make(right):
+        def wrong(model, reference, rollout, plan, temperature, dtype):
+            scores, cold = (right(model, reference, rollout, plan, tau, dtype) for tau in (temperature, 1.0))
+            return dataclasses.replace(scores, ref_logprobs_BT=cold.ref_logprobs_BT)
+
+        return wrong
+
+    replace(monkeypatch, "score_rollout", make)
 
 
 @plant
@@ -364,7 +380,8 @@ def temperature_missing_in_the_trainer(monkeypatch):
     def make(right):
         return lambda model, rollout, rows, temperature, dtype: right(model, rollout, rows, 1.0, dtype)
 
-    replace(monkeypatch, "evaluate_rows", make)
+    for module in (ppo, scoring):
+        replace(monkeypatch, "evaluate_rows", make, module)
 
 
 @plant
@@ -374,11 +391,11 @@ def clipping_takes_the_larger_objective(monkeypatch):
             ratio_BT = torch.where(mask_BT, log_ratio_BT, 0.0).exp()
             clipped_BT = ratio_BT.clamp(1 - clip_range, 1 + clip_range)
             losses_BT = torch.minimum(-ratio_BT * advantages_BT, -clipped_BT * advantages_BT)
-            return torch.where(mask_BT, losses_BT, 0.0).sum()
+            return torch.where(mask_BT, losses_BT, 0.0)
 
         return wrong
 
-    replace(monkeypatch, "ppo_policy_loss", make)
+    replace(monkeypatch, "clipped_policy_losses", make)
 
 
 @plant
@@ -387,16 +404,16 @@ def clipping_whatever_the_sign(monkeypatch):
         def wrong(log_ratio_BT, advantages_BT, mask_BT, *, clip_range):
             ratio_BT = torch.where(mask_BT, log_ratio_BT, 0.0).exp()
             clipped_BT = ratio_BT.clamp(1 - clip_range, 1 + clip_range)
-            return torch.where(mask_BT, -clipped_BT * advantages_BT, 0.0).sum()
+            return torch.where(mask_BT, -clipped_BT * advantages_BT, 0.0)
 
         return wrong
 
-    replace(monkeypatch, "ppo_policy_loss", make)
+    replace(monkeypatch, "clipped_policy_losses", make)
 
 
 @plant
 def no_clipping(monkeypatch):
-    replace(monkeypatch, "ppo_policy_loss", lambda right: lambda *args, clip_range: right(*args, clip_range=1e9))
+    replace(monkeypatch, "clipped_policy_losses", lambda right: lambda *args, clip_range: right(*args, clip_range=1e9))
 
 
 @plant
@@ -405,25 +422,27 @@ def value_clipping_takes_the_smaller_error(monkeypatch):
         def wrong(values_BT, old_BT, returns_BT, mask_BT, *, clip_range):
             clipped_BT = old_BT + (values_BT - old_BT).clamp(-clip_range, clip_range)
             errors_BT = torch.minimum((values_BT - returns_BT) ** 2, (clipped_BT - returns_BT) ** 2)
-            return 0.5 * torch.where(mask_BT, errors_BT, 0.0).sum()
+            return 0.5 * torch.where(mask_BT, errors_BT, 0.0)
 
         return wrong
 
-    replace(monkeypatch, "clipped_value_loss", make)
+    replace(monkeypatch, "clipped_value_losses", make)
 
 
 @plant
 def value_loss_without_its_half(monkeypatch):
-    replace(monkeypatch, "clipped_value_loss", lambda right: lambda *args, **kwargs: 2 * right(*args, **kwargs))
+    replace(monkeypatch, "clipped_value_losses", lambda right: lambda *args, **kwargs: 2 * right(*args, **kwargs))
 
 
 @plant
 def old_logprobs_taken_anew_in_each_epoch(monkeypatch):
     def make(right):
-        def wrong(state, rollout, scores, targets, minibatch, config):
-            fresh = ppo.score_rollout(state, rollout, [minibatch], config.sampling.temperature, config.dtype)
+        def wrong(state, rollout, scores, targets, minibatch, config, *rest):
+            fresh = ppo.score_rollout(
+                state.model, state.reference, rollout, [minibatch], config.sampling.temperature, config.dtype
+            )
             scores = dataclasses.replace(scores, logprobs_BT=fresh.logprobs_BT)
-            return right(state, rollout, scores, targets, minibatch, config)
+            return right(state, rollout, scores, targets, minibatch, config, *rest)
 
         return wrong
 
@@ -463,25 +482,19 @@ def schedule_off_by_one(monkeypatch):
 
 @plant
 def ascent_instead_of_descent(monkeypatch):
-    replace(monkeypatch, "ppo_policy_loss", lambda right: lambda *args, **kwargs: -right(*args, **kwargs))
-
-
-def _of_metrics(monkeypatch: pytest.MonkeyPatch, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
-    replace(monkeypatch, "rollout_metrics", lambda right: lambda **arrays: right(**change(arrays)))
+    replace(monkeypatch, "clipped_policy_losses", lambda right: lambda *args, **kwargs: -right(*args, **kwargs))
 
 
 @plant
-def logged_kl_over_the_wrong_axis(monkeypatch):
-    names = ("logprobs", "ref_logprobs", "mask", "sampler_logprobs", "entropies", "values", "advantages", "returns")
-
-    def change(right):
+def logged_kl_by_token(monkeypatch):
+    def make(right):
         def wrong(**arrays):
-            turned = arrays | {name: np.ascontiguousarray(arrays[name].T) for name in names}
-            return right(**arrays) | {"kl": right(**turned)["kl"]}
+            metrics = right(**arrays)
+            return metrics | {"kl": metrics["kl"] / metrics["response_length_mean"]}
 
         return wrong
 
-    replace(monkeypatch, "rollout_metrics", change)
+    replace(monkeypatch, "rollout_metrics", make)
 
 
 @plant
@@ -494,3 +507,53 @@ def logged_entropy_over_the_padding(monkeypatch):
         return wrong
 
     replace(monkeypatch, "rollout_metrics", change)
+
+
+# -- the other algorithms ----------------------------------------------------------------------------------------------
+
+
+def _estimator(monkeypatch: pytest.MonkeyPatch, name: str, make: Callable[[Any], Any]) -> None:
+    monkeypatch.setitem(targets.GROUP_ESTIMATORS, name, make(targets.GROUP_ESTIMATORS[name]))
+
+
+@plant
+def rloo_baseline_with_the_response_itself(monkeypatch):
+    _estimator(monkeypatch, "leave-one-out", lambda right: targets.group_mean_advantages)
+
+
+@plant
+def groups_across_prompts(monkeypatch):
+    for name in targets.GROUP_ESTIMATORS:
+
+        def make(right):
+            def wrong(returns_B, group_size):
+                order = torch.arange(len(returns_B)).reshape(group_size, -1).T.flatten()
+                return right(returns_B[order], group_size)[order.argsort()]
+
+            return wrong
+
+        _estimator(monkeypatch, name, make)
+
+
+@plant
+def population_deviation_in_the_standard_score(monkeypatch):
+    _estimator(
+        monkeypatch,
+        "group-standard-score",
+        lambda right: lambda returns_B, k: right(returns_B, k) * (k / (k - 1)) ** 0.5,
+    )
+
+
+@plant
+def kl_loss_sign(monkeypatch):
+    replace(monkeypatch, "kl_losses", lambda right: lambda *args: -right(*args))
+
+
+@plant
+def kl_loss_of_the_ratio_the_other_way_round(monkeypatch):
+    replace(monkeypatch, "kl_losses", lambda right: lambda estimator, x, log_ratio: right(estimator, -x, log_ratio))
+
+
+@plant
+def length_normalised_by_the_longest_of_the_batch(monkeypatch):
+    replace(monkeypatch, "loss_count", lambda right: lambda mask, mean, longest: right(mask, mean, longest - 1))

@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from rlhf_core import checkpoint, reviews, runlog, training
+from rlhf_core import checkpoint, cli, reviews, runlog, training
 from rlhf_core.testing.assertions import assert_runs_identical
 from rlhf_core.testing.command import TINY_RUN, run_command
 from rlhf_core.tokenization import word_tokenizer
@@ -108,7 +108,7 @@ class TestOptions:
             (["--threads", "0"], "threads is 0; it must be greater than 0"),
             (["--numerics", "portable", "--model.attention", "sdpa"], "'portable' needs --model.attention eager"),
             (["--data"], "argument --data: expected one argument"),
-            (["--data", "/none/here"], "no data folder '/none/here'; give a folder with a"),
+            (["--data", "/none/here"], "no data folder '/none/here', nor a file of that name; give a folder with a"),
             (["--name", "../up"], r"run name '\.\./up': use letters"),
             (["--name", "earlier"], "run '.*earlier' exists; continue it with --resume, or give another --name"),
             (["--config", "/none/mine.toml"], r"no configuration file '/none/mine\.toml'; give a"),
@@ -123,7 +123,7 @@ class TestOptions:
     def test_an_unknown_command_is_answered_with_those_that_there_are(self):
         outcome = run_command("trane")
         assert outcome.code == 2
-        assert outcome.complaint == "rlhf: unknown command 'trane'; choose from train, compare, samples"
+        assert outcome.complaint == f"rlhf: unknown command 'trane'; choose from {', '.join(cli.COMMANDS)}"
 
     def test_the_value_is_quoted_whole_however_long(self, runs):
         value = "/a/very-long-folder-name" * 20 + "/end"
@@ -164,7 +164,7 @@ class TestConfigFile:
         ("content", "message"),
         [
             ("[ppo", r"mine\.toml is not valid TOML: .*; correct the file$"),
-            ("[ppo]\nlr = 1", r"mine\.toml: unknown option 'ppo\.lr'; known here: steps, batch_size"),
+            ("[ppo]\nlr = 1", r"mine\.toml: unknown option 'ppo\.lr'; known here: algorithm, steps, batch_size"),
             ('[ppo]\nsteps = "ten"', r"mine\.toml: ppo\.steps is 'ten'; it must be int"),
             ("[ppo]\nlearning_rate = -1", r"mine\.toml: ppo\.learning_rate is -1\.0; it must be greater than 0"),
         ],

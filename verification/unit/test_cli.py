@@ -14,7 +14,10 @@ from rlhf_core.testing.assertions import assert_runs_differ, assert_runs_identic
 from rlhf_core.testing.command import TINY_RUN, run_command
 
 pytestmark = pytest.mark.usefixtures("reviews_drawn_once")
-COMMANDS = ("train", "compare", "samples")
+COMMANDS = (
+    *("train", "sft", "reward", "eval", "pipeline", "export", "compare", "samples", "check-profile", "check-metrics"),
+    "report",
+)
 
 
 @pytest.fixture
@@ -60,7 +63,7 @@ class TestHelp:
 class TestTrain:
     def test_leaves_the_files_of_a_run_and_nothing_else(self, finished_run):
         assert {path.name for path in finished_run.iterdir()} == {
-            "alerts.jsonl", "checkpoints", "config.json", "environment.json", "metrics.jsonl", "models",
+            "alerts.jsonl", "checkpoints", "config.json", "environment.json", "metrics.jsonl", "models", "rollouts",
             "samples.jsonl", "timings.jsonl",
         }  # fmt: skip
         assert [step for step, _ in checkpoint.steps(finished_run / "checkpoints")] == [

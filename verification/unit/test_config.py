@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from rlhf_core import config
+from rlhf_core.algorithms import ALGORITHMS, Algorithm
 from rlhf_core.commands import train as train_command
 from rlhf_core.commands.options import parse
 from rlhf_core.config import LogConfig, ModelConfig, PPOConfig, PretrainConfig, SamplingConfig, TrainConfig
@@ -51,7 +52,10 @@ def option_names(of: object, prefix: str = "") -> list[str]:
 def test_every_field_has_a_line_of_documentation_under_it():
     assert undocumented(SOURCE) == []
     undocumented_options = {path.stem: undocumented(path) for path in COMMANDS if undocumented(path)}
-    assert undocumented_options == {"train": ["Options.train"]}  # the wrapper around the configuration, no option
+    # The wrappers around a configuration are no options.
+    stages = ("dpo", "eval", "pipeline", "reward", "sft", "train")
+    assert undocumented_options == {name: [f"Options.{name}"] for name in stages}
+    assert undocumented(SOURCE.with_name("stage_config.py")) == []
 
 
 def test_the_check_for_documentation_finds_a_field_without(tmp_path):
@@ -154,6 +158,48 @@ def test_no_field_takes_nan_or_infinity(value):
             if isinstance(getattr(part, field.name), float):
                 with pytest.raises(ValueError, match=f"{section}.{field.name} is {value}"):
                     dataclasses.replace(part, **{field.name: value})
+
+
+def test_k1_in_the_loss_is_refused_with_the_reason_and_the_remedy():
+    with pytest.raises(ValueError, match=r"kl_place loss: .* expectation is zero, .* take k3-weighted or k2, or kl_pl"):
+        PPOConfig(kl_place="loss")
+    with pytest.raises(ValueError, match="expectation is zero"):
+        PPOConfig(algorithm="grpo", kl_estimator="k1")
+
+
+def test_an_importance_weight_in_the_reward_is_refused():
+    with pytest.raises(ValueError, match="a reward has no importance weight; take k1"):
+        PPOConfig(kl_estimator="k3-weighted")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"algorithm": "rloo", "group_size": 1}, "ppo.group_size is 1; it must be 2 or more, as 'leave-one-out' comp"),
+        ({"advantage": "group-mean"}, "ppo.group_size is 1; it must be 2 or more"),
+        ({"group_size": 0}, "ppo.group_size is 0; it must be greater than 0"),
+        ({"algorithm": "grpo", "group_size": 5}, "ppo.batch_size 64 is not divisible by group_size 5"),
+        ({"algorithm": "grpo", "whiten_rewards": True}, "whiten_rewards scales rewards of tokens, which advantage 'gr"),
+    ],
+)
+def test_what_does_not_go_together_in_an_algorithm_is_named(settings, message):
+    with pytest.raises(ValueError, match=message):
+        PPOConfig(**settings)
+
+
+def test_an_algorithm_decides_what_is_left_open_and_an_option_goes_before_it():
+    assert PPOConfig().recipe == Algorithm("gae", 1, True, "token", "reward", "k1")
+    assert PPOConfig(algorithm="grpo").recipe == Algorithm("group-standard-score", 8, False, "sequence", "loss", "k3")
+    mixed = PPOConfig(algorithm="grpo", loss_mean="token", group_size=4, kl_estimator="k2", whiten_advantages=True)
+    assert mixed.recipe == Algorithm("group-standard-score", 4, True, "token", "loss", "k2")
+    assert mixed.prompts_per_step == 16
+
+
+def test_there_is_a_value_model_where_the_advantage_needs_one():
+    assert TrainConfig().value_model == "separate"
+    assert TrainConfig(model=ModelConfig(value="shared")).value_model == "shared"
+    for name in ALGORITHMS:
+        assert (TrainConfig(ppo=PPOConfig(algorithm=name)).value_model is None) == (name != "ppo")
 
 
 def test_an_indivisible_batch_names_the_sizes_that_divide():

@@ -10,8 +10,12 @@ from tiny_models import few_examples, same_bits
 from rlhf_core.losses import (
     clipped_policy_losses,
     clipped_value_losses,
+    kl_k2,
     kl_k3,
+    kl_losses,
     log_ratio,
+    loss_count,
+    loss_sum,
     masked_sum,
 )
 
@@ -214,3 +218,101 @@ def test_the_losses_agree_with_loops_over_plain_numbers(seed):
         value_sum += 0.5 * max((v - target) ** 2, (clipped - target) ** 2)
     assert policy(new, old, advantages, mask).item() == pytest.approx(policy_sum, rel=1e-12, abs=1e-12)
     assert value(values, old_values, returns, mask).item() == pytest.approx(value_sum, rel=1e-12, abs=1e-12)
+
+
+# -- what a loss is the mean of ----------------------------------------------------------------------------------------
+
+LOSSES_BT = torch.tensor([[1.0, 2.0, 0.0], [4.0, 0.0, 6.0], [3.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
+MASK = torch.tensor([[True, True, False], [True, False, True], [True, False, False], [False, False, False]])
+
+
+@pytest.mark.parametrize(
+    ("loss_mean", "numerator", "denominator"),
+    [("token", 16.0, 5), ("sum", 16.0, 4), ("constant", 16.0, 40), ("sequence", 1.5 + 5.0 + 3.0, 4)],
+)
+def test_a_minibatchs_loss_is_the_hand_worked_quotient(loss_mean, numerator, denominator):
+    assert loss_sum(LOSSES_BT, MASK, loss_mean).item() == numerator
+    assert loss_count(MASK, loss_mean, 10) == denominator
+    parts = [loss_sum(LOSSES_BT[rows], MASK[rows], loss_mean).item() for rows in ([0], [1, 2], [3])]
+    assert sum(parts) == numerator
+
+
+def test_an_unknown_mean_is_named():
+    with pytest.raises(ValueError, match="loss_mean is 'tokens'; choose from token, sequence, sum, constant"):
+        loss_count(MASK, "tokens", 10)
+
+
+# -- KL penalties in the loss ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("estimator", "ratio", "x", "loss", "gradient"),
+    [
+        ("k2", 1.0, LOG2, LOG2**2 / 2, LOG2),
+        ("k2", 1.5, LOG2, LOG2**2 / 2, LOG2),
+        ("k3", 1.0, LOG2, LOG2 - 0.5, 0.5),  # 1 − e^{−x}
+        ("k3", 1.5, -LOG2, 1.0 - LOG2, -1.0),
+        ("k3-weighted", 1.0, LOG2, LOG2 - 0.5, LOG2),  # x, as for k2
+        ("k3-weighted", 1.5, LOG2, 1.5 * (LOG2 - 0.5), 1.5 * LOG2),  # ρ x
+    ],
+)
+def test_the_kl_penalties_and_their_gradients_are_the_hand_worked_numbers(estimator, ratio, x, loss, gradient):
+    logprob = torch.tensor([[-1.0]], dtype=torch.float64, requires_grad=True)
+    got = kl_losses(estimator, logprob + 1.0 + x, logprob + 1.0 + math.log(ratio))
+    got.sum().backward()
+    assert got.item() == pytest.approx(loss, rel=1e-12)
+    assert logprob.grad.item() == pytest.approx(gradient, rel=1e-12)
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k4"])
+def test_k1_is_refused_in_the_loss(estimator):
+    with pytest.raises(ValueError, match=f"'{estimator}' has no place in the loss; take k2, k3 or k3-weighted"):
+        kl_losses(estimator, torch.zeros(1, 1), torch.zeros(1, 1))
+
+
+def expected_penalty_gradient(penalty, behaviour_shift):
+    """E_old[∇ penalty] of a softmax over four actions, and the gradients of KL(π‖π_ref) and KL(π_ref‖π)."""
+    theta = torch.tensor([0.4, -0.3, 1.1, 0.0], dtype=torch.float64, requires_grad=True)
+    ref = torch.tensor([-0.2, 0.5, 0.3, 0.1], dtype=torch.float64).log_softmax(0)
+    old = (theta.detach() + behaviour_shift * torch.tensor([0.3, 0.1, -0.4, 0.2])).log_softmax(0)
+    logp = theta.log_softmax(0)
+    [got] = torch.autograd.grad((old.exp() * penalty(logp - ref, logp - old)).sum(), theta, retain_graph=True)
+    [reverse] = torch.autograd.grad((logp.exp() * (logp - ref)).sum(), theta, retain_graph=True)
+    [forward] = torch.autograd.grad((ref.exp() * (ref - logp)).sum(), theta)
+    return got, reverse, forward
+
+
+def close(a, b):
+    return float((a - b).abs().max()) < 1e-14
+
+
+def named(estimator):
+    return lambda x, log_rho: kl_losses(estimator, x, log_rho)
+
+
+def test_on_policy_k2_and_weighted_k3_pull_along_the_kl_and_k3_along_the_other_direction():
+    got, reverse, forward = expected_penalty_gradient(named("k2"), 0.0)
+    assert close(got, reverse)
+    assert close(expected_penalty_gradient(named("k3-weighted"), 0.0)[0], reverse)
+    assert close(expected_penalty_gradient(named("k3"), 0.0)[0], forward)
+    assert not close(reverse, forward)
+
+
+def test_off_policy_only_the_weighted_estimator_keeps_the_gradient_of_the_kl():
+    got, reverse, _ = expected_penalty_gradient(named("k3-weighted"), 1.0)
+    assert close(got, reverse)
+    assert not close(expected_penalty_gradient(named("k2"), 1.0)[0], reverse)
+
+
+def test_k1_in_the_loss_would_pull_nowhere():
+    got, reverse, _ = expected_penalty_gradient(lambda x, log_rho: x, 0.0)
+    assert close(got, torch.zeros(4))
+    assert not close(reverse, torch.zeros(4))
+
+
+@pytest.mark.parametrize("mu", [0.3, 1.0])
+def test_k2_of_losses_has_the_gaussian_mean_of_the_design(mu):
+    nodes, weights = np.polynomial.hermite_e.hermegauss(80)
+    x = torch.from_numpy(mu**2 / 2 - mu * nodes)
+    mean = float(weights @ kl_k2(x).numpy()) / math.sqrt(2 * math.pi)
+    assert mean == pytest.approx(mu**2 / 2 * (1 + mu**2 / 4), rel=1e-9)

@@ -145,6 +145,35 @@ def test_a_single_sequence_has_no_variance_of_rewards_and_equal_returns_explain_
     assert got["reward_length_corr"] == 0.0
 
 
+def test_without_a_value_model_its_metrics_are_left_out():
+    arrays = random_arrays(2)
+    whole = rollout_metrics(**arrays, kl_coef=0.1, kl_target=1.5)
+    without = rollout_metrics(**(arrays | {"values": None, "returns": None}), kl_coef=0.1, kl_target=1.5)
+    assert whole.keys() - without.keys() == {"explained_variance", "value_mean", "return_mean"}
+    assert without.items() <= whole.items()
+
+
+def test_a_group_is_flat_when_all_of_its_scores_are_equal():
+    arrays = random_arrays(3)
+    arrays["scores"] = np.array([0.5, 0.5, 1.0, 2.0, -1.0, -1.0])
+    assert rollout_metrics(**arrays, kl_coef=0.1, kl_target=1.5, group_size=2)["reward_zero_std_frac"] == pytest.approx(
+        2 / 3
+    )
+    assert rollout_metrics(**arrays, kl_coef=0.1, kl_target=1.5, group_size=3)["reward_zero_std_frac"] == 0.0
+    assert "reward_zero_std_frac" not in rollout_metrics(**arrays, kl_coef=0.1, kl_target=1.5)
+
+
+def test_a_row_has_all_or_none_of_the_metrics_that_only_some_runs_log():
+    always = {metric.name: 0.0 for metric in METRICS if metric.logged == "always"}
+    values = {metric.name: 0.0 for metric in METRICS if metric.logged == "with values"}
+    groups = {metric.name: 0.0 for metric in METRICS if metric.logged == "with groups"}
+    assert values.keys() == {"value_loss", "explained_variance", "value_mean", "return_mean"}
+    for wanted in (always, always | values, always | groups, always | values | groups):
+        assert log_row(1, wanted).keys() == wanted.keys() | {"step", "nonfinite"}
+    with pytest.raises(KeyError, match="value_loss"):
+        log_row(1, {name: 0.0 for name in always | values if name != "value_loss"})
+
+
 def test_a_row_of_the_log_rounds_to_eight_decimals_and_names_what_is_not_finite():
     values = dict.fromkeys(BY_NAME, 0.1234567891) | {"kl": math.nan, "entropy": -math.inf, "response_tokens": 12}
     row = log_row(4, values | {"lr": 1e-3, "kl_k3": -1e-12})

@@ -8,6 +8,7 @@ from tiny_models import ARCHITECTURES, PROMPTS, VALUES, draw, rows_of, same_bits
 from torch import nn
 
 from rlhf_core.config import ModelConfig
+from rlhf_core.layers import ROWWISE
 from rlhf_core.policy import (
     ActorCritic,
     ForwardArguments,
@@ -192,7 +193,7 @@ def test_a_saved_model_is_loaded_with_the_same_bits_in_float32_and_evaluation_mo
     assert expected.keys() == got.keys()
     assert all(same_bits(expected[name], got[name]) for name in expected)
     assert not loaded.training
-    assert loaded.config._attn_implementation == "eager"
+    assert loaded.config._attn_implementation == ROWWISE
 
 
 @pytest.mark.parametrize("path", ["/nowhere/at/all", "./missing", "../missing", "a/b/c", "~/missing"])

@@ -48,7 +48,7 @@ def policy_gradient_by_hand(state, rollout, rewards, config):
             loss = loss + settings.value_coef * 0.5 * (one["values"][t] - g[t]) ** 2
     model = found[0]["model"]
     (loss / len(flat)).backward()
-    return {name: parameter.grad for name, parameter in model.named_parameters()}
+    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 @architectures
@@ -125,7 +125,8 @@ def test_an_update_takes_one_step_a_minibatch_each_along_its_own_clipped_gradien
         norms.append(math.sqrt(sum(float(gradient.double().square().sum()) for gradient in gradients.values())))
         with torch.no_grad():
             for name, parameter in by_hand.model.named_parameters():
-                parameter -= 0.1 * min(1.0, max_grad_norm / norms[-1]) * gradients[name]
+                if parameter.requires_grad:
+                    parameter -= 0.1 * min(1.0, max_grad_norm / norms[-1]) * gradients[name]
     assert len(norms) == 4
     assert metrics["grad_norm"] == pytest.approx(sum(norms) / 4, rel=1e-4)
     assert metrics["grad_norm_max"] == pytest.approx(max(norms), rel=1e-4)

@@ -1,7 +1,8 @@
 import numpy as np
+import pytest
 import torch
 from tiny_models import EOS, PAD, tiny_config, tiny_state
-from trainer_cases import architectures, values
+from trainer_cases import CRITIC_FREE, architectures, values
 
 from rlhf_core.ppo import (
     train,
@@ -28,7 +29,8 @@ def bandit(architecture, value, score_of_token, steps, **settings):
     def reward(rollout):
         return scores[rollout.response_ids_BT[:, 0]]
 
-    for _ in train(state, lambda step: [[2]] * 64, reward, config, eos_id=EOS, pad_id=PAD):
+    prompts = [[2]] * config.ppo.prompts_per_step
+    for _ in train(state, lambda step: prompts, reward, config, eos_id=EOS, pad_id=PAD):
         pass
     return start, next_token_distribution(state.model.lm, [2])
 
@@ -37,6 +39,14 @@ def bandit(architecture, value, score_of_token, steps, **settings):
 @values
 def test_ppo_makes_the_one_rewarded_token_likely(architecture, value):
     start, end = bandit(architecture, value, [0.0, 0.0, 0.0, 1.0, 0.0], 12, learning_rate=1e-2, kl_coef=0.0)
+    assert start[3] < 0.5
+    assert end[3] > 0.9
+
+
+@pytest.mark.parametrize("algorithm", CRITIC_FREE)
+def test_every_algorithm_makes_the_one_rewarded_token_likely(algorithm):
+    settings = {"algorithm": algorithm, "learning_rate": 1e-2, "kl_coef": 0.0}
+    start, end = bandit("gpt2", None, [0.0, 0.0, 0.0, 1.0, 0.0], 12, **settings)
     assert start[3] < 0.5
     assert end[3] > 0.9
 

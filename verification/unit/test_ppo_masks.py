@@ -3,11 +3,22 @@ import math
 
 import pytest
 import torch
-from tiny_models import PROMPTS, draw, snapshot, tiny_config, tiny_state
-from trainer_cases import architectures, assert_same_run, everything_of, step_once, values
+from tiny_models import PROMPTS, draw, tiny_config, tiny_state
+from trainer_cases import (
+    algorithm_case,
+    algorithms,
+    architectures,
+    assert_same_run,
+    learned,
+    rollout_of,
+    step_once,
+    values,
+)
 
 from rlhf_core import ppo
 from rlhf_core.metrics import log_row
+from rlhf_core.scoring import Scores
+from rlhf_core.targets import Targets
 
 
 @architectures
@@ -20,37 +31,52 @@ def test_the_tokens_under_the_padding_change_no_bit_of_any_metric_or_weight(arch
     assert padding[:, :5].any()
     assert padding[:, 5:].any()
     other = dataclasses.replace(rollout, input_ids_BL=torch.where(padding, 9, rollout.input_ids_BL))
-    assert_same_run(everything_of(state, rollout, config), everything_of(state, other, config))
+    assert_same_run(learned(state, rollout, config), learned(state, other, config))
+
+
+def put_garbage_outside_the_mask(monkeypatch, garbage):
+    """Into everything that the trainer computes from a rollout, in the gradient's pass too."""
+    rows, score, make = ppo.evaluate_rows, ppo.score_rollout, ppo.make_targets
+
+    def spoil(x, mask):
+        return None if x is None else torch.where(mask, x, garbage)
+
+    def spoiled_rows(model, rollout, of, *rest):
+        return tuple(spoil(x, rollout.response_mask_BT[of]) for x in rows(model, rollout, of, *rest))
+
+    def spoiled_scores(model, reference, rollout, *rest):
+        scores = score(model, reference, rollout, *rest)
+        names = [field.name for field in dataclasses.fields(scores)]
+        return Scores(**{name: spoil(getattr(scores, name), rollout.response_mask_BT) for name in names})
+
+    def spoiled_targets(rewards, values, mask, config):
+        targets, raw = make(spoil(rewards, mask), values, mask, config)
+        return Targets(spoil(targets.advantages_BT, mask), spoil(targets.returns_BT, mask)), spoil(raw, mask)
+
+    monkeypatch.setattr(ppo, "evaluate_rows", spoiled_rows)
+    monkeypatch.setattr(ppo, "score_rollout", spoiled_scores)
+    monkeypatch.setattr(ppo, "make_targets", spoiled_targets)
+
+
+@algorithms
+@pytest.mark.parametrize("garbage", [math.nan, 1e30, -math.inf])
+def test_nan_and_huge_numbers_outside_the_mask_change_no_bit_of_any_metric_or_weight(monkeypatch, algorithm, garbage):
+    config, state = algorithm_case(algorithm, learning_rate=1e-2)
+    rollout = rollout_of(config, state)
+    assert not rollout.response_mask_BT.all()
+    clean = learned(state, rollout, config)
+    put_garbage_outside_the_mask(monkeypatch, garbage)
+    assert_same_run(learned(state, rollout, config), clean)
 
 
 @values
-@pytest.mark.parametrize("garbage", [math.nan, 1e30, -math.inf])
-def test_nan_and_huge_numbers_outside_the_mask_change_no_bit_of_any_metric_or_weight(value, garbage):
+def test_garbage_outside_the_mask_changes_no_bit_when_rewards_are_whitened_too(monkeypatch, value):
     config = tiny_config(learning_rate=1e-2, whiten_rewards=True)
     state = tiny_state("gpt2", value, config, reference_seed=1)
-    rollout = draw(state.model.lm, PROMPTS, config)
-    assert not rollout.response_mask_BT.all()
-    assert_same_run(everything_of(state, rollout, config), everything_of(state, rollout, config, garbage=garbage))
-
-
-@pytest.mark.parametrize("garbage", [math.nan, 1e30])
-def test_garbage_outside_the_mask_of_the_scores_changes_no_bit_of_a_whole_step(monkeypatch, garbage):
-    config, right = tiny_config(learning_rate=1e-2), ppo.score_rollout
-
-    def run():
-        state = tiny_state("llama", "separate", config, reference_seed=1)
-        result = step_once(state, config)
-        return result.metrics | {"kl of each": result.kl_B.tolist()}, snapshot(state.model)
-
-    def with_garbage(model, reference, rollout, *rest):
-        scores = right(model, reference, rollout, *rest)
-        for field in dataclasses.fields(scores):
-            getattr(scores, field.name)[~rollout.response_mask_BT] = garbage
-        return scores
-
-    clean = run()
-    monkeypatch.setattr(ppo, "score_rollout", with_garbage)
-    assert_same_run(run(), clean)
+    rollout = rollout_of(config, state)
+    clean = learned(state, rollout, config)
+    put_garbage_outside_the_mask(monkeypatch, math.nan)
+    assert_same_run(learned(state, rollout, config), clean)
 
 
 @architectures

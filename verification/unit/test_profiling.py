@@ -7,17 +7,39 @@ from rlhf_core import profiling
 from rlhf_core.profiling import StageClock, peak_memory_bytes
 
 
+class Onlooker:
+    """An observer that wants to see everything and keeps a list of it."""
+
+    def __init__(self):
+        self.heard = []
+
+    def opened(self, kind, name):
+        self.heard.append(("opened", kind, name))
+
+    def closed(self, kind, name):
+        self.heard.append(("closed", kind, name))
+        return {}
+
+    def stopped(self, clock):
+        self.heard.append(("stopped", clock.step))
+
+
 @pytest.fixture
-def clock(monkeypatch):
-    """A stage clock over a fake wall clock, which moves when the test says so."""
-    now = [100.0]
-    monkeypatch.setattr(profiling.time, "perf_counter", lambda: now[0])
-    stages = StageClock()
-    stages.advance = lambda seconds: now.__setitem__(0, now[0] + seconds)
-    return stages
+def make_clock(monkeypatch):
+    """Makes stage clocks over a fake wall clock, which moves when the test says so."""
+    now = [100_000_000_000]
+    monkeypatch.setattr(profiling.time, "perf_counter_ns", lambda: now[0])
+
+    def make(observer=None):
+        stages = StageClock(7, observer)
+        stages.advance = lambda seconds: now.__setitem__(0, now[0] + int(seconds * 1e9))
+        return stages
+
+    return make
 
 
-def test_stages_add_up_by_name_and_inner_ones_are_named_after_the_outer(clock):
+def test_stages_add_up_by_name_and_inner_ones_are_named_after_the_outer(make_clock):
+    clock = make_clock(Onlooker())
     for _ in range(2):
         with clock.stage("update"):
             clock.advance(1.0)
@@ -27,19 +49,51 @@ def test_stages_add_up_by_name_and_inner_ones_are_named_after_the_outer(clock):
                 clock.advance(0.5)
     with clock.stage("forward"):
         clock.advance(0.25)
-    assert clock.seconds == {"update/forward": 5.0, "update": 7.0, "forward": 0.25}
+    assert clock.stage_seconds() == {"update/forward": 5.0, "update": 7.0, "forward": 0.25}
 
 
-def test_the_total_counts_outer_stages_once(clock):
-    with clock.stage("a"), clock.stage("b"):
+def test_without_an_observer_only_the_outermost_stages_are_measured(make_clock):
+    clock = make_clock()
+    with clock.stage("a"), clock.minibatch(epoch=0), clock.stage("b"):
         clock.advance(3.0)
-    with clock.stage("c"):
-        clock.advance(1.0)
-    assert clock.total() == 4.0
-    assert StageClock().total() == 0
+    assert clock.stage_seconds() == {"a": 3.0}
 
 
-def test_a_stage_that_fails_is_counted_and_closed(clock):
+def test_the_step_takes_its_own_time_and_not_the_sum_of_its_stages(make_clock):
+    clock = make_clock()
+    clock.advance(0.5)
+    with clock.stage("a"):
+        clock.advance(3.0)
+    clock.advance(0.25)
+    clock.stop(tokens=6)
+    clock.advance(9.0)
+    assert clock.wall.seconds == 3.75
+    assert (clock.wall.name, clock.wall.arguments) == ("step", {"tokens": 6})
+
+
+def test_an_observer_hears_of_what_begins_and_ends_in_that_order(make_clock):
+    onlooker = Onlooker()
+    clock = make_clock(onlooker)
+    with clock.stage("a"), clock.minibatch(epoch=1), clock.stage("b"):
+        pass
+    clock.stop()
+    assert onlooker.heard == [
+        ("opened", "step", "step"),
+        ("opened", "stage", "a"),
+        ("opened", "minibatch", "minibatch"),
+        ("opened", "stage", "a/b"),
+        ("closed", "stage", "a/b"),
+        ("closed", "minibatch", "minibatch"),
+        ("closed", "stage", "a"),
+        ("closed", "step", "step"),
+        ("stopped", 7),
+    ]
+    assert [span.arguments for span in clock.spans if span.kind == "minibatch"] == [{"epoch": 1}]
+
+
+def test_a_stage_that_fails_is_counted_and_closed(make_clock):
+    clock = make_clock()
+
     def fail():
         with clock.stage("a"):
             clock.advance(1.0)
@@ -49,7 +103,7 @@ def test_a_stage_that_fails_is_counted_and_closed(clock):
         fail()
     with clock.stage("b"):
         clock.advance(2.0)
-    assert clock.seconds == {"a": 1.0, "b": 2.0}
+    assert clock.stage_seconds() == {"a": 1.0, "b": 2.0}
 
 
 @pytest.fixture

@@ -60,13 +60,16 @@ def tiny_config(*, dtype: str = "float32", max_new_tokens: int = 6, temperature:
     )
 
 
-def tiny_state(architecture: str, value: str, config: TrainConfig, *, reference_seed: int = 0, **shape) -> PPOState:
-    """A policy with seed 0, its reference, and a value head that is not zero."""
+def tiny_state(
+    architecture: str, value: str | None, config: TrainConfig, *, reference_seed: int = 0, **shape
+) -> PPOState:
+    """A policy with seed 0, its reference, and a value head (where there is one) that is not zero."""
     model = ActorCritic(tiny_lm(architecture, **shape), value)
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(17)
-        model.value_head.weight.normal_(0.0, 0.3)
-        model.value_head.bias.fill_(0.1)
+    if model.value_head is not None:
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            torch.manual_seed(17)
+            model.value_head.weight.normal_(0.0, 0.3)
+            model.value_head.bias.fill_(0.1)
     return new_state(model, Reference(tiny_lm(architecture, **(shape | {"seed": reference_seed}))), config)
 
 

@@ -20,19 +20,34 @@ from tiny_models import (
     tiny_state,
 )
 
-from rlhf_core.advantages import token_rewards
-from rlhf_core.metrics import rollout_metrics
-from rlhf_core.ppo import accumulate_gradients, plan_epoch, ppo_step, update
+from rlhf_core.ppo import accumulate_gradients, learn, ppo_step
 from rlhf_core.profiling import StageClock
-from rlhf_core.scoring import Scores, evaluate_rows, score_rollout
-from rlhf_core.targets import Targets, make_targets
+from rlhf_core.scoring import Scores, evaluate_rows
+from rlhf_core.targets import Targets
+
+ALGORITHM_NAMES = ("ppo", "grpo", "dr-grpo", "rloo", "reinforce++", "reinforce++-baseline")
+CRITIC_FREE = ALGORITHM_NAMES[1:]
 
 architectures = pytest.mark.parametrize("architecture", ARCHITECTURES)
+algorithms = pytest.mark.parametrize("algorithm", ALGORITHM_NAMES)
 values = pytest.mark.parametrize("value", VALUES)
 
 
 def step_once(state, config, reward=share_of_sevens, prompts=PROMPTS):
-    return ppo_step(state, prompts[: config.ppo.batch_size], reward, config, eos_id=EOS, pad_id=PAD)
+    return ppo_step(state, prompts[: config.ppo.prompts_per_step], reward, config, eos_id=EOS, pad_id=PAD)
+
+
+def algorithm_case(algorithm, architecture="llama", **settings):
+    """The configuration and the state of an algorithm: two prompts of four completions where it compares them."""
+    groups = {} if algorithm in ("ppo", "reinforce++") else {"group_size": 4}
+    config = tiny_config(algorithm=algorithm, **(groups | settings))
+    return config, tiny_state(architecture, config.value_model, config, reference_seed=1)
+
+
+def rollout_of(config, state):
+    """A step's rollout, drawn as the step does, groups side by side."""
+    prompts = [prompt for prompt in PROMPTS[: config.ppo.prompts_per_step] for _ in range(config.ppo.recipe.group_size)]
+    return draw(state.model.lm, prompts, config)
 
 
 def plan_of(*sizes):
@@ -50,12 +65,13 @@ def sequences_alone(state, rollout, temperature=1.0):
         logp = (model.lm(input_ids=tokens, use_cache=False).logits[0, -count - 1 : -1] / temperature).log_softmax(-1)
         ref = (reference.lm(input_ids=tokens, use_cache=False).logits[0, -count - 1 : -1] / temperature).log_softmax(-1)
         hidden = trunk(input_ids=tokens, use_cache=False).last_hidden_state[0, -count - 1 : -1]
+        head = model.value_head
         drawn = tokens[0, -count:, None]
         found.append(
             {
                 "logprobs": logp.gather(1, drawn)[:, 0],
                 "entropies": -(logp.exp() * logp).sum(-1),
-                "values": model.value_head(hidden)[:, 0],
+                "values": None if head is None else head(hidden)[:, 0],
                 "ref_logprobs": ref.gather(1, drawn)[:, 0],
                 "model": model,
             }
@@ -85,37 +101,14 @@ def gradient_of(case, minibatch):
     config, state, rollout, scores, targets = case
     state.model.zero_grad(set_to_none=True)
     sums = accumulate_gradients(state, rollout, scores, targets, minibatch, config, StageClock(1))
-    return {name: p.grad.clone() for name, p in state.model.named_parameters()}, sums
+    return {name: p.grad.clone() for name, p in state.model.named_parameters() if p.requires_grad}, sums
 
 
-def everything_of(state, rollout, config, *, garbage=None):
-    """Scores, targets, update and metrics of a rollout; garbage goes into every tensor outside the mask."""
-    state, mask = copy.deepcopy(state), rollout.response_mask_BT
-    plan = plan_epoch(config.ppo, config.seed, 1, 0)
-    scores = score_rollout(state.model, state.reference, rollout, plan, 1.0, "float32")
-    if garbage is not None:
-        for field in dataclasses.fields(scores):
-            getattr(scores, field.name)[~mask] = garbage
-    rewards = token_rewards(share_of_sevens(rollout), scores.logprobs_BT, scores.ref_logprobs_BT, mask, kl_coef=0.1)
-    targets, raw = make_targets(rewards, scores.values_BT, mask, config.ppo)
-    if garbage is not None:
-        targets.advantages_BT[~mask] = targets.returns_BT[~mask] = garbage
-    metrics = update(state, rollout, scores, targets, plan, config, 1, StageClock()) | rollout_metrics(
-        rewards=share_of_sevens(rollout).numpy(),
-        scores=share_of_sevens(rollout).numpy(),
-        ended=rollout.ended_B.numpy(),
-        mask=mask.numpy(),
-        logprobs=scores.logprobs_BT.numpy(),
-        ref_logprobs=scores.ref_logprobs_BT.numpy(),
-        sampler_logprobs=rollout.sampler_logprobs_BT.numpy(),
-        entropies=scores.entropies_BT.numpy(),
-        values=scores.values_BT.numpy(),
-        advantages=raw.numpy(),
-        returns=targets.returns_BT.numpy(),
-        kl_coef=0.1,
-        kl_target=6.0,
-    )
-    return metrics, snapshot(state.model)
+def learned(state, rollout, config, reward=share_of_sevens):
+    """The metrics and the weights after a step's learning from a rollout; the state itself stays."""
+    state = copy.deepcopy(state)
+    result = learn(state, rollout, reward, config, StageClock(), eos_id=EOS)
+    return result.metrics | {"kl of each": result.kl_B.tolist()}, snapshot(state.model)
 
 
 def assert_same_run(first, second):

@@ -3,6 +3,8 @@ def gae(
     values: int,
     mask: int,
     bootstrap: int,
+    gammas: int,
+    lams: int,
     is_double: bool,
     rows: int,
     tokens: int,

@@ -22,11 +22,13 @@ cdef extern from "rows.h":
             const void *logits, int64_t vocabulary, int type, double uniform, double inverse_temperature,
             int64_t top_k, double top_p, int64_t *id, float *logp, float *filtered_logp) noexcept nogil
         void (*gae_float)(
-            const float *rewards, const float *values, const uint8_t *mask, int64_t tokens, double bootstrap,
-            double gamma, double lam, float *advantages, float *returns) noexcept nogil
+            const float *rewards, const float *values, const uint8_t *mask, int64_t rows, int64_t tokens,
+            const float *bootstrap, const float *gammas, const float *lams, double gamma, double lam,
+            float *advantages, float *returns) noexcept nogil
         void (*gae_double)(
-            const double *rewards, const double *values, const uint8_t *mask, int64_t tokens, double bootstrap,
-            double gamma, double lam, double *advantages, double *returns) noexcept nogil
+            const double *rewards, const double *values, const uint8_t *mask, int64_t rows, int64_t tokens,
+            const double *bootstrap, const double *gammas, const double *lams, double gamma, double lam,
+            double *advantages, double *returns) noexcept nogil
         void (*sum_float)(
             const float *x, const uint8_t *mask, int64_t n, int64_t *count, double *sum) noexcept nogil
         void (*sum_double)(

@@ -5,14 +5,11 @@
 #ifndef RLHF_ARITHMETIC_H
 #define RLHF_ARITHMETIC_H
 
+#include "../shared/scalar.h"
 #include "lanes.h"
 
-#define LN_2 0x1.62e42fefa39efp-1
-#define LOG2_E 0x1.71547652b82fep+0
-#define CANONICAL_NAN __builtin_nanf("")
-
 /* t, but at least -127, where lanes_exp2 gives exactly 0. NaN stays NaN. */
-INLINE lanes lanes_clamp_exponent(lanes t) { return lanes_max(lanes_set(-127.0f), t); }
+INLINE lanes lanes_clamp_exponent(lanes t) { return lanes_max(lanes_set(LOWEST_EXPONENT), t); }
 
 /* 2^t for -127 <= t <= 0 (a little above 0 is fine), within 1.4 units of 2^-24; exactly 1 at 0 and exactly 0 at -127, so
  * no subnormal number ever appears. t = k + f with k an integer and |f| <= 1/2; the polynomial of degree 6 is the minimax
@@ -32,17 +29,6 @@ INLINE lanes lanes_exp2(lanes t) {
     return lanes_mul(p, lanes_exponent_from_low_bits(shifted));
 }
 
-INLINE double double_from_bits(uint64_t bits) {
-    double x;
-    memcpy(&x, &bits, sizeof x);
-    return x;
-}
-INLINE uint64_t bits_from_double(double x) {
-    uint64_t bits;
-    memcpy(&bits, &x, sizeof bits);
-    return bits;
-}
-
 /* 2^t in float64 for t <= 0, 0 below -1000. Taylor's series of e^y for |y| <= ln2/2, to 2^-52. */
 INLINE double double_exp2(double t) {
     if (!(t > -1000.0)) return t == t ? 0.0 : t;
@@ -51,25 +37,6 @@ INLINE double double_exp2(double t) {
     double p = 1.0;
     for (int n = 14; n > 0; n--) p = 1.0 + p * y / n;
     return p * double_from_bits((uint64_t)((int64_t)k + 1023) << 52);
-}
-
-/* log2 in float64 of a finite x >= 2^-1022, within about 2^-50 of max(1, log2 x), and exactly 0 at 1.
- * x = 2^k m with m in [sqrt(1/2), sqrt(2)); ln m = 2 artanh(s), s = (m - 1) / (m + 1), |s| < 0.172. */
-INLINE double double_log2(double x) {
-    uint64_t bits = bits_from_double(x);
-    int64_t k = (int64_t)(bits >> 52) - 1023;
-    double m = double_from_bits((bits & 0xFFFFFFFFFFFFFull) | 0x3FF0000000000000ull);
-    if (m > 0x1.6a09e667f3bcdp+0) {
-        m *= 0.5;
-        k += 1;
-    }
-    double s = (m - 1.0) / (m + 1.0);
-    double square = s * s;
-    static const double reciprocal[11] = {1.0,        1.0 / 3.0,  1.0 / 5.0,  1.0 / 7.0,  1.0 / 9.0, 1.0 / 11.0,
-                                          1.0 / 13.0, 1.0 / 15.0, 1.0 / 17.0, 1.0 / 19.0, 1.0 / 21.0};
-    double series = 0.0;
-    for (int n = 10; n >= 0; n--) series = series * square + reciprocal[n];
-    return (double)k + 2.0 * s * series * LOG2_E;
 }
 
 #endif

@@ -45,22 +45,43 @@ INLINE void lanes_store_as(void *to, lanes x, enum element_type type) {
     else lanes_store_f16((uint16_t *)to, x);
 }
 
-/* The first `count` elements, the other lanes hold -inf: the neutral element of a maximum and of a sum of exponentials. */
-NOT_INLINE lanes lanes_load_some(const void *from, int64_t count, enum element_type type) {
-    static const uint16_t minus_infinity[3] = {0, 0xFF80, 0xFC00};
-    if (type == F32) {
-        float padded[LANES];
-        for (int i = 0; i < LANES; i++) padded[i] = -__builtin_inff();
-        memcpy(padded, from, (size_t)count * sizeof(float));
-        return lanes_load(padded);
-    }
-    uint16_t padded[LANES];
-    for (int i = 0; i < LANES; i++) padded[i] = minus_infinity[type];
+#if !defined(LANES_LOAD_FIRST)
+NOT_INLINE lanes lanes_load_first(const float *from, int64_t count) {
+    float padded[LANES];
+    for (int i = 0; i < LANES; i++) padded[i] = -__builtin_inff();
+    memcpy(padded, from, (size_t)count * sizeof(float));
+    return lanes_load(padded);
+}
+INLINE void pad_halves(const uint16_t *from, int64_t count, uint16_t minus_infinity, uint16_t padded[LANES]) {
+    for (int i = 0; i < LANES; i++) padded[i] = minus_infinity;
     memcpy(padded, from, (size_t)count * sizeof(uint16_t));
-    return lanes_load_as(padded, type);
+}
+NOT_INLINE lanes lanes_load_first_bf16(const uint16_t *from, int64_t count) {
+    uint16_t padded[LANES];
+    pad_halves(from, count, 0xFF80, padded);
+    return lanes_load_bf16(padded);
+}
+NOT_INLINE lanes lanes_load_first_f16(const uint16_t *from, int64_t count) {
+    uint16_t padded[LANES];
+    pad_halves(from, count, 0xFC00, padded);
+    return lanes_load_f16(padded);
+}
+#endif
+
+/* The first `count` < 16 elements, the other lanes hold -inf: the neutral element of a maximum and of a sum of
+ * exponentials. */
+INLINE lanes lanes_load_some(const void *from, int64_t count, enum element_type type) {
+    if (type == F32) return lanes_load_first((const float *)from, count);
+    if (type == BF16) return lanes_load_first_bf16((const uint16_t *)from, count);
+    return lanes_load_first_f16((const uint16_t *)from, count);
 }
 
 INLINE float element_load(const void *from, enum element_type type) {
+    if (type == F32) {
+        float x;
+        memcpy(&x, from, sizeof x);
+        return x;
+    }
     float widened[LANES];
     lanes_store(widened, lanes_load_some(from, 1, type));
     return widened[0];

@@ -66,3 +66,37 @@ INLINE void lanes_store_f16(uint16_t *p, lanes x) {
     _mm_storeu_si128((__m128i *)p, _mm256_cvtps_ph(x.low, nearest));
     _mm_storeu_si128((__m128i *)(p + 8), _mm256_cvtps_ph(x.high, nearest));
 }
+
+/* Eight float64 lanes, and a choice for each. */
+typedef struct {
+    __m256d low, high;
+} wide;
+typedef wide wide_mask;
+
+INLINE wide wide_pair(__m256d low, __m256d high) { return (wide){low, high}; }
+INLINE wide wide_set(double x) { return wide_pair(_mm256_set1_pd(x), _mm256_set1_pd(x)); }
+INLINE wide wide_load(const double *p) { return wide_pair(_mm256_loadu_pd(p), _mm256_loadu_pd(p + 4)); }
+INLINE wide wide_load_float(const float *p) {
+    return wide_pair(_mm256_cvtps_pd(_mm_loadu_ps(p)), _mm256_cvtps_pd(_mm_loadu_ps(p + 4)));
+}
+INLINE void wide_store(double *p, wide x) {
+    _mm256_storeu_pd(p, x.low);
+    _mm256_storeu_pd(p + 4, x.high);
+}
+INLINE void wide_store_float(float *p, wide x) {
+    _mm_storeu_ps(p, _mm256_cvtpd_ps(x.low));
+    _mm_storeu_ps(p + 4, _mm256_cvtpd_ps(x.high));
+}
+INLINE wide wide_add(wide a, wide b) { return wide_pair(_mm256_add_pd(a.low, b.low), _mm256_add_pd(a.high, b.high)); }
+INLINE wide wide_sub(wide a, wide b) { return wide_pair(_mm256_sub_pd(a.low, b.low), _mm256_sub_pd(a.high, b.high)); }
+INLINE wide wide_mul(wide a, wide b) { return wide_pair(_mm256_mul_pd(a.low, b.low), _mm256_mul_pd(a.high, b.high)); }
+INLINE __m256d half_load_mask(const uint8_t *p) {
+    int32_t bytes;
+    memcpy(&bytes, p, sizeof bytes);
+    __m256i wide = _mm256_cvtepu8_epi64(_mm_cvtsi32_si128(bytes));
+    return _mm256_castsi256_pd(_mm256_cmpgt_epi64(wide, _mm256_setzero_si256()));
+}
+INLINE wide_mask wide_load_mask(const uint8_t *p) { return wide_pair(half_load_mask(p), half_load_mask(p + 4)); }
+INLINE wide wide_choose(wide_mask mask, wide a, wide b) {
+    return wide_pair(_mm256_blendv_pd(b.low, a.low, mask.low), _mm256_blendv_pd(b.high, a.high, mask.high));
+}

@@ -24,6 +24,29 @@ INLINE lanes lanes_load_bf16(const uint16_t *p) {
 }
 INLINE lanes lanes_load_f16(const uint16_t *p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p)); }
 
+/* The first `count` < 16 elements without a byte behind them, -inf in the other lanes. */
+#define LANES_LOAD_FIRST
+INLINE lanes lanes_first(lanes x, int64_t count) {
+    return _mm512_mask_mov_ps(_mm512_set1_ps(-__builtin_inff()), (__mmask16)((1u << count) - 1), x);
+}
+INLINE lanes lanes_load_first(const float *p, int64_t count) {
+    return lanes_first(_mm512_maskz_loadu_ps((__mmask16)((1u << count) - 1), p), count);
+}
+/* Pairs first, as there are no masks for 16 bits in AVX-512F, then the odd one. */
+INLINE __m256i first_halves(const uint16_t *p, int64_t count) {
+    const uint32_t pairs = 1u << (count / 2);
+    __m512i x = _mm512_maskz_loadu_epi32((__mmask16)(pairs - 1), p);
+    if (count % 2) x = _mm512_mask_set1_epi32(x, (__mmask16)pairs, p[count - 1]);
+    return _mm512_castsi512_si256(x);
+}
+INLINE lanes lanes_load_first_bf16(const uint16_t *p, int64_t count) {
+    __m512i wide = _mm512_slli_epi32(_mm512_cvtepu16_epi32(first_halves(p, count)), 16);
+    return lanes_first(_mm512_castsi512_ps(wide), count);
+}
+INLINE lanes lanes_load_first_f16(const uint16_t *p, int64_t count) {
+    return lanes_first(_mm512_cvtph_ps(first_halves(p, count)), count);
+}
+
 /* To nearest, ties to even. A NaN must not be rounded up into infinity, but the kernels write NaN rows themselves. */
 INLINE void lanes_store_bf16(uint16_t *p, lanes x) {
     __m512i bits = _mm512_castps_si512(x);
@@ -34,3 +57,21 @@ INLINE void lanes_store_bf16(uint16_t *p, lanes x) {
 INLINE void lanes_store_f16(uint16_t *p, lanes x) {
     _mm256_storeu_si256((__m256i *)p, _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
+
+/* Eight float64 lanes, and a choice for each. */
+typedef __m512d wide;
+typedef __mmask8 wide_mask;
+
+INLINE wide wide_set(double x) { return _mm512_set1_pd(x); }
+INLINE wide wide_load(const double *p) { return _mm512_loadu_pd(p); }
+INLINE wide wide_load_float(const float *p) { return _mm512_cvtps_pd(_mm256_loadu_ps(p)); }
+INLINE void wide_store(double *p, wide x) { _mm512_storeu_pd(p, x); }
+INLINE void wide_store_float(float *p, wide x) { _mm256_storeu_ps(p, _mm512_cvtpd_ps(x)); }
+INLINE wide wide_add(wide a, wide b) { return _mm512_add_pd(a, b); }
+INLINE wide wide_sub(wide a, wide b) { return _mm512_sub_pd(a, b); }
+INLINE wide wide_mul(wide a, wide b) { return _mm512_mul_pd(a, b); }
+INLINE wide_mask wide_load_mask(const uint8_t *p) {
+    __m512i bytes = _mm512_cvtepu8_epi64(_mm_loadl_epi64((const __m128i *)p));
+    return _mm512_test_epi64_mask(bytes, bytes);
+}
+INLINE wide wide_choose(wide_mask mask, wide a, wide b) { return _mm512_mask_blend_pd(mask, b, a); }

@@ -136,3 +136,33 @@ NOT_INLINE void lanes_store_f16(uint16_t *p, lanes x) {
     lanes_store(wide, x);
     for (int i = 0; i < LANES; i++) p[i] = f16_from_float(wide[i]);
 }
+
+/* Eight float64 lanes, and a choice for each. */
+typedef struct {
+    double_pair pair[4];
+} wide;
+typedef struct {
+    double_bits pair[4];
+} wide_mask;
+
+#define EACH_PAIR(type, expression)                          \
+    type result;                                             \
+    for (int i = 0; i < 4; i++) result.pair[i] = expression; \
+    return result
+
+INLINE wide wide_set(double x) { EACH_PAIR(wide, ((double_pair){x, x})); }
+INLINE wide wide_load(const double *p) { EACH_PAIR(wide, ((double_pair){p[2 * i], p[2 * i + 1]})); }
+INLINE wide wide_load_float(const float *p) { EACH_PAIR(wide, ((double_pair){p[2 * i], p[2 * i + 1]})); }
+INLINE void wide_store(double *p, wide x) { memcpy(p, &x, sizeof x); }
+INLINE void wide_store_float(float *p, wide x) {
+    for (int i = 0; i < 8; i++) p[i] = (float)x.pair[i / 2][i % 2];
+}
+INLINE wide wide_add(wide a, wide b) { EACH_PAIR(wide, a.pair[i] + b.pair[i]); }
+INLINE wide wide_sub(wide a, wide b) { EACH_PAIR(wide, a.pair[i] - b.pair[i]); }
+INLINE wide wide_mul(wide a, wide b) { EACH_PAIR(wide, a.pair[i] * b.pair[i]); }
+INLINE wide_mask wide_load_mask(const uint8_t *p) {
+    EACH_PAIR(wide_mask, ((double_bits){-(int64_t)(p[2 * i] != 0), -(int64_t)(p[2 * i + 1] != 0)}));
+}
+INLINE wide wide_choose(wide_mask mask, wide a, wide b) {
+    EACH_PAIR(wide, (double_pair)((mask.pair[i] & (double_bits)a.pair[i]) | (~mask.pair[i] & (double_bits)b.pair[i])));
+}

@@ -120,22 +120,41 @@ def require_labels_in_range(labels: Tensor, vocabulary: int, ignore_index: int |
 def _gae_cpu(
     rewards: Tensor, values: Tensor, mask: Tensor, bootstrap: Tensor | None, gamma: float, lam: float
 ) -> tuple[Tensor, Tensor]:
+    return _gae_per_token_cpu(rewards, values, mask, bootstrap, None, None, gamma, lam)
+
+
+def _gae_per_token_cpu(
+    rewards: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    bootstrap: Tensor | None,
+    gammas: Tensor | None,
+    lams: Tensor | None,
+    gamma: float,
+    lam: float,
+) -> tuple[Tensor, Tensor]:
     rewards, values, mask = rewards.contiguous(), values.contiguous(), mask.contiguous()
-    bootstrap = None if bootstrap is None else bootstrap.contiguous()
-    advantages, returns = torch.empty_like(rewards), torch.empty_like(rewards)
+    optional = [None if t is None else t.contiguous() for t in (bootstrap, gammas, lams)]
+    bootstrap_address, gammas_address, lams_address = (0 if t is None else address(t) for t in optional)
+    advantages, returns = (
+        torch.empty(rewards.shape, dtype=rewards.dtype),
+        torch.empty(rewards.shape, dtype=rewards.dtype),
+    )
     _gae.gae(
-        rewards.data_ptr(),
-        values.data_ptr(),
-        mask.data_ptr(),
-        0 if bootstrap is None else bootstrap.data_ptr(),
+        address(rewards),
+        address(values),
+        address(mask),
+        bootstrap_address,
+        gammas_address,
+        lams_address,
         rewards.dtype == torch.float64,
         rewards.shape[0],
         rewards.shape[1],
         gamma,
         lam,
-        advantages.data_ptr(),
-        returns.data_ptr(),
-        _instruction_set,
+        address(advantages),
+        address(returns),
+        instruction_set(),
         threads(),
     )
     return advantages, returns
@@ -267,6 +286,7 @@ def _whiten_cpu(x: Tensor, mask: Tensor, shift_mean: bool) -> Tensor:
 
 
 register_kernel("gae", _gae_cpu, "CPU")
+register_kernel("gae_per_token", _gae_per_token_cpu, "CPU")
 register_kernel("token_logprobs", _token_logprobs_cpu, "CPU")
 register_kernel("token_logprobs_backward", _token_logprobs_backward_cpu, "CPU")
 register_kernel("sample_tokens", _sample_tokens_cpu, "CPU")

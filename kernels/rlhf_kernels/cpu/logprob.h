@@ -39,8 +39,7 @@ static void logprob_finish(const double *state, double inverse_temperature, floa
     }
     double log2_sum = double_log2(m.sum);
     *logp = logp_of((float)row->label_logit, m.largest, log2_sum, inverse_temperature);
-    /* H = ln S − Σ p (x − largest) / temperature */
-    if (entropy) *entropy = (float)((log2_sum - m.weighted / m.sum) * LN_2);
+    if (entropy) *entropy = entropy_of(log2_sum, m.sum, m.weighted);
     statistics[0] = m.largest;
     statistics[1] = (float)log2_sum;
 }
@@ -52,7 +51,7 @@ static void logprob_forward(const void *logits, int64_t vocabulary, int type, in
     logprob_finish((const double *)&row, inverse_temperature, logp, entropy, statistics);
 }
 
-/* grad_j = −p_j (at_zero + slope t_j), t_j = log2 p_j */
+/* grad_j = −p_j (at_zero + slope t_j), t_j = log2 p_j: see gradient_line_of */
 typedef struct {
     lanes largest, scale, minus_log2_sum, at_zero, slope;
 } gradient_terms;
@@ -95,8 +94,6 @@ INLINE void fill_with_nan(void *out, int64_t n, enum element_type type) {
     }
 }
 
-/* p = softmax(logits / temperature), g = grad_logp, h = grad_entropy, H = entropy:
- * d logp / d x_j = ([j = label] − p_j) / temperature,  d H / d x_j = −p_j (ln p_j + H) / temperature. */
 INLINE void logprob_backward_typed(const void *logits, int64_t vocabulary, enum element_type type, int64_t label,
                                    double inverse_temperature, const float *statistics, float entropy, float grad_logp,
                                    float grad_entropy, int stream, void *grad_logits) {
@@ -108,10 +105,10 @@ INLINE void logprob_backward_typed(const void *logits, int64_t vocabulary, enum 
         fill_with_nan(grad_logits, vocabulary, type);
         return;
     }
-    double constant = ((double)grad_logp + (double)grad_entropy * (double)entropy) * inverse_temperature;
+    const gradient_line line = gradient_line_of(grad_logp, grad_entropy, entropy, inverse_temperature);
     const gradient_terms g = {
         lanes_set(statistics[0]), lanes_set(scale_from(inverse_temperature)), lanes_set(-statistics[1]),
-        lanes_set((float)constant), lanes_set((float)((double)grad_entropy * inverse_temperature * LN_2)),
+        lanes_set(line.at_zero), lanes_set(line.slope),
     };
     if (label < 0 || label >= vocabulary) { /* it is in another part of the row */
         gradient_range(logits, vocabulary, type, &g, stream, grad_logits);
@@ -121,7 +118,7 @@ INLINE void logprob_backward_typed(const void *logits, int64_t vocabulary, enum 
     gradient_range(logits, label, type, &g, stream, grad_logits);
     gradient_range(element_at(logits, label + 1, type), vocabulary - label - 1, type, &g, stream,
                    (void *)element_at(grad_logits, label + 1, type));
-    at_label = lanes_add(at_label, lanes_set((float)((double)grad_logp * inverse_temperature)));
+    at_label = lanes_add(at_label, lanes_set(line.at_label));
     char padded[LANES * sizeof(float)];
     lanes_store_as(padded, at_label, type);
     memcpy((void *)element_at(grad_logits, label, type), padded, (size_t)element_bytes(type));

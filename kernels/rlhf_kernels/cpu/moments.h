@@ -91,8 +91,7 @@ INLINE moments row_moments(moments m, const void *row, int64_t vocabulary, enum 
             m.sum *= factor;
             m.largest = largest;
         }
-        /* Before the first number above -inf any reference will do: -inf adds 0, and NaN adds NaN. */
-        float reference = m.largest == -__builtin_inff() ? 0.0f : m.largest;
+        float reference = reference_of(m.largest);
         double sum, weighted_sum;
         block_sums(x, n, type, reference, scale, weighted, &sum, &weighted_sum);
         m.sum += sum;
@@ -102,16 +101,6 @@ INLINE moments row_moments(moments m, const void *row, int64_t vocabulary, enum 
     return m;
 }
 
-/* NaN in a row reaches its sum; +inf, or nothing above -inf, shows in the maximum. */
-INLINE int is_distribution(moments m) {
-    return m.largest > -__builtin_inff() && m.largest < __builtin_inff() && m.sum == m.sum;
-}
-
-INLINE float scale_from(double inverse_temperature) { return (float)(LOG2_E * inverse_temperature); }
-
-/* ln softmax(logits / temperature) of one logit, given its row's maximum and log2 of its sum. */
-INLINE float logp_of(float logit, float largest, double log2_sum, double inverse_temperature) {
-    return (float)(((double)logit - (double)largest) * inverse_temperature - log2_sum * LN_2);
-}
+INLINE int is_distribution(moments m) { return sums_are_of_a_distribution(m.largest, m.sum); }
 
 #endif

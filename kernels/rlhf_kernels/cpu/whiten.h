@@ -4,6 +4,7 @@
 
 #include <stdint.h>
 
+#include "../shared/scalar.h"
 #include "lanes.h"
 
 #define DOUBLE_LANES 8
@@ -46,7 +47,7 @@ INLINE double tree_sum(const double *d) {
     static void scale_name(const real *x, const uint8_t *mask, int64_t n, double mean, double scale, double shift,     \
                            real *out) {                                                                                \
         for (int64_t i = 0; i < n; i++) {                                                                              \
-            real scaled = (real)(((double)x[i] - mean) * scale + shift);                                               \
+            real scaled = (real)whitened_of((double)x[i], mean, scale, shift);                                         \
             out[i] = mask[i] ? scaled : (real)0;                                                                       \
         }                                                                                                              \
     }

@@ -132,11 +132,14 @@ Tensor token_logprobs_backward(const Tensor& logits, const Tensor& labels, const
 
 template <typename real>
 void run_gae(const Tensor& rewards, const Tensor& values, const Tensor& mask, const std::optional<Tensor>& bootstrap,
-             double gamma, double lam, Tensor& advantages, Tensor& returns, cudaStream_t stream) {
+             const std::optional<Tensor>& gammas, const std::optional<Tensor>& lams, double gamma, double lam,
+             Tensor& advantages, Tensor& returns, cudaStream_t stream) {
     const rlhf::gae_batch<real> batch = {rewards.const_data_ptr<real>(),
                                          values.const_data_ptr<real>(),
                                          mask_data(mask),
                                          data_or_null<real>(bootstrap),
+                                         data_or_null<real>(gammas),
+                                         data_or_null<real>(lams),
                                          gamma,
                                          lam,
                                          rewards.size(0),
@@ -147,14 +150,21 @@ void run_gae(const Tensor& rewards, const Tensor& values, const Tensor& mask, co
     STD_CUDA_CHECK(rlhf::gae(batch, scratch.mutable_data_ptr(), stream));
 }
 
-std::tuple<Tensor, Tensor> gae(const Tensor& rewards, const Tensor& values, const Tensor& mask,
-                               const std::optional<Tensor>& bootstrap, double gamma, double lam) {
+std::tuple<Tensor, Tensor> gae_per_token(const Tensor& rewards, const Tensor& values, const Tensor& mask,
+                                         const std::optional<Tensor>& bootstrap, const std::optional<Tensor>& gammas,
+                                         const std::optional<Tensor>& lams, double gamma, double lam) {
     const Device device(rewards);
     Tensor advantages = torch::stable::new_empty(rewards, rewards.sizes());
     Tensor returns = torch::stable::new_empty(rewards, rewards.sizes());
     const auto run = rewards.scalar_type() == ScalarType::Double ? run_gae<double> : run_gae<float>;
-    run(dense(rewards), dense(values), dense(mask), dense(bootstrap), gamma, lam, advantages, returns, device.stream());
+    run(dense(rewards), dense(values), dense(mask), dense(bootstrap), dense(gammas), dense(lams), gamma, lam, advantages,
+        returns, device.stream());
     return {advantages, returns};
+}
+
+std::tuple<Tensor, Tensor> gae(const Tensor& rewards, const Tensor& values, const Tensor& mask,
+                               const std::optional<Tensor>& bootstrap, double gamma, double lam) {
+    return gae_per_token(rewards, values, mask, bootstrap, std::nullopt, std::nullopt, gamma, lam);
 }
 
 template <typename real>
@@ -176,6 +186,7 @@ Tensor whiten(const Tensor& x, const Tensor& mask, bool shift_mean) {
 
 STABLE_TORCH_LIBRARY_IMPL(rlhf_kernels, CUDA, m) {
     m.impl("gae", TORCH_BOX(&gae));
+    m.impl("gae_per_token", TORCH_BOX(&gae_per_token));
     m.impl("token_logprobs", TORCH_BOX(&token_logprobs));
     m.impl("token_logprobs_backward", TORCH_BOX(&token_logprobs_backward));
     m.impl("whiten", TORCH_BOX(&whiten));

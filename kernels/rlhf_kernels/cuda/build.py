@@ -12,7 +12,7 @@ from pathlib import Path
 
 LIBRARY = "librlhf_kernels_cuda.so"
 SOURCES = ("gae.cu", "token_logprobs.cu", "whiten.cu", "binding.cpp")
-HEADERS = ("device.cuh", "kernels.h", "../shared/scalar.h")
+HEADERS = ("device.cuh", "gae_scan.cuh", "kernels.h", "../shared/scalar.h")
 ARCHITECTURES = (80, 90, 100)
 """Machine code for these; a GPU of the same generation runs it too, a newer one compiles what is kept of the last."""
 
@@ -27,9 +27,10 @@ class BuildError(Exception):
 
 
 def find_nvcc() -> str:
-    """The CUDA compiler: CUDA_HOME's, else the one on PATH, else that of /usr/local/cuda."""
-    homes = [home for home in (os.environ.get("CUDA_HOME"), "/usr/local/cuda") if home]
-    for candidate in (f"{homes[0]}/bin/nvcc", shutil.which("nvcc") or "", f"{homes[-1]}/bin/nvcc"):
+    """The CUDA compiler: that of CUDA_HOME, or without it the one on PATH or of /usr/local/cuda."""
+    home = os.environ.get("CUDA_HOME")
+    candidates = [f"{home}/bin/nvcc"] if home else [shutil.which("nvcc") or "", "/usr/local/cuda/bin/nvcc"]
+    for candidate in candidates:
         if os.access(candidate, os.X_OK):
             return candidate
     raise BuildError("no CUDA toolkit (nvcc) found; CUDA_HOME says where one is")

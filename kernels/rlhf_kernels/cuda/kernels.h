@@ -30,12 +30,13 @@ cudaError_t token_logprobs_backward(const logit_rows& in, const float* statistic
                                     const float* grad_logp, const float* grad_entropy, void* grad_logits,
                                     cudaStream_t stream);
 
-// All [rows, tokens], contiguous; bootstrap[rows] or nullptr.
+// All [rows, tokens], contiguous; bootstrap[rows] or nullptr. gammas and lams take the place of gamma and lam unless they
+// are nullptr.
 template <typename real>
 struct gae_batch {
     const real *rewards, *values;
     const uint8_t* mask;
-    const real* bootstrap;
+    const real *bootstrap, *gammas, *lams;
     double gamma, lam;
     int64_t rows, tokens;
     real *advantages, *returns;

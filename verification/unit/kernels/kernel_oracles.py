@@ -16,15 +16,18 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 
 
 def gae_by_definition(rewards, values, mask, gamma, lam, bootstrap=None):
-    """A_t = Σ_l (γλ)^l δ_{t+l} over the compacted response tokens, summed term by term."""
+    """A_t = Σ_l (Π_{i<l} γ_{t+i} λ_{t+i}) δ_{t+l} over the compacted response tokens, summed term by term."""
     advantages = np.zeros(rewards.shape)
+    gammas, lams = (torch.as_tensor(x, dtype=torch.float64).expand(rewards.shape).numpy() for x in (gamma, lam))
     for b in range(rewards.shape[0]):
         inside = np.flatnonzero(mask[b].numpy())
         r = rewards[b].double().numpy()[inside]
         v = np.append(values[b].double().numpy()[inside], 0.0 if bootstrap is None else float(bootstrap[b]))
-        delta = [r[t] + gamma * v[t + 1] - v[t] for t in range(len(inside))]
+        g, decay = gammas[b, inside], gammas[b, inside] * lams[b, inside]
+        delta = [r[t] + g[t] * v[t + 1] - v[t] for t in range(len(inside))]
         for t, position in enumerate(inside):
-            advantages[b, position] = math.fsum((gamma * lam) ** n * d for n, d in enumerate(delta[t:]))
+            factors = np.concatenate([[1.0], np.cumprod(decay[t:-1])])
+            advantages[b, position] = math.fsum(factors * delta[t:])
     returns = np.where(mask.numpy(), advantages + np.where(mask.numpy(), values.double().numpy(), 0.0), 0.0)
     return torch.from_numpy(advantages), torch.from_numpy(returns)
 

@@ -45,11 +45,22 @@ def everything(seed: int, rows: int, vocabulary: int, dtype: torch.dtype, temper
     uniforms = torch.rand(rows, generator=generator, dtype=torch.float64)
     for options in ({}, {"top_k": 1 + vocabulary // 3}, {"top_p": 0.7}, {"top_k": 1 + vocabulary // 2, "top_p": 0.9}):
         results += rlhf_kernels.sample_tokens(logits[:rows], uniforms, temperature=temperature, **options)
+    results += linear_results(generator, rows, min(vocabulary, 2100), dtype)
     mask = torch.rand(random.shape, generator=generator) < 0.7
     for x in (random, random.double()):
         results += rlhf_kernels.gae(x, x * x, mask, gamma=0.99, lam=0.95, bootstrap=x[:, 0].contiguous())
+        results += rlhf_kernels.gae(x, x * x, mask, gamma=mask * x.abs().clamp(max=1), lam=torch.full_like(x, 0.5))
         results += [rlhf_kernels.whiten(x, mask), rlhf_kernels.whiten(x, mask, shift_mean=False)]
     return results
+
+
+def linear_results(generator: torch.Generator, rows: int, vocabulary: int, dtype: torch.dtype) -> list[torch.Tensor]:
+    """Of small integers, whose products and sums are exact: what is left is the kernels' part."""
+    hidden, weight = (torch.randint(-3, 4, (n, 5), generator=generator).to(dtype) for n in (rows, vocabulary))
+    labels = torch.randint(0, vocabulary, (rows,), generator=generator)
+    hidden.requires_grad_()
+    results = rlhf_kernels.linear_token_logprobs(hidden, weight, labels, temperature=0.7, with_entropy=True)
+    return [result.detach() for result in results]
 
 
 def assert_same(a: list[torch.Tensor], b: list[torch.Tensor]) -> None:

@@ -1,4 +1,4 @@
-"""The CUDA kernels against float64, on a GPU where there is one, and everywhere compiled for the CPU from their sources.
+"""The CUDA kernels against float64: on a GPU where there is one, everywhere compiled for the CPU from their sources.
 
 The emulation runs what a GPU would, thread by thread, so what it cannot show is left to `test_kernel_cuda_device.py`:
 the processor's own exponential, streams, graphs and speed.
@@ -241,6 +241,34 @@ def test_gae_equals_the_sum_of_discounted_residuals(kernels, batch, tokens, dtyp
     assert same_bits(got[1][mask], (got[0] + values)[mask])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("batch", "tokens"), [(5, 401), (1, 1), (3, 512), (2, 2 * CHUNK + 57), (2, 0)])
+@pytest.mark.parametrize("which", ["both", "gamma", "lam"])
+def test_gae_takes_gamma_and_lambda_per_token(kernels, batch, tokens, dtype, which):
+    rewards, values, mask, bootstrap = gae_case(batch, tokens, dtype)
+    mask[0, CHUNK - 5 : CHUNK + 9] = False
+    gammas, lams = (0.9 + 0.1 * torch.rand(batch, tokens, dtype=dtype) for _ in range(2))
+    gammas[~mask] = lams[~mask] = math.nan
+    gammas, lams = (None if which == "lam" else gammas), (None if which == "gamma" else lams)
+    got = kernels.gae_per_token(rewards, values, mask, bootstrap, gammas, lams, 0.99, 0.95)
+    expected = gae_by_definition(
+        rewards, values, mask, 0.99 if gammas is None else gammas, 0.95 if lams is None else lams, bootstrap
+    )
+    tolerance = 2e-6 if dtype == torch.float32 else 1e-11
+    for g, e in zip(got, expected, strict=True):
+        torch.testing.assert_close(g.double(), e, rtol=tolerance, atol=tolerance)
+    assert same_bits(got[1][mask], (got[0] + values)[mask])
+
+
+def test_gae_per_token_splits_few_long_rows_and_gets_the_bits_of_whole_rows(kernels):
+    rewards, values, mask, bootstrap = gae_case(2, CHUNK + 3)
+    gammas, lams = torch.rand(2, 2, CHUNK + 3)
+    few = kernels.gae_per_token(rewards, values, mask, bootstrap, gammas, lams)
+    inputs = (rewards, values, mask, bootstrap, gammas, lams)
+    whole = kernels.gae_per_token(*(x.repeat(MANY_ROWS // 2, *[1] * (x.dim() - 1)) for x in inputs))
+    assert all(same_bits(a, b[:2]) for a, b in zip(few, whole, strict=True))
+
+
 @pytest.mark.parametrize("tokens", [CHUNK + 1, CHUNK + 4])  # read word by word, and in vectors
 def test_gae_splits_few_long_rows_and_gets_the_bits_of_whole_rows(kernels, tokens):
     rewards, values, mask, bootstrap = gae_case(3, tokens)
@@ -349,6 +377,7 @@ def everything(kernels, seed, rows, vocabulary, dtype):
         *forward,
         kernels.backward(logits, labels, forward, grads[0], grads[1]),
         *kernels.gae(random, random * random, mask, random[:, 0].contiguous()),
+        *kernels.gae_per_token(random, random, mask, None, random.sigmoid(), None),
         kernels.whiten(random, mask),
     ]
 
@@ -414,7 +443,8 @@ kernels, libc, page = EmulatedKernels(Path(sys.argv[1])), ctypes.CDLL(None, use_
 keep = []
 
 def fenced(tensor, at_start):
-    # the tensor's copy touches a page that must not be read: the one behind its last byte, or before its first
+    # the tensor's copy touches a page that must not be read: the one behind its last byte, or before its first;
+    # vector reads are held to the tensor itself, but for what shares the first 16 bytes with it
     pages = -(-max(tensor.nbytes, 1) // page)
     memory = mmap.mmap(-1, (pages + 2) * page)
     first = ctypes.addressof(ctypes.c_char.from_buffer(memory))
@@ -422,6 +452,7 @@ def fenced(tensor, at_start):
         assert libc.mprotect(ctypes.c_void_p(fence), page, 0) == 0
     offset = page if at_start else (pages + 1) * page - tensor.nbytes
     keep.append(memory)
+    kernels.allow((first + offset) // 16 * 16, first + offset + tensor.nbytes)
     bytes_ = torch.frombuffer(memory, dtype=torch.uint8, count=tensor.nbytes, offset=offset)
     copy = bytes_.view(tensor.dtype).view(tensor.shape)
     return copy.copy_(tensor)
@@ -436,8 +467,10 @@ for at_start in (True, False):
             kernels.backward(logits, labels, forward, torch.ones(3), torch.ones(3))
     for dtype in (torch.float32, torch.float64):
         for tokens in (1, 3, 4, 5, 127, 128, 129, 2047, 2048, 2049, 2052):
-            x, mask = fenced(torch.randn(3, tokens, dtype=dtype), at_start), fenced(torch.rand(3, tokens) < 0.5, at_start)
+            x = fenced(torch.randn(3, tokens, dtype=dtype), at_start)
+            mask = fenced(torch.rand(3, tokens) < 0.5, at_start)
             kernels.gae(x, x, mask, fenced(torch.randn(3, dtype=dtype), at_start))
+            kernels.gae_per_token(x, x, mask, None, x, x)
             kernels.whiten(x, mask)
 print("stayed inside")
 """

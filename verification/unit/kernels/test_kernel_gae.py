@@ -43,12 +43,69 @@ def test_equals_the_sum_of_discounted_residuals(backend, batch, tokens, dtype, w
         torch.testing.assert_close(g.double(), e, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("per_token", ["gamma", "lam", "both", "a row", "one"])
+def test_gamma_and_lambda_may_differ_by_token(backend, dtype, per_token):
+    rewards, values, mask, bootstrap = random_case(19, 45, dtype)
+    shape = {"a row": (19, 1), "one": ()}.get(per_token, (19, 45))
+    gamma = 0.99 if per_token == "lam" else torch.rand(shape, dtype=dtype)
+    lam = 0.9 if per_token == "gamma" else torch.rand(shape, dtype=dtype)
+    got = gae(rewards, values, mask, gamma=gamma, lam=lam, bootstrap=bootstrap, backend=backend)
+    expected = gae_by_definition(rewards, values, mask, gamma, lam, bootstrap)
+    tolerance = 2e-6 if dtype == torch.float32 else 1e-12
+    for g, e in zip(got, expected, strict=True):
+        torch.testing.assert_close(g.double(), e, rtol=tolerance, atol=tolerance)
+
+
+def test_equal_gammas_give_the_bits_of_one_number(backend):
+    rewards, values, mask, _ = random_case(21, 50)
+    one = gae(rewards, values, mask, gamma=0.5, lam=0.75, backend=backend)
+    each = gae(rewards, values, mask, gamma=torch.full((21, 50), 0.5), lam=torch.tensor(0.75), backend=backend)
+    assert all(same_bits(a, b) for a, b in zip(one, each, strict=True))
+
+
+def test_an_end_inside_a_row_is_a_gamma_of_zero(backend):
+    """Two packed sequences are what they are alone."""
+    rewards, values, mask, _ = random_case(3, 30, density=2.0)
+    gamma = torch.full((3, 30), 0.9)
+    gamma[:, 11] = 0.0
+    packed, _ = gae(rewards, values, mask, gamma=gamma, lam=0.8, backend=backend)
+    for part in (slice(0, 12), slice(12, 30)):
+        alone, _ = gae(rewards[:, part], values[:, part], mask[:, part], gamma=gamma[:, part], lam=0.8, backend=backend)
+        assert same_bits(packed[:, part], alone)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8, torch.float32, torch.bfloat16])
+def test_a_mask_of_zeros_and_ones_is_a_mask(backend, dtype):
+    rewards, values, mask, _ = random_case(5, 9)
+    expected = gae(rewards, values, mask, gamma=0.9, lam=0.8, backend=backend)
+    got = gae(rewards, values, mask.to(dtype), gamma=0.9, lam=0.8, backend=backend)
+    assert all(same_bits(a, b) for a, b in zip(got, expected, strict=True))
+
+
+@pytest.mark.parametrize("batch", [1, 15, 16, 17, 33])
+@pytest.mark.parametrize("tokens", [1, 15, 16, 17, 1024])
+def test_a_row_does_not_depend_on_the_rows_beside_it(backend, batch, tokens):
+    rewards, values, mask, bootstrap = random_case(batch, tokens)
+    together = gae(rewards, values, mask, gamma=0.99, lam=0.95, bootstrap=bootstrap, backend=backend)
+    for b in (0, batch // 2, batch - 1):
+        one = slice(b, b + 1)
+        alone = gae(
+            rewards[one], values[one], mask[one], gamma=0.99, lam=0.95, bootstrap=bootstrap[one], backend=backend
+        )
+        assert all(same_bits(a, t[one]) for a, t in zip(alone, together, strict=True))
+
+
 @pytest.mark.parametrize("garbage", [math.nan, 1e30, -math.inf])
 def test_what_lies_outside_the_mask_changes_no_bit(backend, garbage):
     rewards, values, mask, bootstrap = random_case(23, 57)
     mask[3], mask[4] = False, True
     clean = gae(rewards, values, mask, gamma=0.99, lam=0.95, bootstrap=bootstrap, backend=backend)
-    rewards[~mask] = values[~mask] = garbage
+    gammas, lams = torch.rand(2, 23, 57)
+    each = gae(rewards, values, mask, gamma=gammas, lam=lams, backend=backend)
+    rewards[~mask] = values[~mask] = gammas[~mask] = lams[~mask] = garbage
+    same = gae(rewards, values, mask, gamma=gammas, lam=lams, backend=backend)
+    assert all(same_bits(a, b) for a, b in zip(each, same, strict=True))
     dirty = gae(rewards, values, mask, gamma=0.99, lam=0.95, bootstrap=bootstrap, backend=backend)
     for a, b in zip(clean, dirty, strict=True):
         assert same_bits(a, b)
@@ -106,8 +163,19 @@ def test_refuses_bad_arguments_by_name(backend):
         gae(r, v[:, :2], m, gamma=1.0, lam=1.0, backend=backend)
     with pytest.raises(ValueError, match="2 dimensions"):
         gae(r[0], v[0], m[0], gamma=1.0, lam=1.0, backend=backend)
-    with pytest.raises(TypeError, match=r"mask must be torch\.bool, got torch\.float32"):
-        gae(r, v, m.float(), gamma=1.0, lam=1.0, backend=backend)
+    with pytest.raises(ValueError, match=r"mask is 0\.5 at position \(1, 2\); it must be 0 or 1"):
+        gae(r, v, torch.tensor([[1, 0, 1], [1, 1, 0.5]]), gamma=1.0, lam=1.0, backend=backend)
+    with pytest.raises(ValueError, match=r"gamma must expand to shape \(2, 3\), got \(2, 4\)"):
+        gae(r, v, m, gamma=torch.ones(2, 4), lam=1.0, backend=backend)
+    with pytest.raises(TypeError, match=r"lam must be torch\.float32, got torch\.float64"):
+        gae(r, v, m, gamma=1.0, lam=torch.ones(2, 3).double(), backend=backend)
+    every = torch.ones_like(m)
+    with pytest.raises(ValueError, match=r"lam is 1\.5 at position \(0, 1\); it must be in \[0, 1\]"):
+        gae(r, v, every, gamma=1.0, lam=torch.tensor([[0.0, 1.5, 1.0]]), backend=backend)
+    with pytest.raises(ValueError, match=r"gamma is nan at position \(0, 0\)"):
+        gae(r, v, every, gamma=torch.tensor(math.nan), lam=1.0, backend=backend)
+    with pytest.raises(RuntimeError, match="no gradient: pass detached"):
+        gae(r, v, m, gamma=torch.ones(2, 3, requires_grad=True), lam=1.0, backend=backend)
     with pytest.raises(TypeError, match=r"got torch\.float16"):
         gae(r.half(), v.half(), m, gamma=1.0, lam=1.0, backend=backend)
     with pytest.raises(ValueError, match="bootstrap must have shape"):

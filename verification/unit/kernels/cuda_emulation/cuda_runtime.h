@@ -45,6 +45,9 @@ namespace emulation {
 void run(dim3 grid, dim3 threads, const std::function<void()>& body);
 // Waits for all threads of the block.
 void block_barrier();
+// Stops the process where the bytes are misaligned for their size, which a GPU would not read, or lie outside of every
+// range that `emulation_allow` named.
+void check_read(const void* address, size_t size);
 // Gives every lane of the warp a look at what each lane brought: 32 values of `size` bytes, valid until the next call.
 const void* warp_exchange(const void* mine, size_t size);
 
@@ -82,7 +85,7 @@ T __shfl_xor_sync(unsigned, T x, int mask) {
 
 template <typename T>
 T __ldg(const T* address) {
-    if (reinterpret_cast<uintptr_t>(address) % sizeof(T) != 0) __builtin_trap();  // as a GPU would: misaligned address
+    emulation::check_read(address, sizeof(T));
     return *address;
 }
 inline void __stcs(uint4* address, uint4 x) {

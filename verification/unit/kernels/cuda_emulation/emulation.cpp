@@ -6,6 +6,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <numeric>
+#include <utility>
 #include <vector>
 
 #include "cuda_runtime.h"
@@ -79,6 +80,8 @@ void wait_at(Barrier& barrier, unsigned expected) {
     while (barrier.generation == generation) run_others();
 }
 
+std::vector<std::pair<uintptr_t, uintptr_t>> allowed;
+
 unsigned next_random(unsigned& state) { return state = state * 1664525u + 1013904223u; }
 
 void run_block(unsigned threads) {
@@ -127,6 +130,14 @@ void run(dim3 grid, dim3 threads, const std::function<void()>& body) {
     }
 }
 
+void check_read(const void* address, size_t size) {
+    const uintptr_t begin = reinterpret_cast<uintptr_t>(address), end = begin + size;
+    if (begin % size != 0) fail("a misaligned read");
+    for (const auto& range : allowed)
+        if (range.first <= begin && end <= range.second) return;
+    if (!allowed.empty()) fail("a read outside of the tensors");
+}
+
 void block_barrier() { wait_at(whole_block, block_size); }
 
 const void* warp_exchange(const void* mine, size_t size) {
@@ -145,6 +156,7 @@ const void* warp_exchange(const void* mine, size_t size) {
 extern "C" {
 
 void emulation_set_order(unsigned seed) { emulation::order_seed = seed; }
+void emulation_allow(uintptr_t begin, uintptr_t end) { emulation::allowed.emplace_back(begin, end); }
 unsigned emulation_launches() { return emulation::launches; }
 
 // A CPU build of torch lacks these.

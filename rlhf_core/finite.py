@@ -1,0 +1,41 @@
+"""What is not finite, by name: training stops at it and nothing more is saved."""
+
+import math
+
+import torch
+
+from rlhf_core.policy import ActorCritic
+from rlhf_core.update_statistics import LOSS_SUMS
+
+
+class NonFiniteError(FloatingPointError):
+    """A tensor of the step holds NaN or infinity."""
+
+    def __init__(self, step: int, name: str) -> None:
+        self.step = step
+        self.name = name
+        super().__init__(
+            f"step {step}: {name} is not finite, so training stops and nothing more is saved; "
+            "lower the learning rate, or look at the reward"
+        )
+
+
+def first_nonfinite_of_update(model: ActorCritic, sums: torch.Tensor) -> str:
+    """Return the name of the first non-finite tensor: a loss, else a parameter's gradient."""
+    for name, value in zip(LOSS_SUMS, sums.tolist(), strict=True):
+        if not math.isfinite(value):
+            return name
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None and not parameter.grad.isfinite().all():
+            return f"the gradient of {name}"
+    return "the total gradient norm"
+
+
+def require_finite(step: int, mask_BT: torch.Tensor | None, **tensors: torch.Tensor | None) -> None:
+    """Raise NonFiniteError with the name of the first tensor that is not finite where the mask is True."""
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        on_mask = tensor if mask_BT is None else torch.where(mask_BT, tensor, 0.0)
+        if not on_mask.isfinite().all():
+            raise NonFiniteError(step, name)

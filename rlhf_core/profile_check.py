@@ -1,0 +1,425 @@
+"""Whether a profile adds up: every figure of it that follows from another is computed again. Imports no torch."""
+
+import bisect
+import math
+import statistics
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rlhf_core import runlog
+from rlhf_core.profile_files import (
+    GPU,
+    OPERATOR_COLUMNS,
+    OPERATORS_FILE,
+    PROFILES_FOLDER,
+    STAGES_THREAD,
+    SUMMARY_COLUMNS,
+    SUMMARY_FILE,
+    TRACE_FILE,
+    TRAINING,
+    Event,
+    Trace,
+    read_table,
+    read_trace,
+)
+
+COVERED = (0.85, 1.15)
+"""Bounds of a step's top-level stages together, over its wall time."""
+MS_TOLERANCE = 2e-6
+"""Rounding of the tables, in ms; the trace is exact to the nanosecond."""
+SHARE_TOLERANCE = 2e-6
+RATE_TOLERANCE = 1e-4
+"""Relative, of tokens a second, which is written with three decimals."""
+
+
+class CheckFailed(ValueError):
+    """A check does not hold; the message has the figures."""
+
+
+@dataclass(frozen=True)
+class Profile:
+    """The files of a profile, and the logs of its run where it has them."""
+
+    trace: Trace
+    summary: dict[str, dict[str, float]]
+    operators: dict[str, dict[str, float]]
+    timings: dict[int, dict[str, Any]] | None
+    metrics: dict[int, dict[str, Any]] | None
+
+    @property
+    def steps(self) -> dict[int, Event]:
+        """The whole steps."""
+        return {event.step: event for event in self.trace.events if event.category == "step"}
+
+    def spans(self, *categories: str) -> list[Event]:
+        """Return the events of some categories, an outer one before those inside it."""
+        chosen = [event for event in self.trace.events if event.category in categories]
+        return sorted(chosen, key=lambda event: (event.start_ns, -event.end_ns))
+
+
+def check_profile(folder: Path) -> Iterator[str]:
+    """Check the profile of a run, or a folder that a ``Profiler`` wrote; yield a line for each check that holds.
+
+    Raises:
+        ProfileError: a file is missing, empty, cut short or malformed.
+        CheckFailed: figures contradict each other.
+        FileNotFoundError, ValueError: a log of the run is missing or malformed.
+    """
+    profile = read_profile(folder)
+    counts = len(profile.trace.events), len(profile.summary), len(profile.operators)
+    yield "files: {} events, {} stages, {} operators".format(*counts)
+    for check in CHECKS:
+        yield check(profile)
+
+
+def read_profile(folder: Path) -> Profile:
+    """Return the profile of a run, or of a folder with the three files alone."""
+    is_run = (folder / runlog.CONFIG_FILE).is_file()
+    profiles = folder / PROFILES_FOLDER if is_run else folder
+    logs = [
+        {row["step"]: row for row in runlog.read(folder / name)} if is_run else None
+        for name in (runlog.TIMINGS_FILE, runlog.METRICS_FILE)
+    ]
+    summary = read_table(profiles / SUMMARY_FILE, SUMMARY_COLUMNS)
+    trace = read_trace(profiles / TRACE_FILE)
+    operators = read_table(profiles / OPERATORS_FILE, OPERATOR_COLUMNS)
+    return Profile(trace, summary, operators, *logs)
+
+
+def check_steps(profile: Profile) -> str:
+    """Every profiled step is there once, and no other."""
+    found = sorted(event.step for event in profile.spans("step"))
+    stated = profile.trace.steps
+    _same("trace: the steps of its spans and those stated in otherData", found, sorted(stated))
+    _require(found == list(range(found[0], found[0] + len(found))) if found else False, f"trace: its steps are {found}")
+    in_order = [event.step for event in profile.spans("step")]
+    _require(in_order == found, f"trace: its steps come in the order {in_order}")
+    strays = sorted({event.step for event in profile.trace.events} - set(found))
+    _require(not strays, f"trace: spans belong to steps {strays}, which were not profiled")
+    if profile.timings is not None:
+        logged = [step for step, row in profile.timings.items() if row.get("profiled_from") == found[0]]
+        _same("the profiled steps by timings.jsonl and by the trace", sorted(logged), found)
+    return f"steps: {len(found)}, from {found[0]} to {found[-1]}, each once"
+
+
+def check_categories(profile: Profile) -> str:
+    """Every event is of a known kind and lies where its kind lies."""
+    for event in profile.trace.events:
+        known = event.category in ("step", "stage", "minibatch", "operator", "kernel")
+        _require(known, f"trace: {event.name} is of the unknown category {event.category!r}")
+        in_place = event.process == (GPU if event.category == "kernel" else TRAINING)
+        if event.category in ("step", "stage", "minibatch"):
+            in_place = in_place and event.thread == STAGES_THREAD
+        _require(in_place, f"trace: {event.category} {event.name} is in process {event.process} thread {event.thread}")
+    return f"categories: {len(profile.trace.events)} events, each where its kind belongs"
+
+
+def check_nesting(profile: Profile) -> str:
+    """On each thread a span lies inside another or beside it; a stage lies in the stage and the step that it names."""
+    pairs = 0
+    by_thread: dict[tuple[int, int], list[Event]] = defaultdict(list)
+    for event in profile.spans("step", "stage", "minibatch", "operator"):
+        by_thread[event.process, event.thread].append(event)
+    for events in by_thread.values():
+        around: list[Event] = []
+        for event in events:
+            while around and around[-1].end_ns <= event.start_ns:
+                around.pop()
+            if around:
+                outer = around[-1]
+                inside = event.end_ns <= outer.end_ns
+                _require(inside, f"trace: step {event.step}: {event.name} and {outer.name} overlap")
+                pairs += 1
+            _require_place(event, around)
+            around.append(event)
+    return f"nesting: {pairs} spans lie inside others, and none overlap"
+
+
+def _require_place(event: Event, around: list[Event]) -> None:
+    if event.category == "step":
+        _require(not around, f"trace: step {event.step} lies inside {around[-1].name if around else ''}")
+        return
+    if event.category == "operator":
+        return
+    where = f"trace: {event.category} {event.name} at {event.start_ns / 1000:.3f} us"
+    steps = [outer for outer in around if outer.category == "step"]
+    _require(len(steps) == 1, f"{where} lies in no step")
+    _require(steps[0].step == event.step, f"{where} says step {event.step} and lies in step {steps[0].step}")
+    if event.category == "stage":
+        stages = [outer.name for outer in around if outer.category == "stage"]
+        parent = event.name.rpartition("/")[0]
+        _require((stages[-1] if stages else "") == parent, f"{where} lies in {stages[-1] if stages else 'no stage'}")
+
+
+def check_coverage(profile: Profile) -> str:
+    """The top-level stages of every step come to its wall time, within 15%."""
+    totals: dict[int, int] = dict.fromkeys(profile.steps, 0)
+    for event in profile.spans("stage"):
+        if "/" not in event.name:
+            totals[event.step] += event.ns
+    ratios = {}
+    for step, wall in profile.steps.items():
+        _require(wall.ns > 0, f"coverage: step {step} took no time")
+        ratios[step] = totals[step] / wall.ns
+        _require(
+            COVERED[0] <= ratios[step] <= COVERED[1],
+            f"coverage: the stages of step {step} come to {ratios[step]:.3f} of its wall time, outside of "
+            f"{COVERED[0]} to {COVERED[1]}",
+        )
+    return f"coverage: the stages of each step come to {min(ratios.values()):.3f} to {max(ratios.values()):.3f} of it"
+
+
+def check_timings(profile: Profile) -> str:
+    """The spans of every step agree with its row in timings.jsonl."""
+    if profile.timings is None:
+        return "timings: no timings.jsonl beside this profile"
+    largest = 0.0
+    seconds: dict[int, dict[str, float]] = {step: defaultdict(float) for step in profile.steps}
+    for event in profile.spans("stage"):
+        seconds[event.step][event.name] += event.ns / 1e9
+    for step, wall in profile.steps.items():
+        row = profile.timings[step]
+        stages = row.get("stages_s")
+        if not isinstance(stages, dict):
+            raise CheckFailed(f"timings.jsonl: step {step} has no table stages_s")
+        _same(f"step {step}: the stages of timings.jsonl and of the trace", sorted(stages), sorted(seconds[step]))
+        pairs = [("step_time_s", row.get("step_time_s"), wall.ns / 1e9)]
+        pairs += [(name, stages[name], value) for name, value in seconds[step].items()]
+        for name, logged, traced in pairs:
+            difference = abs(_number(logged, f"timings.jsonl: step {step}: {name}") - traced)
+            _require(
+                difference <= 1e-8 + 1e-9 * traced,
+                f"timings: step {step}: {name} took {logged} s by timings.jsonl and {traced:.9f} s by the trace",
+            )
+            largest = max(largest, difference)
+    return f"timings: the trace agrees with timings.jsonl within {largest * 1e9:.0f} ns"
+
+
+def check_tokens(profile: Profile) -> str:
+    """The tokens of every step are those of the log, and so is their rate."""
+    total = 0
+    for step, wall in profile.steps.items():
+        tokens = wall.arguments.get("tokens")
+        _require(type(tokens) is int and tokens >= 0, f"trace: step {step}: tokens is {tokens!r}")
+        total += wall.arguments["tokens"]
+        if profile.metrics is None or profile.timings is None:
+            continue
+        _require(step in profile.metrics, f"metrics.jsonl has no step {step}")
+        logged = profile.metrics[step].get("response_tokens")
+        _require(tokens == logged, f"tokens: step {step} has {tokens} by the trace and {logged} by metrics.jsonl")
+        rate = _number(profile.timings[step].get("tokens_per_second"), f"timings.jsonl: step {step}: tokens_per_second")
+        expected = wall.arguments["tokens"] / (wall.ns / 1e9)
+        _require(
+            math.isclose(rate, expected, rel_tol=1e-6),
+            f"tokens: step {step}: timings.jsonl says {rate:.3f} a second; tokens over time are {expected:.3f}",
+        )
+    logs = "" if profile.metrics is None else ", as metrics.jsonl has them"
+    return f"tokens: {total}{logs}"
+
+
+def check_summary(profile: Profile) -> str:
+    """Every figure of summary.csv follows from the spans."""
+    wall_ns = sum(event.ns for event in profile.steps.values())
+    durations: dict[str, list[int]] = defaultdict(list)
+    steps: dict[str, set[int]] = defaultdict(set)
+    peaks: dict[str, list[tuple[int, int]]] = defaultdict(list)
+    for event in profile.spans("step", "stage"):
+        durations[event.name].append(event.ns)
+        steps[event.name].add(event.step)
+        peaks[event.name].append(_peaks(event))
+    _same("the stages of summary.csv and of the trace", sorted(profile.summary), sorted(durations))
+    largest = 0.0
+    for name, row in profile.summary.items():
+        ms = [ns / 1e6 for ns in durations[name]]
+        tokens = sum(profile.steps[step].arguments["tokens"] for step in steps[name])
+        expected = {
+            "calls": len(ms),
+            "total_ms": math.fsum(ms),
+            "mean_ms": statistics.fmean(ms),
+            "p50_ms": percentile(ms, 0.5),
+            "p95_ms": percentile(ms, 0.95),
+            "share": math.fsum(ms) * 1e6 / wall_ns,
+            "tokens": tokens,
+            "tokens_per_s": tokens / (math.fsum(ms) / 1e3),
+            "cpu_peak_bytes": max(cpu for cpu, _ in peaks[name]),
+            "cuda_peak_bytes": max(cuda for _, cuda in peaks[name]),
+        }
+        for column, value in expected.items():
+            difference = abs(row[column] - value)
+            tolerance = {"share": SHARE_TOLERANCE, "tokens_per_s": 1e-3 + RATE_TOLERANCE * value}.get(
+                column, MS_TOLERANCE if column.endswith("_ms") else 0
+            )
+            _require(
+                difference <= tolerance,
+                f"summary: {column} of {name} is {row[column]:g} in summary.csv and {value:g} by the trace",
+            )
+            if column == "total_ms":
+                largest = max(largest, difference / value if value else 0.0)
+    return f"summary: {len(profile.summary)} stages agree with the trace; the largest total is off by {largest:.1e}"
+
+
+def _peaks(event: Event) -> tuple[int, int]:
+    cpu, cuda = (event.arguments.get(name) for name in ("cpu_peak_bytes", "cuda_peak_bytes"))
+    if type(cpu) is not int or type(cuda) is not int or min(cpu, cuda) < 0:
+        raise CheckFailed(f"trace: step {event.step}: the peaks of {event.name} are {cpu!r} and {cuda!r}; no bytes")
+    return cpu, cuda
+
+
+def percentile(values: list[float], share: float) -> float:
+    """Return the value below which ``share`` of the values lie, interpolated between neighbours."""
+    ordered = sorted(values)
+    place = share * (len(ordered) - 1)
+    low = math.floor(place)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
+
+
+def check_memory(profile: Profile) -> str:
+    """A stage's peak is not above that of what it lies in, nor above the largest that timings.jsonl knows."""
+    names: dict[tuple[int, str], Event] = {}
+    largest = 0
+    for event in profile.spans("step", "stage"):
+        names[event.step, event.name] = event
+        parent = event.name.rpartition("/")[0] or "step"
+        largest = max(largest, *_peaks(event))
+        if event.category == "stage":
+            outer = names.get((event.step, parent))
+            _require(outer is not None, f"trace: step {event.step}: {event.name} comes before {parent}")
+            assert outer is not None
+            for mine, around in zip(_peaks(event), _peaks(outer), strict=True):
+                _require(
+                    mine <= around,
+                    f"memory: step {event.step}: {event.name} peaks at {mine} bytes, above the {around} of {parent}",
+                )
+    if profile.timings is not None:
+        for step, wall in profile.steps.items():
+            known = profile.timings[step].get("peak_mem_bytes")
+            mine = _peaks(wall)[1] or _peaks(wall)[0]
+            _require(
+                type(known) is int and mine <= known,
+                f"memory: step {step} peaks at {mine} bytes by the trace, above the {known} of timings.jsonl",
+            )
+    return f"memory: at most {largest / 2**20:.1f} MiB, no stage above what it lies in"
+
+
+def check_operators(profile: Profile) -> str:
+    """Every figure of op_stats.csv follows from the trace's operators."""
+    expected: dict[str, list[int]] = {}
+    for event, own, total in _operator_figures(profile):
+        entry = expected.setdefault(event.name, [0] * 9)
+        entry[0] += 1
+        for index, value in enumerate((*own, *total), start=1):
+            entry[index] += value
+    _same("the operators of op_stats.csv and of the trace", sorted(profile.operators), sorted(expected))
+    recorded = sorted({event.step for event in profile.spans("operator")})
+    _same("the steps with operators and those stated in otherData", recorded, sorted(profile.trace.operator_steps))
+    _require(bool(recorded), "operators: none were recorded")
+    for name, row in profile.operators.items():
+        calls, *figures = expected[name]
+        own, total = figures[:4], figures[4:]
+        wanted = {"calls": calls}
+        for column, index in (("cpu_ms", 0), ("cuda_ms", 1), ("cpu_bytes", 2), ("cuda_bytes", 3)):
+            wanted |= {f"self_{column}": own[index], f"total_{column}": total[index]}
+        for column, value in wanted.items():
+            exact = value / 1e6 if column.endswith("_ms") else value
+            _require(
+                abs(row[column] - exact) <= (MS_TOLERANCE if column.endswith("_ms") else 0),
+                f"operators: {column} of {name} is {row[column]:g} in op_stats.csv and {exact:g} by the trace",
+            )
+    return f"operators: {len(expected)} agree with the trace, recorded in {len(recorded)} of {len(profile.steps)} steps"
+
+
+def _operator_figures(profile: Profile) -> Iterator[tuple[Event, list[int], list[int]]]:
+    """Yield each call with its own figures and its total ones: ns on CPU, ns on GPU, bytes on CPU, bytes on GPU.
+
+    A call that does not lie in another whole lies beside it. The total of a call in a call of the same operator is
+    zero: it is in that one's.
+    """
+    threads: dict[int, list[tuple[Event, list[int], list[int]]]] = defaultdict(list)
+    done: list[tuple[Event, list[int], list[int]]] = []
+
+    def close(stack: list[tuple[Event, list[int], list[int]]]) -> None:
+        event, own, total = stack.pop()
+        if stack:
+            stack[-1][1][0] -= event.ns
+            for index in range(1, 4):
+                stack[-1][2][index] += total[index]
+        repeated = any(outer.name == event.name for outer, _, _ in stack)
+        done.append((event, own, [0] * 4 if repeated else total))
+
+    for event in profile.spans("operator"):
+        stack = threads[event.thread]
+        while stack and stack[-1][0].end_ns < max(event.end_ns, event.start_ns + 1):
+            close(stack)
+        given = [event.arguments.get(name, 0) for name in ("cuda_ns", "cpu_bytes", "cuda_bytes")]
+        whole = all(type(value) is int for value in given)
+        _require(
+            whole, f"trace: step {event.step}: the figures of {event.name} are {given}; they must be whole numbers"
+        )
+        stack.append((event, [event.ns, *given], [event.ns, *given]))
+    for stack in threads.values():
+        while stack:
+            close(stack)
+    yield from done
+
+
+def check_operator_time(profile: Profile) -> str:
+    """The operators' own time within a stage is not above its time on each thread that recorded them."""
+    stages = profile.spans("stage")
+    top = [event for event in stages if "/" not in event.name]
+    starts = [event.start_ns for event in top]
+    threads = {event.thread for event in profile.spans("operator")}
+    own: dict[int, int] = defaultdict(int)
+    steps = profile.steps
+    for event, figures, _ in _operator_figures(profile):
+        wall = steps[event.step]
+        within = wall.start_ns <= event.start_ns and event.end_ns <= wall.end_ns
+        _require(within, f"operators: step {event.step}: {event.name} lies outside of its step")
+        index = bisect.bisect_right(starts, event.start_ns) - 1
+        if index >= 0 and event.end_ns <= top[index].end_ns:
+            own[index] += figures[0]
+    largest = 0.0
+    for index, ns in own.items():
+        stage = top[index]
+        share = ns / max(stage.ns * len(threads), 1)
+        _require(
+            share <= 1.0,
+            f"operators: step {stage.step}: their own time in {stage.name} is {share:.2f} of its time "
+            f"times {len(threads)} threads",
+        )
+        largest = max(largest, share)
+    return f"operator time: at most {largest:.2f} of a stage's time times {len(threads)} thread(s)"
+
+
+CHECKS: tuple[Callable[[Profile], str], ...] = (
+    check_categories,
+    check_steps,
+    check_nesting,
+    check_coverage,
+    check_timings,
+    check_tokens,
+    check_summary,
+    check_memory,
+    check_operators,
+    check_operator_time,
+)
+
+
+def _require(holds: bool, message: str) -> None:
+    if not holds:
+        raise CheckFailed(message)
+
+
+def _same(what: str, a: list[Any], b: list[Any]) -> None:
+    if a == b:
+        return
+    only_a, only_b = sorted(set(a) - set(b)), sorted(set(b) - set(a))
+    raise CheckFailed(f"{what} differ: only the first has {only_a or 'none'}, only the second {only_b or 'none'}")
+
+
+def _number(value: Any, where: str) -> float:
+    _require(type(value) in (int, float) and math.isfinite(value), f"{where} is {value!r}; it must be a finite number")
+    return float(value)

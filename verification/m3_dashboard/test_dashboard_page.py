@@ -1,0 +1,334 @@
+"""The page without a browser: Streamlit runs the script and says what it would show."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from dashboard_runs import HOSTILE, append, lines, make_run, metrics_row, sample_row, timing_row
+from dashboard_server import ROOT, environment
+from streamlit.testing.v1 import AppTest
+
+from dashboard import charts, profile_view
+from rlhf_core.alert_rules import RULES, STALLED
+
+pytestmark = pytest.mark.m3
+
+PAGE = str(ROOT / "dashboard" / "page.py")
+
+
+@pytest.fixture
+def runs(tmp_path, monkeypatch) -> Path:
+    folder = (tmp_path / "runs").resolve()
+    folder.mkdir()
+    monkeypatch.setenv("RLHF_RUNS", str(folder))
+    return folder
+
+
+def page(**query) -> AppTest:
+    """Run the page with a query and fail on what it raises."""
+    app = AppTest.from_file(PAGE, default_timeout=30)
+    for name, value in query.items():
+        app.query_params[name] = value
+    return ran(app)
+
+
+def ran(app: AppTest) -> AppTest:
+    app.run()
+    assert not app.exception, app.exception[0].stack_trace
+    return app
+
+
+def html(app: AppTest) -> str:
+    return "\n".join(element.proto.body for element in app.get("html"))
+
+
+def chart_count(app: AppTest) -> int:
+    return len(app.get("vega_lite_chart"))
+
+
+def test_a_folder_without_runs_says_how_to_begin(runs):
+    app = page()
+    assert "No runs yet" in html(app)
+    assert str(runs) in app.text[0].value
+    assert [code.value for code in app.code] == ["rlhf train --name first", "rlhf dashboard FOLDER"]
+
+
+def test_the_newest_run_is_judged_when_none_is_chosen(runs):
+    make_run(runs, "a", 12)
+    app = page()
+    assert "Healthy" in html(app)
+    assert "step 12 of 12" in html(app)
+    assert chart_count(app) == 16
+    assert "Is it learning?" in html(app)
+
+
+def test_a_run_that_has_not_begun_its_steps_is_not_called_healthy(runs):
+    make_run(runs, "a", 0, planned=9)
+    app = page()
+    assert "No step yet" in html(app)
+    assert "Healthy" not in html(app)
+
+
+def test_alerts_come_before_the_metrics_and_lead_to_their_step(runs):
+    run = make_run(runs, "a", 8, planned=30)
+    append(run / "metrics.jsonl", metrics_row(9, kl=None), *(metrics_row(step) for step in range(10, 13)))
+    append(run / "timings.jsonl", *(timing_row(step) for step in range(9, 13)))
+    append(run / "samples.jsonl", *(sample_row(9, sample, completion=f"number {sample}") for sample in range(3)))
+    app = page(run="a")
+    words = html(app)
+    assert "1 critical" in words
+    assert words.index("nonfinite") < words.index("Is it learning?")
+    link = next(button for button in app.button if button.label == "Step 9")
+    link.click()
+    ran(app)
+    assert (app.session_state["view"], app.session_state["step"]) == ("Completions", 9)
+    assert app.dataframe[0].value["completion"].tolist() == ["number 0", "number 1", "number 2"]
+    metrics = app.dataframe[len(app.dataframe) - 1].value.set_index("metric")["value"]
+    assert metrics["⚠ kl, nats"] == "not finite"
+
+
+def test_an_example_of_each_rule_is_shown_and_marked(runs):
+    make_run(runs, "a", 3)
+    words = html(page(test_alerts="1"))
+    assert words.count(">synthetic</span>") == len(RULES) + 1
+    for rule in (*RULES, STALLED):
+        assert rule.name.replace("_", " ") in words
+    assert "synthetic</span>" not in html(page())
+
+
+def test_examples_are_shown_without_any_run(runs):
+    assert html(page(test_alerts="1")).count(">synthetic</span>") == len(RULES) + 1
+
+
+def test_the_state_is_read_from_the_url(runs):
+    for name in ("a", "b", "c"):
+        make_run(runs, name, 30, seed=ord(name))
+    app = page(run=["b", "c"], x="tokens", smooth="0.5", last="100", log="true", all="true", pause="true")
+    assert app.multiselect[0].value == ["b", "c"]
+    assert app.session_state["x"] == "tokens"
+    assert app.session_state["smooth"] == 0.5
+    assert (app.session_state["log"], app.session_state["all"], app.session_state["pause"]) == (True, True, True)
+    assert chart_count(app) > 16
+
+
+@pytest.mark.parametrize("name", ["../../etc", "/etc", "nothing", "<script>", ""])
+def test_a_run_that_is_not_listed_is_not_opened(runs, name):
+    make_run(runs, "a", 3)
+    app = page(run=name)
+    assert app.multiselect[0].value == []
+    assert "step 3 of 3" in html(app)
+
+
+def test_comparison_shows_what_differs_and_where_the_logs_part(runs):
+    a, b = make_run(runs, "a", 5, lr=1), make_run(runs, "b", 5, lr=2)
+    for run, reward in ((a, 0.25), (b, 0.75)):
+        append(run / "metrics.jsonl", metrics_row(6, reward_mean=reward))
+    app = page(run=["a", "b"], view="Compare")
+    assert app.dataframe[0].value.to_dict("records") == [{"name": "lr", "a": "1", "b": "2"}]
+    assert "first difference at step 6: reward_mean is 0.25 and 0.75" in app.text[-1].value
+
+
+def test_comparison_of_one_run_asks_for_another(runs):
+    make_run(runs, "a", 3)
+    assert "two or more runs" in page(view="Compare").text[0].value
+
+
+def test_completions_are_sorted_by_reward_and_kl(runs):
+    run = make_run(runs, "a", 3)
+    rewards, kls = [0.5, -1.0, 2.0, None], [3.0, 9.0, 1.0, 2.0]
+    append(run / "metrics.jsonl", metrics_row(4))
+    append(
+        run / "samples.jsonl",
+        *(sample_row(4, at, reward=reward, kl=kl) for at, (reward, kl) in enumerate(zip(rewards, kls, strict=True))),
+    )
+    orders = {"sample": [0, 1, 2, 3], "reward ↓": [2, 0, 1, 3], "reward ↑": [1, 0, 2, 3], "KL ↓": [1, 0, 3, 2]}
+    for order, expected in orders.items():
+        app = page(view="Completions", step="4", order=order)
+        assert app.dataframe[0].value["sample"].tolist() == expected
+
+
+def test_a_step_beyond_the_log_shows_the_nearest(runs):
+    make_run(runs, "a", 3)
+    app = page(view="Completions", step="999")
+    assert "Completions are logged of steps 1 to 3" in html(app)
+    assert "Completions of step 3" in html(app)
+
+
+def test_hostile_completions_are_shown_as_text_and_nothing_else(runs):
+    """They reach the browser in text, code, tables and charts' data only: never as HTML or markdown."""
+    run = make_run(runs, "a", 1)
+    million = "<b>" + "A" * (1 << 20)
+    texts = [*HOSTILE, million]
+    append(run / "metrics.jsonl", metrics_row(2))
+    append(run / "samples.jsonl", *(sample_row(2, at, completion=text, prompt=text) for at, text in enumerate(texts)))
+    app = page(view="Completions", step="2")
+    shown = app.dataframe[0].value["completion"].tolist()
+    assert shown[0] == HOSTILE[0]
+    assert "\\x1b[2J" in shown[2]
+    assert "\x1b" not in shown[2]
+    assert "\\u202e" in shown[2]
+    assert len(shown[4]) < 400
+    assert "characters more" in shown[4]
+    assert [code.language for code in app.code] == ["plaintext", "plaintext"] or not any(
+        code.language for code in app.code
+    )
+    for text in texts:
+        assert text[:20] not in html(app)
+        assert not any(text[:20] in element.value for element in app.markdown)
+
+
+def test_hostile_names_of_runs_and_metrics_do_nothing(runs):
+    run = make_run(runs, "<img src=x onerror=alert(1)>", 3)
+    (run / "metrics.jsonl").write_bytes(lines({**metrics_row(step), "<script>x</script>": 1.0} for step in range(1, 9)))
+    other = make_run(runs, "![a](http://evil.invalid)", 3)
+    (other / "config.json").write_text('{"<script>": "</td><script>"}')
+    app = page(run=[run.name, other.name], all="true")
+    assert "<script>" not in html(app)
+    assert "<img" not in html(app)
+    page(run=[run.name, other.name], view="Compare")
+
+
+def test_a_log_without_the_log_probs_of_tokens_says_so(runs):
+    run = make_run(runs, "a", 1)
+    old = {name: value for name, value in sample_row(1).items() if name not in ("tokens", "logprobs", "ref_logprobs")}
+    (run / "samples.jsonl").write_bytes(lines([old]))
+    assert "no log-probs of single tokens" in html(page(view="Completions"))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"tokens": 3},
+        {"logprobs": ["x"]},
+        {"logprobs": [None] * 4},
+        {"tokens": []},
+        {"token_ids": None},
+        {"reward": "high"},
+    ],
+    ids=str,
+)
+def test_a_damaged_sample_does_not_break_the_page(runs, damage):
+    run = make_run(runs, "a", 1)
+    (run / "samples.jsonl").write_bytes(lines([sample_row(1) | damage, {"step": 1, "prompt": 3}]))
+    assert len(page(view="Completions").dataframe[0].value) == 1
+
+
+def test_the_profile_shows_stages_of_the_timings_when_there_is_no_profile(runs):
+    make_run(runs, "a", 3)
+    app = page(view="Profile")
+    assert "From timings.jsonl" in html(app)
+    assert chart_count(app) == 1
+    assert [code.value for code in app.code] == ["rlhf train --profile"]
+
+
+def test_the_profile_shows_stages_operators_and_files(runs):
+    run = make_run(runs, "a", 2)
+    (run / "profiles").mkdir()
+    (run / "profiles" / "summary.csv").write_text(
+        "stage,calls,total_ms,mean_ms,p50_ms,p95_ms,share,tokens,tokens_per_s,cpu_peak_bytes,cuda_peak_bytes\n"
+        "step,2,1000,500,500,500,1,80,80,2000,0\n"
+        "rollout,2,200,100,100,100,0.25,80,400,1000,0\nupdate,2,600,300,300,300,0.75,80,133,2000,0\n"
+        "update/forward,8,400,50,50,50,0.5,80,200,2000,0\n"
+    )
+    (run / "profiles" / "op_stats.csv").write_text(
+        "operator,calls,self_cpu_ms,total_cpu_ms\naten::add,5,1.5,2\naten::mm,9,70.25,80\n"
+    )
+    (run / "profiles" / "chrome_trace.json").write_text("{}")
+    app = page(view="Profile")
+    assert "From profiles/summary.csv" in html(app)
+    summary = app.dataframe[0].value
+    assert summary["stage"].tolist() == ["step", "rollout", "update", "update/forward"]
+    assert "cuda_peak_bytes" not in summary, "nothing but zeros"
+    bars = profile_view.stages_of(summary.astype(str).to_dict("records"))
+    assert [(bar["milliseconds"], bar["share"]) for bar in bars] == [(300, 0.75), (200, 0.5), (100, 0.25)]
+    assert app.dataframe[1].value["operator"].tolist() == ["aten::mm", "aten::add"]
+    urls = [link.proto.url for link in app.get("link_button")]
+    assert urls[0] == "/api/metrics.csv?run=a"
+    assert [url.rpartition("=")[2] for url in urls[1:]] == ["summary.csv", "op_stats.csv", "chrome_trace.json"]
+    assert "ui.perfetto.dev" in app.text[-1].value
+
+
+@pytest.mark.parametrize("content", ["", "stage\n", "\x00", "a,b\n1\n2,3,4\n", "stage,total_ms,calls\nx,nan,1\n"])
+def test_a_damaged_profile_does_not_break_the_page(runs, content):
+    run = make_run(runs, "a", 1)
+    (run / "profiles").mkdir()
+    for name in ("summary.csv", "op_stats.csv"):
+        (run / "profiles" / name).write_text(content)
+    page(view="Profile")
+
+
+def test_a_log_that_grows_between_two_runs_of_the_page_shows_its_new_rows(runs):
+    run = make_run(runs, "a", 3, planned=9)
+    app = page()
+    append(run / "metrics.jsonl", metrics_row(4))
+    append(run / "timings.jsonl", timing_row(4))
+    assert "step 4 of 9" in html(ran(app))
+
+
+def test_a_chart_keeps_its_specification_while_its_rows_grow(runs):
+    """Streamlit puts new rows into a chart in place as long as its specification is the same."""
+    run = make_run(runs, "a", 3, planned=9)
+    app = page()
+    before = [chart.proto.spec for chart in app.get("vega_lite_chart")]
+    append(run / "metrics.jsonl", metrics_row(4, kl=29.0), metrics_row(5, entropy=None))
+    append(run / "timings.jsonl", timing_row(4), timing_row(5))
+    after = ran(app).get("vega_lite_chart")
+    assert [chart.proto.spec for chart in after] == before
+    assert len(before) == 16
+
+
+def test_healthy_ranges_and_marks_are_in_the_charts():
+    spec = charts.metric_chart("kl", (0.0, 30.0), ["a"], log=False)
+    field = spec["layer"][0]["encoding"]
+    assert "scale('y', 30.0)" in field["y"]["value"]["expr"]
+    assert "scale('y', 0.0)" in field["y2"]["value"]["expr"]
+    assert spec["layer"][1]["mark"]["type"] == "area"
+    assert charts.metric_chart("kl", (None, None), ["a"], log=False)["layer"][0]["mark"]["type"] == "area"
+
+
+def test_no_file_of_the_dashboard_hides_a_module_of_python():
+    """Streamlit puts the folder of its script first on the path."""
+    names = {path.stem for path in (ROOT / "dashboard").glob("*.py")}
+    assert not names & sys.stdlib_module_names
+
+
+def test_the_page_never_loads_torch(runs):
+    make_run(runs, "a", 3)
+    program = (
+        "import sys\n"
+        "from streamlit.testing.v1 import AppTest\n"
+        "import dashboard.api, dashboard.guard\n"
+        "for view in ('Metrics', 'Completions', 'Profile', 'Compare'):\n"
+        f"    app = AppTest.from_file({PAGE!r}, default_timeout=60)\n"
+        "    app.query_params['view'] = view\n"
+        "    app.run()\n"
+        "    assert not app.exception, app.exception\n"
+        "print(sorted({'torch', 'transformers', 'scipy'} & set(sys.modules)))\n"
+    )
+    outcome = subprocess.run(
+        [sys.executable, "-c", program], env=environment(), capture_output=True, text=True, check=False
+    )
+    assert outcome.stdout.strip() == "[]", outcome.stderr
+
+
+@pytest.mark.parametrize("view", ["Metrics", "Completions", "Profile", "Compare"])
+def test_a_run_that_is_deleted_while_it_is_shown_leaves_the_others(runs, view):
+    for name in ("a", "b"):
+        make_run(runs, name, 3)
+    app = page(run=["a", "b"], view=view)
+    shutil.rmtree(runs / "a")
+    ran(app)
+    assert app.multiselect[0].value == ["b"]
+    shutil.rmtree(runs / "b")
+    assert "No runs yet" in html(ran(app))
+
+
+def test_a_log_of_one_row_and_one_of_gaps_alone_are_drawn(runs):
+    make_run(runs, "one", 1)
+    gaps = make_run(runs, "gaps", 0, planned=9)
+    append(gaps / "metrics.jsonl", *(metrics_row(step, kl=None, reward_mean=None) for step in range(1, 5)))
+    append(gaps / "timings.jsonl", *(timing_row(step) for step in range(1, 5)))
+    for query in ({}, {"log": "true"}, {"smooth": "0.9"}, {"x": "time_s", "last": "100"}):
+        assert chart_count(page(run=["one", "gaps"], **query)) == 16

@@ -1,0 +1,165 @@
+"""``rlhf report``: one page that needs nothing else, with everything of the run in it, and hostile text harmless."""
+
+import base64
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+
+import pytest
+
+from rlhf_core import runlog
+from rlhf_core.config import TrainConfig
+from rlhf_core.report_content import memory_advice, read_content
+from rlhf_core.testing.command import TINY_RUN, run_command
+
+pytestmark = [pytest.mark.m3, pytest.mark.usefixtures("reviews_drawn_once")]
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+@pytest.fixture(scope="module")
+def profiled_run(tmp_path_factory):
+    runs = tmp_path_factory.mktemp("profiled")
+    options = ("--ppo.steps", "2", "--log.evaluation-prompts", "4", "--profile")
+    outcome = run_command("train", *TINY_RUN, *options, "--runs", runs, "--name", "mine")
+    assert outcome.code == 0, outcome.err
+    return runs / "mine"
+
+
+@pytest.fixture(scope="module")
+def page(profiled_run):
+    outcome = run_command("report", profiled_run)
+    assert outcome.code == 0, outcome.err
+    assert outcome.out.strip() == str(profiled_run / "report" / "report.html")
+    return (profiled_run / "report" / "report.html").read_text()
+
+
+class Attributes(HTMLParser):
+    """Every tag with its attributes, and the text."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.text = [], ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def test_the_page_loads_nothing_from_anywhere(page):
+    for tag, attributes in Attributes(page).tags:
+        assert tag not in {"script", "iframe", "object", "embed", "link", "base", "form"}
+        for name in ("src", "href", "action", "srcset"):
+            assert attributes.get(name, "data:").startswith("data:"), (tag, attributes[name])
+        assert not any(name.startswith("on") for name in attributes)
+    assert "@import" not in page
+    assert "url(" not in page
+    assert "default-src 'none'" in page
+
+
+def test_the_pictures_lie_beside_the_page_and_in_it(page, profiled_run):
+    files = {path.name: path.read_bytes() for path in (profiled_run / "report").glob("*.png")}
+    assert {"time.png", "memory.png", "is_it_learning.png", "is_it_stable.png"} <= files.keys()
+    assert all(data.startswith(PNG) for data in files.values())
+    inside = {base64.b64decode(data) for data in re.findall(r"data:image/png;base64,([A-Za-z0-9+/=]+)", page)}
+    assert inside == set(files.values())
+
+
+def test_everything_that_the_issue_names_is_on_the_page(page, profiled_run):
+    text = Attributes(page).text
+    for part in ("Alerts", "Is it learning?", "Where the time goes", "Where the memory goes", "If it does not fit",
+                 "--ppo.micro-batch-size", "linear_token_logprobs", "logits_to_keep", "aten::", "own CPU ms",
+                 "Completions of step 2", "Configuration and environment", "Held-out prompts"):  # fmt: skip
+        assert part in text
+    sample = list(runlog.read_samples(profiled_run))[-1]
+    assert sample["prompt"] in text
+    environment = json.loads((profiled_run / "environment.json").read_text())
+    assert environment["torch"] in text
+    assert '"kl_target": 4.0' in text
+
+
+def test_the_same_run_gives_the_same_bytes(page, profiled_run, tmp_path):
+    outcome = run_command("report", profiled_run, "--out", tmp_path / "again")
+    assert outcome.code == 0, outcome.err
+    assert (tmp_path / "again" / "report.html").read_text() == page
+
+
+HOSTILE = (
+    "<script>alert(1)</script>",
+    "<img src=x onerror=alert(1)>",
+    "![](http://evil.example/x.png)",
+    "{{ 7 * 7 }}{% for x in c %}",
+    "\x1b[2J\u202e right to left \ud800",
+    "</td></table><h1>owned</h1>",
+    "word " * 200_000,
+)
+
+
+def test_what_a_model_writes_stays_text(finished_run, tmp_path):
+    copy = tmp_path / "<b>run"
+    shutil.copytree(finished_run, copy, ignore=shutil.ignore_patterns("checkpoints", "models"))
+    (copy / "samples.jsonl").unlink()
+    rows = [
+        {"step": 5, "sample": row, "prompt": text, "completion": text, "reward": 0.5, "kl": 0.25}
+        for row, text in enumerate(HOSTILE)
+    ]
+    runlog.append(copy / "samples.jsonl", rows)
+    outcome = run_command("report", copy)
+    assert outcome.code == 0, outcome.err
+    page = (copy / "report" / "report.html").read_text()
+    parsed = Attributes(page)
+    tags = [tag for tag, _ in parsed.tags]
+    assert "script" not in tags
+    assert "b" in tags
+    assert tags.count("h1") == 1
+    assert all(attributes["src"].startswith("data:") for tag, attributes in parsed.tags if tag == "img")
+    assert "{{ 7 * 7 }}" in parsed.text
+    assert "\x1b" not in page
+    assert "\u202e" not in page
+    assert len(page) < 3_000_000
+
+
+def test_without_a_profile_times_come_from_the_log_and_the_page_says_so(finished_run, tmp_path):
+    outcome = run_command("report", finished_run, "--out", tmp_path)
+    assert outcome.code == 0, outcome.err
+    text = Attributes((tmp_path / "report.html").read_text()).text
+    assert "From timings.jsonl. With rlhf train --profile" in text
+    assert "Where the memory goes" not in text
+    summary = read_content(finished_run).summary
+    assert 0.9 < sum(row["share"] for row in summary.values()) <= 1.0
+
+
+def test_a_damaged_profile_is_named_on_the_page_and_the_rest_is_shown(profiled_run, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(profiled_run, copy, ignore=shutil.ignore_patterns("checkpoints", "report"))
+    (copy / "profiles" / "summary.csv").write_text("nonsense\n")
+    outcome = run_command("report", copy)
+    assert outcome.code == 0, outcome.err
+    assert "the columns are nonsense" in (copy / "report" / "report.html").read_text()
+
+
+def test_a_run_without_steps_says_so(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "metrics.jsonl").write_text("")
+    outcome = run_command("report", tmp_path)
+    assert outcome.code == 2
+    assert "step" in outcome.complaint
+
+
+def row(peak):
+    return {"cpu_peak_bytes": peak * 2**20, "cuda_peak_bytes": 0}
+
+
+def test_the_first_advice_is_what_takes_the_memory():
+    config = TrainConfig()
+    assert (config.ppo.micro_batch_size, config.sampling.max_new_tokens) == (16, 20)
+    # 16 x 20 x 50,000 x 4 bytes are 61 MiB, twice that of 200 MiB is most of it; of 2,000 MiB it is little.
+    first, second, *_ = memory_advice({"rollout": row(100), "update": row(300)}, config, 50_000)
+    assert first == "update takes most: 300 MiB, 200 MiB above the stage that takes least."
+    assert "linear_token_logprobs" in second
+    assert "122.1 MiB" in second
+    _, second, *_ = memory_advice({"rollout": row(100), "update": row(2100)}, config, 50_000)
+    assert "--ppo.micro-batch-size from 16 to 8" in second

@@ -1,0 +1,211 @@
+"""Every form of file gives the same rows; damage is named by its place, and a file is never read whole."""
+
+import csv
+import gzip
+import io
+import itertools
+import json
+import sys
+import types
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from rlhf_core.records import RowError, read_records, source_files
+
+ROWS = [{"prompt": "a, b", "completion": 'say "c"\nand d'}, {"prompt": "ü", "completion": "e"}]
+
+
+def write_csv(path, rows, delimiter=","):
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), delimiter=delimiter)
+    writer.writeheader()
+    writer.writerows(rows)
+    path.write_bytes(text.getvalue().encode())
+
+
+def write(folder, form):
+    path = folder / f"rows.{form}"
+    lines = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
+    if form == "parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), path)
+    elif form == "csv":
+        write_csv(path, ROWS)
+    elif form == "tsv":
+        write_csv(path, ROWS, "\t")
+    elif form == "json":
+        path.write_text(json.dumps(ROWS, indent=1))
+    elif form == "jsonl.gz":
+        path.write_bytes(gzip.compress(lines))
+    elif form == "csv.gz":
+        write_csv(path, ROWS)
+        path.write_bytes(gzip.compress(path.read_bytes()))
+    else:
+        path.write_bytes(b"\xef\xbb\xbf" + lines + b"\n  \n")
+    return path
+
+
+def values(path):
+    return [record.value for record in read_records(str(path))]
+
+
+def reasons(path):
+    return [
+        (record.where, record.value.reason) for record in read_records(str(path)) if isinstance(record.value, RowError)
+    ]
+
+
+@pytest.mark.parametrize("form", ["jsonl", "ndjson", "jsonl.gz", "json", "csv", "csv.gz", "tsv", "parquet"])
+def test_every_form_gives_the_same_rows(tmp_path, form):
+    assert values(write(tmp_path, form)) == ROWS
+
+
+def test_text_gives_its_lines(tmp_path):
+    (tmp_path / "a.txt").write_text("one\n\n two \n")
+    (tmp_path / "b.txt.gz").write_bytes(gzip.compress(b"drei\n"))
+    assert values(tmp_path / "a.txt") == [{"text": "one"}, {"text": "two"}]
+    assert values(tmp_path / "b.txt.gz") == [{"text": "drei"}]
+
+
+def test_a_file_named_json_may_hold_json_lines(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text('{"prompt": "a"}\n{"prompt": "b"}\n')
+    assert values(path) == [{"prompt": "a"}, {"prompt": "b"}]
+
+
+def test_a_folder_gives_its_data_files_by_name_and_nothing_else(tmp_path):
+    for name in ("b.jsonl", "a.jsonl"):
+        (tmp_path / name).write_text(json.dumps({"prompt": name}) + "\n")
+    (tmp_path / "README.md").write_text("no data")
+    assert values(tmp_path) == [{"prompt": "a.jsonl"}, {"prompt": "b.jsonl"}]
+
+
+class TestDamage:
+    def test_bad_lines_are_named_by_file_and_line_and_the_others_are_read(self, tmp_path):
+        path = tmp_path / "a.jsonl"
+        deep = b'{"a":' + b"[" * 100_000
+        lines = [b'{"prompt": "a"}', b"{bad", b"[1]", b'{"p": NaN}', b"", b'{"p": "\xff"}', b'{"prompt": "b"', deep]
+        path.write_bytes(b"\n".join([*lines, b'{"prompt": "z"}']))
+        assert reasons(path) == [
+            (f"{path}:2", "malformed JSON"),
+            (f"{path}:3", "not an object"),
+            (f"{path}:4", "NaN or infinity"),
+            (f"{path}:6", "not UTF-8"),
+            (f"{path}:7", "malformed JSON"),
+            (f"{path}:8", "malformed JSON"),
+        ]
+        assert [value for value in values(path) if not isinstance(value, RowError)] == [
+            {"prompt": "a"},
+            {"prompt": "z"},
+        ]
+
+    def test_a_csv_row_of_another_width_is_named_by_the_line_it_begins_in(self, tmp_path):
+        path = tmp_path / "a.csv"
+        path.write_text('prompt,completion\n"a\nb",c\nonly\nd,e\nf,g,h\n')
+        assert reasons(path) == [(f"{path}:4", "wrong number of columns"), (f"{path}:6", "wrong number of columns")]
+
+    @pytest.mark.parametrize("header", ["", "a,a\n1,2\n", " , \n1,2\n"])
+    def test_a_csv_without_a_header_is_refused(self, tmp_path, header):
+        (tmp_path / "a.csv").write_text(header)
+        with pytest.raises(ValueError, match=r"a\.csv:1: the header is .*; it must name each column once"):
+            values(tmp_path / "a.csv")
+
+    @pytest.mark.parametrize(
+        ("text", "rows", "message"),
+        [
+            ('[{"p": 1}, {"p": ]', 1, "Expecting value"),
+            ('[{"p": 1}, {"p": "x', 1, "Unterminated string"),
+            ('[{"p": 1}, {"p": 2}', 2, "the array does not end"),
+            ('[{"p": 1} 7x]', 1, None),
+        ],
+    )
+    def test_an_array_is_read_up_to_its_damage(self, tmp_path, text, rows, message):
+        path = tmp_path / "a.json"
+        path.write_text(text)
+        found = list(read_records(str(path)))
+        assert [record.value for record in found[:rows]] == [{"p": number + 1} for number in range(rows)]
+        assert isinstance(found[rows].value, RowError)
+        assert found[rows].where == f"{path}: row {rows + 1}"
+        assert message is None or message in str(found[rows].value)
+
+    def test_an_array_larger_than_the_window_is_read_whole(self, tmp_path):
+        rows = [{"p": "x" * 3000, "n": number} for number in range(1000)]
+        (tmp_path / "a.json").write_text(json.dumps(rows))
+        assert values(tmp_path / "a.json") == rows
+
+    @pytest.mark.parametrize("cut", [1, 200])
+    def test_a_truncated_gzip_file_is_named(self, tmp_path, cut):
+        path = tmp_path / "a.jsonl.gz"
+        content = gzip.compress(b"".join(json.dumps({"prompt": str(n**5)}).encode() + b"\n" for n in range(200)))
+        path.write_bytes(content[:-cut])
+        with pytest.raises(ValueError, match=r"a\.jsonl\.gz: damaged gzip file \(.*\); copy it again"):
+            values(path)
+
+    def test_what_is_no_gzip_and_no_parquet_is_named(self, tmp_path):
+        (tmp_path / "a.jsonl.gz").write_text("plain")
+        (tmp_path / "a.parquet").write_text("plain")
+        with pytest.raises(ValueError, match=r"a\.jsonl\.gz: damaged gzip file"):
+            values(tmp_path / "a.jsonl.gz")
+        with pytest.raises(ValueError, match=r"a\.parquet: damaged Parquet file after row 0"):
+            values(tmp_path / "a.parquet")
+
+    def test_null_cells_of_parquet_are_missing_keys(self, tmp_path):
+        pyarrow.parquet.write_table(pyarrow.table({"prompt": ["a", None], "x": [None, 1.5]}), tmp_path / "a.parquet")
+        assert values(tmp_path / "a.parquet") == [{"prompt": "a"}, {"x": 1.5}]
+
+    def test_what_cannot_be_a_source_is_named_with_the_remedy(self, tmp_path):
+        (tmp_path / "a.docx").write_text("x")
+        with pytest.raises(ValueError, match=r"a\.docx': its name must end in one of \.jsonl"):
+            source_files(str(tmp_path / "a.docx"))
+        with pytest.raises(FileNotFoundError, match=r"neither \*\.pos and \*\.neg files nor a data file"):
+            source_files(str(tmp_path))
+        with pytest.raises(FileNotFoundError, match="no data file or folder 'org/set'; for the hub write hub:org/set"):
+            source_files("org/set")
+
+
+class TestSize:
+    def test_the_first_rows_of_a_file_of_ten_gigabytes_come_at_once(self, tmp_path):
+        path = tmp_path / "huge.jsonl"
+        with path.open("wb") as file:
+            file.write(b'{"prompt": "a"}\n{"prompt": "b"}\n')
+            file.truncate(10 * 2**30)  # sparse: it takes no room
+        assert [record.value for record in itertools.islice(read_records(str(path)), 2)] == [
+            {"prompt": "a"},
+            {"prompt": "b"},
+        ]
+
+    def test_a_line_without_an_end_is_given_up(self, tmp_path, monkeypatch):
+        monkeypatch.setattr("rlhf_core.records.LONGEST_ROW", 100)
+        path = tmp_path / "a.jsonl"
+        path.write_bytes(b'{"prompt": "a"}\n' + b"x" * 1000 + b'\n{"prompt": "b"}\n')
+        assert reasons(path) == [(f"{path}:2", "too long to be a row")]
+        assert values(path)[-1] == {"prompt": "b"}
+
+
+class TestHub:
+    def test_without_the_package_it_is_refused_with_the_remedy(self, monkeypatch):
+        monkeypatch.setitem(sys.modules, "datasets", None)
+        with pytest.raises(ValueError, match=r"hub:org/set needs the package datasets; install it with: pip install"):
+            list(read_records("hub:org/set"))
+
+    def test_rows_are_streamed_with_their_number(self, monkeypatch):
+        asked = []
+        fake = types.ModuleType("datasets")
+
+        def load_dataset(name, split, streaming):
+            asked.append((name, split, streaming))
+            return iter([{"prompt": "a", "margin": None}])
+
+        fake.load_dataset = load_dataset
+        monkeypatch.setitem(sys.modules, "datasets", fake)
+        [record] = read_records("hub:org/set:test")
+        assert (record.where, record.value) == ("hub:org/set:test: row 1", {"prompt": "a"})
+        assert asked == [("org/set", "test", True)]
+
+    def test_what_the_hub_says_becomes_one_line(self, monkeypatch):
+        fake = types.ModuleType("datasets")
+        fake.load_dataset = lambda *a, **k: (_ for _ in ()).throw(ConnectionError("no route\nto host"))
+        monkeypatch.setitem(sys.modules, "datasets", fake)
+        with pytest.raises(ValueError, match=r"hub:org/set:train cannot be loaded \(ConnectionError: no route\)"):
+            list(read_records("hub:org/set"))
