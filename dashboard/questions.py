@@ -17,7 +17,7 @@ QUESTIONS: dict[str, tuple[str, ...]] = {
         "value_mean",
         "return_mean",
         "reward_length_corr",
-        "flat_groups",
+        "reward_zero_std_frac",
     ),
     "Is it stable?": (
         "entropy",

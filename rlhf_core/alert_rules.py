@@ -181,7 +181,7 @@ RULES = (
     ),
     Rule(
         "groups_without_signal", LEARNING, "In nearly all groups every completion gets the same reward.",
-        ("flat_groups",), above("flat_groups"),
+        ("reward_zero_std_frac",), above("reward_zero_std_frac"),
         "Prompts too easy or too hard, or a reward that is constant.",
         "Choose prompts that some completions solve and some do not; check the reward by hand.",
     ),

@@ -66,8 +66,8 @@ class Series:
     def baseline(self, metric: str, least: int = 2 * STRIDE) -> tuple[np.ndarray, np.ndarray]:
         """Return [N] median, and [N] spread (MAD as a standard deviation), of earlier rows; NaN where too few."""
         x, rows = self[metric], self.rows
-        first = rows - rows % STRIDE  # of the rows that share a baseline
-        anchors = np.unique(first)
+        shared = rows // STRIDE  # one number for the rows that share a baseline
+        anchors = np.arange(shared[0], shared[-1] + 1) * STRIDE
         padded = np.concatenate([np.full(WINDOW, np.nan), x])
         ends = anchors - self.offset
         known = ends >= 0
@@ -75,7 +75,7 @@ class Series:
         windows[known] = sliding_window_view(padded, WINDOW)[ends[known]]
         median = median_by_row(windows, least)
         spread = MAD_TO_STD * median_by_row(np.abs(windows - median[:, None]), least)
-        which = np.searchsorted(anchors, first)
+        which = shared - shared[0]
         return median[which], spread[which]
 
     def recent(self, metric: str, rows: int) -> np.ndarray:

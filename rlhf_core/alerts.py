@@ -392,10 +392,12 @@ def _joined(tail: Mapping[str, np.ndarray], new: Mapping[str, np.ndarray]) -> di
     if not tail:
         return dict(new)
     old_rows, new_rows = len(tail["step"]), len(new["step"])
-    return {
-        name: np.concatenate([tail.get(name, np.full(old_rows, np.nan)), new.get(name, np.full(new_rows, np.nan))])
-        for name in dict.fromkeys((*tail, *new))
-    }
+
+    def both(name: str) -> np.ndarray:
+        old = tail[name] if name in tail else np.full(old_rows, np.nan)
+        return np.concatenate([old, new[name] if name in new else np.full(new_rows, np.nan)])
+
+    return {name: both(name) for name in dict.fromkeys((*tail, *new))}
 
 
 def nonfinite_alert(step: int, name: str, thresholds: Thresholds) -> Alert:

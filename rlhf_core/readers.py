@@ -144,7 +144,7 @@ TRL: Names = {
     "kl": ("kl_k3", _same),
     "reward": ("reward_mean", _same),
     "reward_std": ("reward_var", _square),
-    "frac_reward_zero_std": ("flat_groups", _same),
+    "frac_reward_zero_std": ("reward_zero_std_frac", _same),
     "completions/mean_length": ("response_length_mean", _same),
     "completions/clipped_ratio": ("eos_rate", _rest),
     "clip_ratio/region_mean": ("clip_frac", _same),

@@ -49,7 +49,7 @@ def healthy(rows: int = 60, seed: int = 0) -> dict[str, np.ndarray]:
         "tokens_per_second": noisy(1000 + 0 * t),
         "peak_mem_bytes": 1e9 + 1e6 * np.arange(rows),
     }
-    assert columns.keys() == {metric.name for metric in (*METRICS, *TIMINGS)} - {"flat_groups"}
+    assert columns.keys() == {metric.name for metric in (*METRICS, *TIMINGS)} - {"reward_zero_std_frac"}
     return {"step": np.arange(1, rows + 1)} | columns
 
 

@@ -108,7 +108,7 @@ def test_steps_that_leave_some_out_are_fine():
 
 
 def test_groups_of_equal_rewards_are_found():
-    columns = {"step": np.arange(8), "flat_groups": np.full(8, 0.95)}
+    columns = {"step": np.arange(8), "reward_zero_std_frac": np.full(8, 0.95)}
     assert set(found(columns)) == {"groups_without_signal"}
 
 

@@ -64,7 +64,7 @@ def test_json_holds_everything_and_no_nan(tmp_path):
     tree = json.loads(outcome.out, parse_constant=pytest.fail)
     assert outcome.code == 1
     assert (tree["rows"], tree["last_step"]) == (40, 40)
-    assert tree["not_checked"] == {"groups_without_signal": ["flat_groups"]}
+    assert tree["not_checked"] == {"groups_without_signal": ["reward_zero_std_frac"]}
     [alert] = [Alert.from_json(one) for one in tree["alerts"] if one["severity"] == "critical"]
     assert (alert.name, alert.metric, alert.first_step) == ("nonfinite", "entropy", 21)
 
