@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, GPT2LMHeadModel, LlamaForCausalLM, PreTrainedModel
 
 from rlhf_core.numerics import is_portable
 from rlhf_core.policy import ForwardArguments, position_ids
@@ -195,11 +195,16 @@ class BlockDecoder:
 
 
 def blocks_of(model: PreTrainedModel) -> Blocks | None:
-    """Return the blocks of a model that is GPT-2 or Llama, without what only some variants do; else None."""
+    """Return the blocks of a model that is transformers' GPT-2 or Llama, without what only some variants do; else None.
+
+    A model whose forward passes are hooked into is None too: what calls its layers one by one would pass the hooks by.
+    """
+    if any(module._forward_hooks or module._forward_pre_hooks for module in model.modules()):
+        return None
     config = model.config
-    if config.model_type == "gpt2" and not config.reorder_and_upcast_attn and not config.add_cross_attention:
+    if type(model) is GPT2LMHeadModel and not config.reorder_and_upcast_attn and not config.add_cross_attention:
         return _GPT2Blocks(model)
-    if config.model_type == "llama" and getattr(config, "pretraining_tp", 1) == 1:
+    if type(model) is LlamaForCausalLM and getattr(config, "pretraining_tp", 1) == 1:
         return _LlamaBlocks(model)
     return None
 

@@ -98,11 +98,13 @@ def rowwise_attention(
     value_BGLK: torch.Tensor,
     attention_mask: torch.Tensor | None,
     scaling: float,
+    dropout: float = 0.0,
     **others: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return softmax(s Q Kᵀ + mask) V, [B, Q, H, K], and the weights, as transformers' eager attention does.
 
-    Vaswani et al., "Attention Is All You Need" (2017), eq. 1. No dropout: the kit trains without.
+    Vaswani et al., "Attention Is All You Need" (2017), eq. 1. The kit itself
+    trains without dropout.
     """
     groups = query_BHQK.shape[1] // key_BGLK.shape[1]
     if groups > 1:
@@ -111,6 +113,8 @@ def rowwise_attention(
     if attention_mask is not None:
         scores_BHQL = scores_BHQL + attention_mask
     weights_BHQL = cast("torch.Tensor", _Softmax.apply(scores_BHQL))
+    if dropout:
+        weights_BHQL = nn.functional.dropout(weights_BHQL, dropout, training=module.training)
     mixed_BHQK = torch.matmul(weights_BHQL.to(value_BGLK.dtype), value_BGLK)
     return mixed_BHQK.transpose(1, 2).contiguous(), weights_BHQL
 

@@ -204,8 +204,8 @@ TRACE = {
     "all of it scaled": (all_scaled, "timings: step 1: step_time_s took"),
     "a span twice": (doubled("reward"), "trace: stage reward at"),
     "a step twice": (doubled("step"), "differ"),
-    "a stage gone": (
-        without(lambda e: e["name"].startswith("update") and e["args"]["step"] == 2),
+    "the large stages gone": (
+        without(lambda e: e["name"].startswith(("rollout", "ref", "update")) and e["args"]["step"] == 2),
         "coverage: the stages of step 2 come to",
     ),
     "a small stage gone": (

@@ -60,8 +60,20 @@ def test_a_model_that_is_neither_is_decoded_by_its_own_forward():
     model.config.reorder_and_upcast_attn = True
     assert isinstance(decoder_for(model, 3), ModelDecoder)
     model.config.reorder_and_upcast_attn = False
-    model.config.model_type = "another"
+
+    class Another(type(model)):
+        pass
+
+    model.__class__ = Another
     assert isinstance(decoder_for(model, 3), ModelDecoder)
+
+
+def test_hooks_on_a_model_are_not_passed_by():
+    model = language_model("llama")
+    heard = []
+    model.register_forward_hook(lambda module, args, output: heard.append(module))
+    sample(model, PROMPTS, Same([0.5] * 3, len(PROMPTS)), SamplingConfig(max_new_tokens=3), eos_id=-1, pad_id=PAD)
+    assert len(heard) == 3
 
 
 def test_portable_numerics_decode_by_the_models_own_forward(monkeypatch):

@@ -125,3 +125,11 @@ def test_bfloat16_under_autocast_works(architecture):
     with torch.autocast("cpu", torch.bfloat16):
         logits = model(**batch).logits
     torch.testing.assert_close(logits.float(), model(**batch).logits, rtol=0.1, atol=0.3)
+
+
+def test_dropout_is_as_in_transformers_where_it_is_left_on():
+    model, batch = exchanged("llama", tiny_lm("llama", dropout=0.5)), inputs(padded=0)
+    still = model(**batch).logits
+    assert torch.equal(model(**batch).logits, still)
+    model.train()
+    assert not torch.equal(model(**batch).logits, still)
