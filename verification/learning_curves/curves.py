@@ -32,7 +32,7 @@ FROM_BASE = ("dpo", "best-of-n")
 SEEDS = range(5)
 PARTS = 4
 """Into which the curve of training rewards is averaged."""
-DPO_EPOCHS, DPO_BATCH, DPO_RATE, DPO_BETA = 3, 32, 3e-4, 0.1
+DPO_EPOCHS, DPO_BATCH, DPO_RATE, DPO_BETA = 3, 32, 3e-4, 0.5
 
 
 @dataclass(frozen=True)
@@ -117,9 +117,8 @@ def run_from_base(cell: Cell) -> None:
     apply_environment(config.numerics, config.resolved_threads)
     import copy
 
-    from rlhf_core.report import evaluation_summary
-
     from rlhf_core.evaluation import evaluate
+    from rlhf_core.evaluation_table import evaluation_summary
     from rlhf_core.experiment import load_inputs, prepare
     from rlhf_core.policy import Reference
     from rlhf_core.run_setup import begin_run, data_place
