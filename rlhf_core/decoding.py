@@ -36,6 +36,7 @@ class Decoder(Protocol):
         ...
 
 
+CAPTURING = "transformers.utils.output_capturing"
 SMALL_PRODUCT = 2**23
 """Multiplications below which a product takes less time than waking a second thread for it."""
 
@@ -198,8 +199,12 @@ def blocks_of(model: PreTrainedModel) -> Blocks | None:
     """Return the blocks of a model that is transformers' GPT-2 or Llama, without what only some variants do; else None.
 
     A model whose forward passes are hooked into is None too: what calls its layers one by one would pass the hooks by.
+    transformers' own hooks, which stay behind when hidden states were asked for once, are none that decoding needs.
     """
-    if any(module._forward_hooks or module._forward_pre_hooks for module in model.modules()):
+    hooked = [
+        hooks.values() for module in model.modules() for hooks in (module._forward_hooks, module._forward_pre_hooks)
+    ]
+    if any(getattr(hook, "__module__", None) != CAPTURING for hooks in hooked for hook in hooks):
         return None
     config = model.config
     if type(model) is GPT2LMHeadModel and not config.reorder_and_upcast_attn and not config.add_cross_attention:

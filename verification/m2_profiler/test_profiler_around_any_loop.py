@@ -4,6 +4,7 @@ import csv
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,7 @@ def plain_loop(profiler, steps=3):
         batch = torch.randn(64, 32)
         with profiler.step(tokens=batch.numel()):
             with profiler.stage("rollout"):
+                time.sleep(0.2)  # so long that a busy machine cannot put a seventh of the step between two stages
                 for _ in range(20):
                     model(batch).softmax(-1)
             with profiler.stage("update"):

@@ -68,6 +68,13 @@ def test_a_model_that_is_neither_is_decoded_by_its_own_forward():
     assert isinstance(decoder_for(model, 3), ModelDecoder)
 
 
+def test_having_asked_for_hidden_states_once_changes_nothing():
+    model = language_model("gpt2")
+    model(input_ids=torch.tensor([[2, 3]]), output_hidden_states=True)
+    assert any(module._forward_hooks for module in model.modules())
+    assert isinstance(decoder_for(model, 3), BlockDecoder)
+
+
 def test_hooks_on_a_model_are_not_passed_by():
     model = language_model("llama")
     heard = []
