@@ -6,7 +6,7 @@ import hypothesis
 import pytest
 import torch
 
-from rlhf_core import reviews
+from rlhf_core.data import reviews
 
 pytest_plugins = ["rlhf_core.testing.plugin"]
 

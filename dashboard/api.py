@@ -14,7 +14,7 @@ from starlette.routing import Route
 
 from dashboard import folder, jsonl, store
 from rlhf_core import runlog
-from rlhf_core.alert_thresholds import default_thresholds
+from rlhf_core.alerting.thresholds import default_thresholds
 from rlhf_core.alerts import synthetic_alerts
 
 MOST_ROWS = 5000

@@ -10,7 +10,7 @@ from dashboard.markup import show, text, tile
 from dashboard.series import Curve
 from dashboard.state import Choice, go
 from dashboard.store import Progress, Run, Store
-from rlhf_core.alert_thresholds import default_thresholds
+from rlhf_core.alerting.thresholds import default_thresholds
 from rlhf_core.alerts import Alert, synthetic_alerts
 from rlhf_core.terminal import printable
 

@@ -14,8 +14,9 @@ import numpy as np
 from dashboard import folder, jsonl, series
 from dashboard.jsonl import Columns
 from dashboard.series import Curve
-from rlhf_core import readers, runlog
-from rlhf_core.alert_thresholds import default_thresholds
+from rlhf_core import runlog
+from rlhf_core.alerting import readers
+from rlhf_core.alerting.thresholds import default_thresholds
 from rlhf_core.alerts import Alert, Monitor, worst_first
 
 MOST_RUNS = 12

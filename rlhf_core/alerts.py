@@ -1,7 +1,7 @@
 """Alerts: what is going wrong in a run, since when, why, and what to do; a pure function of its columns.
 
 No clock, no file, no torch: the trainer, the command line, the tests and the dashboard call the same function.
-:mod:`rlhf_core.alert_thresholds` reads the thresholds, :mod:`rlhf_core.readers` the columns.
+:mod:`rlhf_core.alerting.thresholds` reads the thresholds, :mod:`rlhf_core.alerting.readers` the columns.
 
     >>> columns = {"step": np.arange(1, 31), "ratio_max_dev_first": np.full(30, 0.1)}
     >>> [alert.name for alert in check(columns, default_thresholds())]
@@ -14,9 +14,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from rlhf_core.alert_judges import Settings, Verdict, number
-from rlhf_core.alert_rules import RULES, STALLED, Rule
-from rlhf_core.alert_series import (
+from rlhf_core.alerting.judges import Settings, Verdict, number
+from rlhf_core.alerting.rules import RULES, STALLED, Rule
+from rlhf_core.alerting.series import (
     CONTEXT,
     DERIVED,
     HEAD,
@@ -100,7 +100,7 @@ def check(
     Args:
         columns: ``step`` and metrics, [N] each, in the order of the log. NaN and infinity are values that were not
             finite; what was not logged in a row is masked (:class:`numpy.ma.MaskedArray`).
-        thresholds: of :func:`rlhf_core.alert_thresholds.default_thresholds`.
+        thresholds: of :func:`rlhf_core.alerting.thresholds.default_thresholds`.
         age_of_last_row_s: seconds since the last row was written, when the run has not ended; None leaves out the
             one rule that needs the present time.
 

@@ -12,7 +12,7 @@ import torch
 from torch.nn.functional import logsigmoid
 from transformers import PreTrainedModel
 
-from rlhf_core.batches import right_pad
+from rlhf_core.data.batches import right_pad
 from rlhf_core.metrics import DPO_METRICS, rounded
 from rlhf_core.policy import ForwardArguments, autocast
 from rlhf_core.stage_config import DPOLossConfig

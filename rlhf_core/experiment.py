@@ -9,10 +9,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from rlhf_core import checkpoint, reviews
+from rlhf_core import checkpoint
 from rlhf_core.config import TrainConfig
-from rlhf_core.dataset import build_store, open_rows
-from rlhf_core.labelled import Part
+from rlhf_core.data import reviews
+from rlhf_core.data.dataset import build_store, open_rows
+from rlhf_core.data.labelled import Part
+from rlhf_core.data.tokenization import check_vocabulary, encode_prompts, encode_sentences
 from rlhf_core.policy import build_model, context_length, load_model
 from rlhf_core.reward import Classifier, ClassifierReward, Reward, TextReward
 from rlhf_core.reward_model import accuracy, train_classifier
@@ -23,7 +25,6 @@ from rlhf_core.sft import train_language_model
 from rlhf_core.stopping import StopRequest, stop_between_stages
 from rlhf_core.tasks import Task, cut_prompt, load_task
 from rlhf_core.terminal import console, progress_bar
-from rlhf_core.tokenization import check_vocabulary, encode_prompts, encode_sentences
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_core import checkpoint, runlog
-from rlhf_core.dataset import REPORT_FILE
+from rlhf_core.data.dataset import REPORT_FILE
+from rlhf_core.data.tokenization import load_tokenizer
 from rlhf_core.policy import load_model
 from rlhf_core.reward_model import load_reward_model
 from rlhf_core.run_setup import DATA_FOLDER
-from rlhf_core.tokenization import load_tokenizer
 
 KINDS = {
     "train": "policy trained with {algorithm}",

@@ -17,7 +17,8 @@ from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_core import runlog
-from rlhf_core.dataset import build_store, open_rows
+from rlhf_core.data.dataset import build_store, open_rows
+from rlhf_core.data.tokenization import check_vocabulary, load_tokenizer
 from rlhf_core.evaluation import bootstrap_mean, distinct_bigrams
 from rlhf_core.metrics import EVAL_METRICS, rounded, stage_row
 from rlhf_core.policy import ForwardArguments, Reference, autocast, context_length, load_model, response_logits
@@ -31,7 +32,6 @@ from rlhf_core.stages import write_evaluation
 from rlhf_core.stopping import StopRequest, by_signal
 from rlhf_core.tasks import cut_prompt
 from rlhf_core.terminal import console, progress_bar
-from rlhf_core.tokenization import check_vocabulary, load_tokenizer
 from rlhf_kernels import token_logprobs
 
 

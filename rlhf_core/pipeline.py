@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_core import checkpoint, runlog
-from rlhf_core.alert_thresholds import default_thresholds
+from rlhf_core.alerting.thresholds import default_thresholds
+from rlhf_core.alerting.watch import WatchOptions
 from rlhf_core.config import RunConfig, TrainConfig, to_json
-from rlhf_core.dataset import DataReport, fingerprint, read_examples
-from rlhf_core.dialogues import Chat
+from rlhf_core.data.dataset import DataReport, fingerprint, read_examples
+from rlhf_core.data.dialogues import Chat
+from rlhf_core.data.tokenization import load_tokenizer
 from rlhf_core.experiment import load_inputs
 from rlhf_core.judging import load_judging, run_judging
 from rlhf_core.policy import model_folder, model_source
@@ -29,9 +31,7 @@ from rlhf_core.run_setup import DataPlace, begin_run, choose_device, data_place
 from rlhf_core.stage_config import EvalConfig, PipelineConfig, RewardConfig, SFTConfig
 from rlhf_core.stages import load_stage_inputs, run_reward, run_sft
 from rlhf_core.terminal import console
-from rlhf_core.tokenization import load_tokenizer
 from rlhf_core.training import run_training
-from rlhf_core.watch import WatchOptions
 
 STAGE_FILE = "stage.json"
 NOT_OUTPUTS = (STAGE_FILE, runlog.TIMINGS_FILE, runlog.ENVIRONMENT_FILE)

@@ -13,10 +13,10 @@ import numpy as np
 import torch
 
 from rlhf_core.advantages import adapt_kl_coef, penalize_missing_eos, token_rewards
+from rlhf_core.checks.gradient_probe import GradientProbe
+from rlhf_core.checks.invariants import target_error, tokens_after_end
 from rlhf_core.config import PPOConfig, TrainConfig
 from rlhf_core.finite import NonFiniteError, first_nonfinite_of_update, require_finite
-from rlhf_core.gradient_probe import GradientProbe
-from rlhf_core.invariants import target_error, tokens_after_end
 from rlhf_core.losses import (
     clipped_policy_losses,
     clipped_value_losses,

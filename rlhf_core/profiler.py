@@ -27,8 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from rlhf_core.operators import Operator, OperatorRecorder, OperatorTotals, Recording, add_operators
-from rlhf_core.profile_files import (
+from rlhf_core.profiles.files import (
     GPU,
     OPERATOR_COLUMNS,
     OPERATORS_FILE,
@@ -38,6 +37,7 @@ from rlhf_core.profile_files import (
     TRACE_FILE,
     TRAINING,
 )
+from rlhf_core.profiles.operators import Operator, OperatorRecorder, OperatorTotals, Recording, add_operators
 from rlhf_core.profiling import Kind, PeakMemory, Span, StageClock, now_ns, peak_memory_bytes
 from rlhf_core.runlog import errors_name, write_atomically
 

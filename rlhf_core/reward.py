@@ -8,11 +8,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf_core.batches import right_pad
+from rlhf_core.data.batches import right_pad
+from rlhf_core.data.tokenization import encode_text
 from rlhf_core.policy import ForwardArguments
 from rlhf_core.reward_functions import RewardFunction, call_function
 from rlhf_core.rollout import Rollout
-from rlhf_core.tokenization import encode_text
 
 
 class Reward(Protocol):

@@ -14,9 +14,9 @@ import torch
 from torch import nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf_core.batches import batches, right_pad
 from rlhf_core.config import ClassifierConfig
-from rlhf_core.dataset import Rows
+from rlhf_core.data.batches import batches, right_pad
+from rlhf_core.data.dataset import Rows
 from rlhf_core.metrics import REWARD_METRICS
 from rlhf_core.policy import ForwardArguments, autocast, load_pretrained, quiet_transformers
 from rlhf_core.preferences import bradley_terry_loss, centering_loss

@@ -9,11 +9,11 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_core.config import RunConfig
+from rlhf_core.data.tokenization import check_vocabulary, load_tokenizer
 from rlhf_core.policy import context_length
 from rlhf_core.reward import FunctionReward, ModelReward, Reward, WeightedRewards
 from rlhf_core.reward_functions import RewardFunction, load_function
 from rlhf_core.reward_model import RewardModel, load_reward_model
-from rlhf_core.tokenization import check_vocabulary, load_tokenizer
 
 _FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
 MODEL = "model:"

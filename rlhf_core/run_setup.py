@@ -13,7 +13,7 @@ import transformers
 
 from rlhf_core import checkpoint, runlog
 from rlhf_core.config import RunConfig
-from rlhf_core.dataset import DataReport
+from rlhf_core.data.dataset import DataReport
 from rlhf_core.environment import environment
 from rlhf_core.seeding import set_all_seeds
 from rlhf_core.terminal import console

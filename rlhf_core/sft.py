@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from rlhf_core.batches import batches, right_pad
 from rlhf_core.config import PretrainConfig
-from rlhf_core.dataset import Rows
+from rlhf_core.data.batches import batches, right_pad
+from rlhf_core.data.dataset import Rows
 from rlhf_core.metrics import SFT_METRICS, rounded
 from rlhf_core.optim import adamw, clip_gradients, gradients, set_learning_rate, total_norm
 from rlhf_core.policy import ForwardArguments, autocast

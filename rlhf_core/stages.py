@@ -12,9 +12,10 @@ from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_core import checkpoint, runlog
-from rlhf_core.dataset import DataReport, Rows, build_store, open_rows, texts_of
+from rlhf_core.data.dataset import DataReport, Rows, build_store, open_rows, texts_of
+from rlhf_core.data.examples import Need
+from rlhf_core.data.tokenization import byte_pair_tokenizer, check_vocabulary, load_tokenizer, saved_tokenizer
 from rlhf_core.dpo import DPOObjective
-from rlhf_core.examples import Need
 from rlhf_core.policy import build_model, context_length, load_model
 from rlhf_core.reward_model import PairObjective, new_reward_model, save_reward_model
 from rlhf_core.reward_report import pair_report
@@ -24,7 +25,6 @@ from rlhf_core.stage_config import DPOConfig, RewardConfig, SFTConfig
 from rlhf_core.stopping import StopRequest
 from rlhf_core.supervised import run_supervised, width_rate
 from rlhf_core.terminal import console, progress_bar
-from rlhf_core.tokenization import byte_pair_tokenizer, check_vocabulary, load_tokenizer, saved_tokenizer
 
 TOKENIZER_FOLDER = "tokenizer"
 SPLITS: tuple[Literal["train", "held_out"], ...] = ("train", "held_out")

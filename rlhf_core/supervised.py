@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, load_model, save_file, save_model
 
 from rlhf_core import checkpoint, runlog
-from rlhf_core.batches import batches
+from rlhf_core.data.batches import batches
 from rlhf_core.metrics import Metric, stage_row
 from rlhf_core.optim import adamw, clip_gradients, gradients, set_learning_rate, total_norm
 from rlhf_core.profiler import timing_row

@@ -7,14 +7,14 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_core import reviews
 from rlhf_core.config import TrainConfig
-from rlhf_core.dataset import DataReport, read_examples
-from rlhf_core.dialogues import Chat
-from rlhf_core.labelled import Labelled, Part, read_labelled, split
-from rlhf_core.records import data_files
+from rlhf_core.data import reviews
+from rlhf_core.data.dataset import DataReport, read_examples
+from rlhf_core.data.dialogues import Chat
+from rlhf_core.data.labelled import Labelled, Part, read_labelled, split
+from rlhf_core.data.records import data_files
+from rlhf_core.data.tokenization import byte_pair_tokenizer, load_tokenizer, word_tokenizer
 from rlhf_core.seeding import raw_uniforms
-from rlhf_core.tokenization import byte_pair_tokenizer, load_tokenizer, word_tokenizer
 
 EMBEDDED_SENTENCES = 20_000
 EMBEDDED_PROMPTS = 2_048

@@ -9,18 +9,20 @@ from pathlib import Path
 
 import torch
 
-from rlhf_core import batches, checkpoint, runlog
+from rlhf_core import checkpoint, runlog
+from rlhf_core.alerting.watch import Watch, WatchOptions, in_words
 from rlhf_core.config import TrainConfig
+from rlhf_core.data import batches
 from rlhf_core.evaluation import Evaluation, evaluate
-from rlhf_core.evaluation_table import evaluation_summary, print_evaluation
 from rlhf_core.experiment import Experiment, Inputs, prepare
 from rlhf_core.metrics import log_row
 from rlhf_core.policy import ActorCritic, Reference
 from rlhf_core.ppo import PPOState, train
-from rlhf_core.profile_files import PROFILES_FOLDER
 from rlhf_core.profiler import Profiler, timing_row
+from rlhf_core.profiles.files import PROFILES_FOLDER
 from rlhf_core.profiling import StageClock
-from rlhf_core.report_to import Destination, Reporter
+from rlhf_core.reporting.evaluation_table import evaluation_summary, print_evaluation
+from rlhf_core.reporting.trackers import Destination, Reporter
 from rlhf_core.reward import decode
 from rlhf_core.rollout_file import keep_rollout, prune_rollouts
 from rlhf_core.run_setup import begin_run
@@ -28,7 +30,6 @@ from rlhf_core.step_rows import sample_rows
 from rlhf_core.stopping import StopRequest, by_alert, by_signal
 from rlhf_core.terminal import console, progress_bar
 from rlhf_core.trainer_state import load_state, new_state, save_state
-from rlhf_core.watch import Watch, WatchOptions, in_words
 
 
 def run_training(

@@ -23,13 +23,11 @@ TORCH_FREE = (
     "terminal",
     "numerics",
     "stage_config",
-    "alert_thresholds",
-    "readers",
-    "watch",
-    "terminal",
-    "numerics",
-    "reviews",
-    "review_grammar",
+    "alerting.thresholds",
+    "alerting.readers",
+    "alerting.watch",
+    "data.reviews",
+    "data.review_grammar",
 )
 CLOCKS_AND_HOSTS = {"time", "datetime", "socket", "uuid", "getpass", "secrets"}
 
@@ -288,7 +286,7 @@ import sys
 from pathlib import Path
 from transformers.utils.import_utils import is_kernels_available
 from rlhf_core.config import ModelConfig
-from rlhf_core.tokenization import load_tokenizer, word_tokenizer
+from rlhf_core.data.tokenization import load_tokenizer, word_tokenizer
 from rlhf_core.policy import build_model, load_model
 from rlhf_core.rollout import left_pad
 import rlhf_kernels

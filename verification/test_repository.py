@@ -120,10 +120,18 @@ def test_the_readme_has_the_table_of_metrics():
 
 
 def test_the_readme_tree_names_every_module():
-    for path in sorted((ROOT / "rlhf_core").glob("[a-z]*.py")):
-        assert re.search(rf"^  {re.escape(path.name)} ", README, re.MULTILINE), path.name
-    for path in sorted((ROOT / "rlhf_core" / "commands").glob("[a-z]*.py")):
-        assert re.search(rf"^    {re.escape(path.name)} ", README, re.MULTILINE), path.name
+    def named(folder: Path, indent: str, text: str) -> set[str]:
+        names = re.findall(rf"^{indent}([a-z]\w*\.py) ", text, re.MULTILINE)
+        assert sorted(names) == sorted(path.name for path in folder.glob("[a-z]*.py")), folder.name
+        return set(names)
+
+    tree = README.partition("\nrlhf_core/ ")[2].partition("\ndashboard/ ")[0]
+    assert "config.py" in named(ROOT / "rlhf_core", "  ", tree)
+    for folder in sorted(
+        {path.parent for path in (ROOT / "rlhf_core").glob("*/[a-z]*.py")} - {ROOT / "rlhf_core" / "testing"}
+    ):
+        part = tree.partition(f"\n  {folder.name}/ ")[2]
+        assert named(folder, "    ", re.split(r"\n  [a-z]", part)[0])
 
 
 def test_torch_is_not_needed_to_build():

@@ -12,15 +12,16 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from rlhf_core import readers, runlog
-from rlhf_core.alert_rules import BY_NAME, STALLED
-from rlhf_core.alert_thresholds import default_thresholds, read_thresholds
+from rlhf_core import runlog
+from rlhf_core.alerting import readers
+from rlhf_core.alerting.rules import BY_NAME, STALLED
+from rlhf_core.alerting.thresholds import default_thresholds, read_thresholds
+from rlhf_core.alerting.watch import number_in_words
 from rlhf_core.alerts import Alert, Monitor, worst_first
 from rlhf_core.commands.options import parse
 from rlhf_core.config import TrainConfig, read_config_file
 from rlhf_core.file_age import file_age_s
 from rlhf_core.terminal import console, printable
-from rlhf_core.watch import number_in_words
 
 STYLES = {"info": "cyan", "warning": "yellow", "critical": "bold red"}
 

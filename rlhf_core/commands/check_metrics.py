@@ -7,8 +7,8 @@ from typing import Annotated
 import tyro
 
 from rlhf_core import runlog
+from rlhf_core.checks.metrics_check import check_log
 from rlhf_core.commands.options import parse
-from rlhf_core.metrics_check import check_log
 from rlhf_core.terminal import printable
 
 
@@ -31,7 +31,7 @@ def run(arguments: list[str]) -> int:
             print(printable(f"  yes  {line}"))
         rows = {row["step"]: row for row in runlog.read(folder / runlog.METRICS_FILE)}
         # Loads torch.
-        from rlhf_core.metrics_again import check_again
+        from rlhf_core.checks.metrics_again import check_again
         from rlhf_core.rollout_file import steps_with_rollouts
 
         steps = [step for step in steps_with_rollouts(folder) if step in rows]

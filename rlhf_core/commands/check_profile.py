@@ -8,8 +8,8 @@ import tyro
 
 from rlhf_core import runlog
 from rlhf_core.commands.options import parse
-from rlhf_core.profile_check import check_profile
-from rlhf_core.profile_files import SUMMARY_FILE
+from rlhf_core.profiles.check import check_profile
+from rlhf_core.profiles.files import SUMMARY_FILE
 from rlhf_core.terminal import printable
 
 

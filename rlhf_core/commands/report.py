@@ -27,7 +27,7 @@ def run(arguments: list[str]) -> int:
     options = parse(Options, arguments, "report")
     folder = runlog.find_run(options.run, options.runs)
     try:
-        from rlhf_core.report_page import write_report
+        from rlhf_core.reporting.page import write_report
     except ModuleNotFoundError as error:
         raise UsageError(f"rlhf report needs {error.name}; pip install 'rlhf-systems-kit[report]'") from None
     print(write_report(folder, options.out or folder / "report"))

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from rlhf_core import config as configuration
-from rlhf_core.alert_thresholds import default_thresholds, read_thresholds
+from rlhf_core.alerting.thresholds import default_thresholds, read_thresholds
+from rlhf_core.alerting.watch import WatchOptions
 from rlhf_core.commands.running import Job, make_run, source_name
 from rlhf_core.config import TrainConfig
-from rlhf_core.report_to import Destination, require_installed
-from rlhf_core.watch import WatchOptions
+from rlhf_core.reporting.trackers import Destination, require_installed
 
 if TYPE_CHECKING:
     from rlhf_core.run_setup import DataPlace

@@ -11,9 +11,9 @@ from transformers import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from rlhf_core.config import ModelConfig
+from rlhf_core.data.tokenization import word_tokenizer
 from rlhf_core.policy import build_model
 from rlhf_core.testing.world import World
-from rlhf_core.tokenization import word_tokenizer
 
 ARCHITECTURES = ("llama", "gpt2")
 

@@ -12,9 +12,9 @@ import time
 import pytest
 import torch
 
-from rlhf_core import reviews
-from rlhf_core.batches import prompt_rows
 from rlhf_core.config import TrainConfig
+from rlhf_core.data import reviews
+from rlhf_core.data.batches import prompt_rows
 from rlhf_core.experiment import load_inputs
 from rlhf_core.policy import ActorCritic, Reference, build_model
 from rlhf_core.ppo import ppo_step

@@ -118,9 +118,9 @@ def run_from_base(cell: Cell) -> None:
     import copy
 
     from rlhf_core.evaluation import evaluate
-    from rlhf_core.evaluation_table import evaluation_summary
     from rlhf_core.experiment import load_inputs, prepare
     from rlhf_core.policy import Reference
+    from rlhf_core.reporting.evaluation_table import evaluation_summary
     from rlhf_core.run_setup import begin_run, data_place
     from rlhf_core.stopping import StopRequest
 
@@ -152,7 +152,7 @@ def run_from_base(cell: Cell) -> None:
 def train_on_pairs(policy: Any, experiment: Any, config: TrainConfig) -> None:
     """DPO on pairs of completions of the base model, ordered by the reward; as many completions as PPO samples."""
     from rlhf_core.advantages import penalize_missing_eos
-    from rlhf_core.batches import batches, prompt_rows
+    from rlhf_core.data.batches import batches, prompt_rows
     from rlhf_core.dpo import DPOObjective
     from rlhf_core.optim import adamw
     from rlhf_core.rollout import sample

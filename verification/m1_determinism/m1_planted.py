@@ -52,7 +52,7 @@ def plant_unseeded_shuffle() -> None:
 
 def plant_hash_order() -> None:
     """Take a step's prompts in the order of a set of strings."""
-    from rlhf_core import batches
+    from rlhf_core.data import batches
 
     prompt_rows = batches.prompt_rows
     batches.prompt_rows = lambda *args: [int(name) for name in {str(row) for row in prompt_rows(*args)}]
@@ -60,7 +60,7 @@ def plant_hash_order() -> None:
 
 def plant_identity_order() -> None:
     """Take a step's prompts in the order of a set of objects that hash by where they lie in memory."""
-    from rlhf_core import batches
+    from rlhf_core.data import batches
 
     class Prompt:
         def __init__(self, row: int) -> None:

@@ -6,7 +6,7 @@ import json
 import pytest
 
 from rlhf_core import runlog
-from rlhf_core.profile_files import OPERATOR_COLUMNS, SUMMARY_COLUMNS
+from rlhf_core.profiles.files import OPERATOR_COLUMNS, SUMMARY_COLUMNS
 from rlhf_core.testing.assertions import assert_runs_identical
 from rlhf_core.testing.command import run_command
 

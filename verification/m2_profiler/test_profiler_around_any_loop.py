@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from rlhf_core import profiling
-from rlhf_core.operators import Operator, OperatorTotals, add_operators, clock_shift, snapped
-from rlhf_core.profile_check import check_profile
 from rlhf_core.profiler import Profiler, powers_of_100
+from rlhf_core.profiles.check import check_profile
+from rlhf_core.profiles.operators import Operator, OperatorTotals, add_operators, clock_shift, snapped
 from rlhf_core.profiling import PeakMemory
 from rlhf_core.testing.command import run_command
 

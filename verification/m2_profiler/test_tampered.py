@@ -6,9 +6,9 @@ import shutil
 
 import pytest
 
-from rlhf_core import profile_check
-from rlhf_core.profile_check import CheckFailed, check_profile
-from rlhf_core.profile_files import ProfileError
+from rlhf_core.profiles import check
+from rlhf_core.profiles.check import CheckFailed, check_profile
+from rlhf_core.profiles.files import ProfileError
 from rlhf_core.testing.command import run_command
 
 pytestmark = [pytest.mark.m2, pytest.mark.usefixtures("reviews_drawn_once")]
@@ -240,7 +240,7 @@ def test_a_spoiled_trace_is_found_out(profile_copy, kind):
 
 def test_operators_own_time_above_their_stages_is_found_out_by_itself(profile_copy, monkeypatch):
     change_trace(profile_copy, inflated)
-    monkeypatch.setattr(profile_check, "CHECKS", (profile_check.check_operator_time,))
+    monkeypatch.setattr(check, "CHECKS", (check.check_operator_time,))
     assert "operators: step 1: their own time in rollout is 2" in complaint(profile_copy)
 
 

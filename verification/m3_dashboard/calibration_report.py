@@ -9,9 +9,9 @@ import numpy as np
 from calibration_faults import FAULTS
 from calibration_runs import CONFIGURATIONS, LATE, STEPS, WITHIN, Result, alerts_of, columns
 
-from rlhf_core.alert_rules import RULES, Rule
-from rlhf_core.alert_series import Series, derive
-from rlhf_core.alert_thresholds import default_thresholds
+from rlhf_core.alerting.rules import RULES, Rule
+from rlhf_core.alerting.series import Series, derive
+from rlhf_core.alerting.thresholds import default_thresholds
 from rlhf_core.alerts import Alert
 
 INTRODUCTION = """\

@@ -16,11 +16,13 @@ import torch
 from calibration_faults import FAULTS
 from transformers import PreTrainedModel
 
-from rlhf_core import ppo, reviews
-from rlhf_core.alert_thresholds import default_thresholds
+from rlhf_core import ppo
+from rlhf_core.alerting.thresholds import default_thresholds
 from rlhf_core.alerts import Alert, Monitor, check, nonfinite_alert
-from rlhf_core.batches import prompt_rows
 from rlhf_core.config import ModelConfig, PPOConfig, PretrainConfig, SamplingConfig, TrainConfig
+from rlhf_core.data import reviews
+from rlhf_core.data.batches import prompt_rows
+from rlhf_core.data.tokenization import encode_prompts, encode_sentences
 from rlhf_core.metrics import log_row
 from rlhf_core.policy import ActorCritic, Reference, build_model
 from rlhf_core.ppo import NonFiniteError
@@ -28,7 +30,6 @@ from rlhf_core.reward import TextReward
 from rlhf_core.seeding import set_all_seeds
 from rlhf_core.sft import train_language_model
 from rlhf_core.tasks import Task, load_task
-from rlhf_core.tokenization import encode_prompts, encode_sentences
 from rlhf_core.trainer_state import new_state
 
 STEPS = 30

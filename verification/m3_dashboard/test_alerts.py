@@ -9,10 +9,12 @@ from alert_columns import healthy, spoiled
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlhf_core import alert_judges, alert_rules, alert_series, alerts
-from rlhf_core.alert_rules import BY_NAME, QUESTIONS, RULES, STALLED
-from rlhf_core.alert_series import WINDOW, Series, median_by_row, run_lengths
-from rlhf_core.alert_thresholds import default_thresholds, read_thresholds
+from rlhf_core import alerts
+from rlhf_core.alerting import judges, rules
+from rlhf_core.alerting import series as windows
+from rlhf_core.alerting.rules import BY_NAME, QUESTIONS, RULES, STALLED
+from rlhf_core.alerting.series import WINDOW, Series, median_by_row, run_lengths
+from rlhf_core.alerting.thresholds import default_thresholds, read_thresholds
 from rlhf_core.alerts import Alert, Monitor, check, synthetic_alerts, worst_first
 
 pytestmark = pytest.mark.m3
@@ -283,7 +285,7 @@ def test_a_monitor_keeps_a_bounded_number_of_rows():
     for _ in range(3):
         monitor.extend(columns)
     kept = [column for track in monitor._tracks for column in track.tail.values()] + list(monitor._tail.values())
-    assert max(len(column) for column in kept) <= 2 * alert_series.CONTEXT
+    assert max(len(column) for column in kept) <= 2 * windows.CONTEXT
 
 
 def test_a_long_log_takes_seconds_and_not_minutes():
@@ -346,7 +348,7 @@ def test_run_lengths_count_on_from_before():
 
 
 def test_the_modules_are_pure():
-    for module in (alerts, alert_rules, alert_judges, alert_series):
+    for module in (alerts, rules, judges, windows):
         tree = ast.parse(Path(module.__file__).read_text(encoding="utf-8"))
         imported = {
             name.name.partition(".")[0] if isinstance(node, ast.Import) else (node.module or "").partition(".")[0]

@@ -4,9 +4,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rlhf_core.alert_thresholds import default_thresholds
+from rlhf_core.alerting.readers import columns_of, read_columns, unlogged_alerts
+from rlhf_core.alerting.thresholds import default_thresholds
 from rlhf_core.alerts import check
-from rlhf_core.readers import columns_of, read_columns, unlogged_alerts
 
 pytestmark = pytest.mark.m3
 

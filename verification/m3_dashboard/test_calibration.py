@@ -13,7 +13,7 @@ from calibration_faults import FAULTS
 from calibration_report import document, fingerprint
 from calibration_runs import CONFIGURATIONS, LATE, STEPS, WITHIN, alerts_of, raised_at, run
 
-from rlhf_core.alert_rules import BY_NAME
+from rlhf_core.alerting.rules import BY_NAME
 
 pytestmark = pytest.mark.m3
 

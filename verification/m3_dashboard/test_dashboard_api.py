@@ -71,7 +71,7 @@ def test_a_long_answer_says_where_the_next_one_begins(server):
 
 
 def test_an_example_of_each_rule_is_marked_synthetic(server):
-    from rlhf_core.alert_rules import RULES, STALLED
+    from rlhf_core.alerting.rules import RULES, STALLED
 
     answer = server.json("/alerts?run=api&test_alerts=1")
     assert answer["synthetic"] is True

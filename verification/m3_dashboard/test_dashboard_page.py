@@ -11,7 +11,7 @@ from dashboard_server import ROOT, environment
 from streamlit.testing.v1 import AppTest
 
 from dashboard import charts, profile_view
-from rlhf_core.alert_rules import RULES, STALLED
+from rlhf_core.alerting.rules import RULES, STALLED
 
 pytestmark = pytest.mark.m3
 

@@ -9,8 +9,8 @@ from dashboard_runs import append, make_long_log, make_run, metrics_row, sample_
 
 from dashboard import folder, jsonl, series
 from dashboard.store import Store
-from rlhf_core import readers
-from rlhf_core.alert_thresholds import default_thresholds
+from rlhf_core.alerting import readers
+from rlhf_core.alerting.thresholds import default_thresholds
 from rlhf_core.alerts import check
 
 pytestmark = pytest.mark.m3

@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from rlhf_core import metrics_check
+from rlhf_core.checks import metrics_check
+from rlhf_core.checks.metrics_check import POSSIBLE, MetricsWrong, check_log
 from rlhf_core.metrics import METRICS
-from rlhf_core.metrics_check import POSSIBLE, MetricsWrong, check_log
 from rlhf_core.testing.command import TINY_RUN, run_command
 
 pytestmark = [pytest.mark.m3, pytest.mark.usefixtures("reviews_drawn_once")]
@@ -143,7 +143,7 @@ DETERMINED = (
 
 def test_a_metric_that_is_possible_but_not_what_the_tokens_give_is_found_out(copied_run):
     """Each of them, off by 0.002; one recomputation serves all."""
-    from rlhf_core import metrics_again
+    from rlhf_core.checks import metrics_again
 
     again = metrics_again.metrics_again(copied_run, 5)
     rows = [json.loads(line) for line in (copied_run / "metrics.jsonl").read_text().splitlines()]

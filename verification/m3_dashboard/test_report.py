@@ -10,7 +10,7 @@ import pytest
 
 from rlhf_core import runlog
 from rlhf_core.config import TrainConfig
-from rlhf_core.report_content import memory_advice, read_content
+from rlhf_core.reporting.content import memory_advice, read_content
 from rlhf_core.testing.command import TINY_RUN, run_command
 
 pytestmark = [pytest.mark.m3, pytest.mark.usefixtures("reviews_drawn_once")]

@@ -13,10 +13,11 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from rlhf_core import checkpoint, cli, reviews, runlog, training
+from rlhf_core import checkpoint, cli, runlog, training
+from rlhf_core.data import reviews
+from rlhf_core.data.tokenization import word_tokenizer
 from rlhf_core.testing.assertions import assert_runs_identical
 from rlhf_core.testing.command import TINY_RUN, run_command
-from rlhf_core.tokenization import word_tokenizer
 
 pytestmark = pytest.mark.usefixtures("reviews_drawn_once")
 

@@ -9,13 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_models import ARCHITECTURES, EOS, PAD, few_examples, snapshot, tiny_lm
 
+from rlhf_core.data.tokenization import word_tokenizer
 from rlhf_core.dpo import DPOObjective, dpo_loss, ipo_loss
 from rlhf_core.metrics import DPO_METRICS, stage_row
 from rlhf_core.optim import adamw
 from rlhf_core.stage_config import DPOLossConfig, TrainingConfig
 from rlhf_core.supervised import SupervisedState, supervised_step
 from rlhf_core.testing.command import run_command
-from rlhf_core.tokenization import word_tokenizer
 
 PROMPTS = [[5, 6, 7], [8], [9, 2, 3, 4], [2, 2]]
 CHOSEN = [[3, 4, EOS], [7, EOS], [6, 6, 6, EOS], [9, EOS]]

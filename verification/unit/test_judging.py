@@ -12,9 +12,9 @@ from pipeline_data import COMMON, write_rows
 from tiny_models import tiny_lm
 
 from rlhf_core import runlog
+from rlhf_core.data.tokenization import byte_pair_tokenizer
 from rlhf_core.judging import best_of_n, judging_summary
 from rlhf_core.testing.command import run_command
-from rlhf_core.tokenization import byte_pair_tokenizer
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 5])

@@ -8,6 +8,7 @@ from tiny_models import ARCHITECTURES, PROMPTS, VALUES, draw, rows_of, same_bits
 from torch import nn
 
 from rlhf_core.config import ModelConfig
+from rlhf_core.data.tokenization import word_tokenizer
 from rlhf_core.layers import ROWWISE
 from rlhf_core.policy import (
     ActorCritic,
@@ -21,7 +22,6 @@ from rlhf_core.policy import (
     require_model_source,
     round_up,
 )
-from rlhf_core.tokenization import word_tokenizer
 
 architectures = pytest.mark.parametrize("architecture", ARCHITECTURES)
 values = pytest.mark.parametrize("value", VALUES)

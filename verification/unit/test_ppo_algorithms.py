@@ -16,12 +16,12 @@ from trainer_cases import (
     step_once,
 )
 
+from rlhf_core.data.tokenization import word_tokenizer
 from rlhf_core.metrics import log_row
 from rlhf_core.policy import ActorCritic
 from rlhf_core.scoring import score_rollout
 from rlhf_core.targets import make_targets
 from rlhf_core.testing.command import TINY_RUN, run_command
-from rlhf_core.tokenization import word_tokenizer
 from rlhf_core.trainer_state import load_state, save_state
 
 VALUE_METRICS = {"value_loss", "explained_variance", "value_mean", "return_mean"}

@@ -4,9 +4,9 @@ import pytest
 import torch
 from tiny_models import ARCHITECTURES, EOS, PAD, PROMPTS, draw, same_bits, snapshot, tiny_config, tiny_lm
 
-from rlhf_core.batches import right_pad
+from rlhf_core.data.batches import right_pad
+from rlhf_core.data.tokenization import word_tokenizer
 from rlhf_core.reward import Classifier, ClassifierReward, TextReward, decode
-from rlhf_core.tokenization import word_tokenizer
 
 architectures = pytest.mark.parametrize("architecture", ARCHITECTURES)
 WORDS = ["film", "good", "bad", "very", "not", ".", "the", "plot"]  # ids 3 to 10, after <eos>, <pad> and <unk>

@@ -4,8 +4,8 @@ import pytest
 import torch
 from tiny_models import ARCHITECTURES, PAD, PROMPTS, same_bits, snapshot, tiny_lm
 
-from rlhf_core.batches import right_pad
 from rlhf_core.config import ClassifierConfig
+from rlhf_core.data.batches import right_pad
 from rlhf_core.reward import Classifier
 from rlhf_core.reward_model import accuracy, train_classifier
 

@@ -18,7 +18,9 @@ from tiny_models import PAD, snapshot, tiny_lm
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from rlhf_core import runlog
-from rlhf_core.dataset import Rows
+from rlhf_core.data.dataset import Rows
+from rlhf_core.data.token_store import TokenWriter
+from rlhf_core.data.tokenization import byte_pair_tokenizer
 from rlhf_core.optim import adamw
 from rlhf_core.policy import load_model
 from rlhf_core.reward_model import PairObjective, load_reward_model, new_reward_model, save_reward_model
@@ -27,8 +29,6 @@ from rlhf_core.stage_config import PreferenceConfig, TrainingConfig
 from rlhf_core.supervised import SupervisedState, number_of_steps, supervised_step, width_rate
 from rlhf_core.testing.assertions import assert_runs_identical
 from rlhf_core.testing.command import run_command
-from rlhf_core.token_store import TokenWriter
-from rlhf_core.tokenization import byte_pair_tokenizer
 
 PROMPTS = [[5, 6], [], [7, 3, 9], [8]]
 COMPLETIONS = [[4, 4, 0], [2, 5, 0], [6, 0], [3, 3, 3, 3]]

@@ -3,9 +3,9 @@ import math
 import pytest
 from tiny_models import EOS, PAD, PROMPTS, VOCABULARY, share_of_sevens, tiny_config, tiny_state
 
+from rlhf_core.data.tokenization import word_tokenizer
 from rlhf_core.ppo import ppo_step
 from rlhf_core.step_rows import sample_rows
-from rlhf_core.tokenization import word_tokenizer
 
 SPECIALS = 3
 TOKENIZER = word_tokenizer([f"word{number}" for number in range(VOCABULARY - SPECIALS)])

@@ -8,11 +8,12 @@ import pytest
 from pipeline_data import COMMON, PPO, write_rows
 from tiny_models import tiny_lm
 
-from rlhf_core import policy, reviews, runlog
+from rlhf_core import policy, runlog
+from rlhf_core.data import reviews
+from rlhf_core.data.tokenization import byte_pair_tokenizer, word_tokenizer
 from rlhf_core.reward_model import new_reward_model, save_reward_model
 from rlhf_core.testing.assertions import assert_runs_differ, assert_runs_identical
 from rlhf_core.testing.command import TINY_RUN, run_command
-from rlhf_core.tokenization import byte_pair_tokenizer, word_tokenizer
 
 SOURCE = """
 def length(prompts, completions):

@@ -11,8 +11,8 @@ from tiny_models import PROMPTS as TINY_PROMPTS
 
 from rlhf_core.checkpoint import check_folder, write_folder
 from rlhf_core.config import ModelConfig
+from rlhf_core.data.tokenization import word_tokenizer
 from rlhf_core.ppo import ppo_step
-from rlhf_core.tokenization import word_tokenizer
 from rlhf_core.trainer_state import load_state, save_state
 
 CPU = torch.device("cpu")

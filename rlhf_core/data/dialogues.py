@@ -5,7 +5,7 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_core.records import RowError
+from rlhf_core.data.records import RowError
 
 ASSISTANT = "\n\nAssistant:"
 ROLES = ("system", "developer", "user", "assistant", "tool")

@@ -2,10 +2,10 @@
 
 import pytest
 
-from rlhf_core.dialogues import Chat, split_dialogues
-from rlhf_core.examples import Example, example_of, held_out, need_of
-from rlhf_core.records import RowError
-from rlhf_core.tokenization import byte_pair_tokenizer
+from rlhf_core.data.dialogues import Chat, split_dialogues
+from rlhf_core.data.examples import Example, example_of, held_out, need_of
+from rlhf_core.data.records import RowError
+from rlhf_core.data.tokenization import byte_pair_tokenizer
 
 TEMPLATE = (
     "{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}<eos>\n{% endfor %}"

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_core import runlog
-from rlhf_core.profile_files import (
+from rlhf_core.profiles.files import (
     GPU,
     OPERATOR_COLUMNS,
     OPERATORS_FILE,

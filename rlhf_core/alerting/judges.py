@@ -1,11 +1,11 @@
-"""How the rules of the alerts judge rows: pure functions of columns. The rules themselves are in ``alert_rules``."""
+"""How the rules of the alerts judge rows: pure functions of columns. The rules themselves are in ``rules``."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
-from rlhf_core.alert_series import HEAD, Series
+from rlhf_core.alerting.series import HEAD, Series
 
 Settings = Mapping[str, float | str]
 """A rule's table of ``alerts.toml``."""

@@ -6,8 +6,8 @@ import torch
 from tiny_models import EOS, PAD, PROMPTS, share_of_sevens, tiny_config, tiny_state
 
 from rlhf_core import ppo
-from rlhf_core.gradient_probe import GradientProbe
-from rlhf_core.invariants import target_error, tokens_after_end
+from rlhf_core.checks.gradient_probe import GradientProbe
+from rlhf_core.checks.invariants import target_error, tokens_after_end
 from rlhf_core.losses import clipped_policy_losses, clipped_value_losses, log_ratio, masked_sum
 
 

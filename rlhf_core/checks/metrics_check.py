@@ -1,6 +1,6 @@
 """Whether a run's metrics are all there, possible, and agree with each other. Imports no torch.
 
-What can be computed again from a kept rollout is in :mod:`rlhf_core.metrics_again`.
+What can be computed again from a kept rollout is in :mod:`rlhf_core.checks.metrics_again`.
 """
 
 import json

@@ -2,8 +2,8 @@ import collections
 
 import pytest
 
-from rlhf_core import labelled
-from rlhf_core.labelled import Labelled
+from rlhf_core.data import labelled
+from rlhf_core.data.labelled import Labelled
 
 
 def write(folder, **files):

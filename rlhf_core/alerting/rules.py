@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 
-from rlhf_core import alert_judges as judges
-from rlhf_core.alert_judges import Judge, above, below, drop, grown, jump, lost, recent_below
-from rlhf_core.alert_series import NONFINITE, STEP_ADVANCE
+from rlhf_core.alerting import judges
+from rlhf_core.alerting.judges import Judge, above, below, drop, grown, jump, lost, recent_below
+from rlhf_core.alerting.series import NONFINITE, STEP_ADVANCE
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from rlhf_core import report_to, runlog
+from rlhf_core import runlog
+from rlhf_core.reporting import trackers
 from rlhf_core.testing.assertions import assert_runs_identical
 from rlhf_core.testing.command import TINY_RUN, run_command
 
@@ -50,7 +51,7 @@ def test_tensorboard_reads_back_what_was_logged(tmp_path, finished_run):
 @pytest.mark.parametrize("name", ["wandb", "trackio"])
 def test_a_tracker_gets_name_configuration_steps_and_the_end(tmp_path, fake_library, name):
     calls = fake_library(name)
-    with report_to.Reporter([name, name], tmp_path / "mine", {"seed": 3}) as reporter:
+    with trackers.Reporter([name, name], tmp_path / "mine", {"seed": 3}) as reporter:
         reporter.after_step(
             {"step": 1, "kl": 0.5, "nonfinite": ["entropy"], "entropy": None}, {"step": 1, "stages_s": {"update": 2.0}}
         )
@@ -63,14 +64,14 @@ def test_a_tracker_gets_name_configuration_steps_and_the_end(tmp_path, fake_libr
 
 def test_a_run_that_fails_is_closed_there_too(tmp_path, fake_library):
     calls = fake_library("wandb")
-    with pytest.raises(FloatingPointError), report_to.Reporter(["wandb"], tmp_path, {}):
+    with pytest.raises(FloatingPointError), trackers.Reporter(["wandb"], tmp_path, {}):
         raise FloatingPointError
     assert calls[-1] == ("finish",)
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb", "trackio"])
 def test_a_library_that_is_not_installed_is_one_line_with_its_extra_before_there_is_a_run(tmp_path, monkeypatch, name):
-    monkeypatch.setattr(report_to.importlib.util, "find_spec", lambda module: None)
+    monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda module: None)
     outcome = run_command("train", *TINY_RUN, "--runs", tmp_path, "--name", "mine", "--report-to", name)
     assert outcome.code == 2
     assert f"--report-to {name}: {name} is not installed; pip install 'rlhf-systems-kit[{name}]'" in outcome.complaint

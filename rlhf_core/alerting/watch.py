@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlhf_core import readers, runlog
+from rlhf_core import runlog
+from rlhf_core.alerting import readers
 from rlhf_core.alerts import SEVERITIES, Alert, Monitor, Severity, Thresholds, nonfinite_alert
 from rlhf_core.terminal import console
 

@@ -8,9 +8,9 @@ import sys
 
 import pytest
 
-from rlhf_core.dataset import build_store, fingerprint, open_rows, texts_of
+from rlhf_core.data.dataset import build_store, fingerprint, open_rows, texts_of
+from rlhf_core.data.tokenization import byte_pair_tokenizer
 from rlhf_core.tasks import cut_prompt
-from rlhf_core.tokenization import byte_pair_tokenizer
 
 TEMPLATE = (
     "{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}<eos>\n{% endfor %}"
@@ -190,9 +190,9 @@ def test_a_fingerprint_is_of_the_content(tmp_path):
 MEASURE = """
 import sys
 from pathlib import Path
-from rlhf_core.dataset import build_store, open_rows
+from rlhf_core.data.dataset import build_store, open_rows
 from rlhf_core.profiling import peak_memory_bytes
-from rlhf_core.tokenization import word_tokenizer
+from rlhf_core.data.tokenization import word_tokenizer
 
 tokenizer = word_tokenizer(["word"])
 before = peak_memory_bytes()

@@ -7,8 +7,8 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
-from rlhf_core.report_content import MIB, Content, peak, read_content, shown_metrics
-from rlhf_core.report_figures import bars, curves
+from rlhf_core.reporting.content import MIB, Content, peak, read_content, shown_metrics
+from rlhf_core.reporting.figures import bars, curves
 from rlhf_core.runlog import write_atomically
 from rlhf_core.terminal import printable
 

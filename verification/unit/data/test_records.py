@@ -12,7 +12,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from rlhf_core.records import RowError, read_records, source_files
+from rlhf_core.data.records import RowError, read_records, source_files
 
 ROWS = [{"prompt": "a, b", "completion": 'say "c"\nand d'}, {"prompt": "ü", "completion": "e"}]
 
@@ -176,7 +176,7 @@ class TestSize:
         ]
 
     def test_a_line_without_an_end_is_given_up(self, tmp_path, monkeypatch):
-        monkeypatch.setattr("rlhf_core.records.LONGEST_ROW", 100)
+        monkeypatch.setattr("rlhf_core.data.records.LONGEST_ROW", 100)
         path = tmp_path / "a.jsonl"
         path.write_bytes(b'{"prompt": "a"}\n' + b"x" * 1000 + b'\n{"prompt": "b"}\n')
         assert reasons(path) == [(f"{path}:2", "too long to be a row")]

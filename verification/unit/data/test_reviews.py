@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlhf_core import review_grammar, reviews
-from rlhf_core.review_grammar import ADJECTIVES, NOUNS, STRENGTH, VERBS
-from rlhf_core.reviews import VOCABULARY, Clause, Meaning, generate, interpret, prompts, score, split_of
+from rlhf_core.data import review_grammar, reviews
+from rlhf_core.data.review_grammar import ADJECTIVES, NOUNS, STRENGTH, VERBS
+from rlhf_core.data.reviews import VOCABULARY, Clause, Meaning, generate, interpret, prompts, score, split_of
 
 ROOT = Path(__file__).parents[2]
 SAMPLE = generate(seed=11, n=5000)
@@ -165,7 +165,7 @@ def test_reviews_of_seed_0_never_change():
 
 def test_hash_seed_does_not_matter():
     code = (
-        "import hashlib; from rlhf_core.reviews import *;"
+        "import hashlib; from rlhf_core.data.reviews import *;"
         "made = ([r.text for r in generate(3, 300)], prompts(3, 300, 'train'), VOCABULARY);"
         "print(hashlib.sha256(repr(made).encode()).hexdigest())"
     )

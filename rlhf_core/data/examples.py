@@ -17,8 +17,8 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from rlhf_core.dialogues import Chat, Message, messages_of, split_dialogues, text_of
-from rlhf_core.records import RowError
+from rlhf_core.data.dialogues import Chat, Message, messages_of, split_dialogues, text_of
+from rlhf_core.data.records import RowError
 
 Need = Literal["prompt", "demonstration", "pair"]
 LABELS = {"1": True, "0": False, "true": True, "false": False, "positive": True, "negative": False}

@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, LlamaConfig
 
-from rlhf_core import tokenization
-from rlhf_core.tokenization import EOS, PAD, UNKNOWN, byte_pair_tokenizer, word_tokenizer
+from rlhf_core.data import tokenization
+from rlhf_core.data.tokenization import EOS, PAD, UNKNOWN, byte_pair_tokenizer, word_tokenizer
 
 any_text = st.text(alphabet=st.characters(exclude_categories=("Cs",)))
 

@@ -19,11 +19,11 @@ from typing import Any, Literal
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_core.dialogues import Chat
-from rlhf_core.examples import Example, Need, example_of, held_out, need_of
-from rlhf_core.records import RowError, is_hub_name, read_records, source_files
-from rlhf_core.token_store import Column, TokenWriter, mapped, read_numbers
-from rlhf_core.tokenization import encode_text
+from rlhf_core.data.dialogues import Chat
+from rlhf_core.data.examples import Example, Need, example_of, held_out, need_of
+from rlhf_core.data.records import RowError, is_hub_name, read_records, source_files
+from rlhf_core.data.token_store import Column, TokenWriter, mapped, read_numbers
+from rlhf_core.data.tokenization import encode_text
 
 Errors = Literal["stop", "skip"]
 COLUMNS: dict[Need, tuple[str, ...]] = {

@@ -15,8 +15,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
-from rlhf_core import review_grammar as grammar
-from rlhf_core.review_grammar import VOCABULARY, Clause, Meaning, Pairs, interpret
+from rlhf_core.data import review_grammar as grammar
+from rlhf_core.data.review_grammar import VOCABULARY, Clause, Meaning, Pairs, interpret
 
 __all__ = [
     "VOCABULARY",

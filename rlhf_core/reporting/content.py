@@ -7,12 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from rlhf_core import readers, runlog
-from rlhf_core.alert_thresholds import default_thresholds
+from rlhf_core import runlog
+from rlhf_core.alerting import readers
+from rlhf_core.alerting.thresholds import default_thresholds
 from rlhf_core.alerts import Alert, Monitor, worst_first
 from rlhf_core.config import TrainConfig, read_config_file
 from rlhf_core.metrics import METRICS, TIMINGS, Metric
-from rlhf_core.profile_files import (
+from rlhf_core.profiles.files import (
     OPERATOR_COLUMNS,
     OPERATORS_FILE,
     PROFILES_FOLDER,

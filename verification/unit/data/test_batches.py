@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlhf_core.batches import batches, prompt_rows, right_pad
+from rlhf_core.data.batches import batches, prompt_rows, right_pad
 
 
 def test_right_pad_fills_behind_and_masks_it():
