@@ -24,15 +24,27 @@ C = TypeVar("C", bound=RunConfig)
 
 
 @dataclass(frozen=True)
+class RunOptions:
+    """The options of every command that makes a run; a command adds its configuration in a field of its own name."""
+
+    config: Path | None = None
+    """A .toml file or a run's config.json that sets options; the command line goes before it."""
+    name: str | None = None
+    """The run's name: its folder under --runs."""
+    runs: Path = Path("runs")
+    """Where runs are kept."""
+    resume: bool = False
+    """Continue the run --name (or the latest) from where it stands, with the options it began with."""
+
+
+@dataclass(frozen=True)
 class Job(Generic[C]):
     """A command that makes a run."""
 
     command: str
-    """Its name."""
-    options: type
-    """The command's options; the field named like the command's first word holds the configuration."""
-    field: str
-    """Its name."""
+    """Its name, and that of the field of its options that holds the configuration."""
+    options: type[RunOptions]
+    """The command's options."""
     empty: Callable[[], C]
     """The configuration with nothing given."""
     defaults: Callable[[str | None, Path | None], C]
@@ -59,10 +71,10 @@ def make_run(job: Job[C], arguments: list[str]) -> int:
         recorded = configuration.read_config_file(folder / runlog.CONFIG_FILE, job.empty())
         asked = configuration.read_config_file(file, recorded) if file else recorded
         options = _parsed(job, arguments, asked)
-        _refuse_changes(recorded, getattr(options, job.field))
+        _refuse_changes(recorded, getattr(options, job.command))
         return _do(job, located(recorded, working_directory(folder)), options, folder, lambda: folder)
     options = _parsed(job, arguments, job.defaults(early["data"], file))
-    config: C = getattr(options, job.field)
+    config: C = getattr(options, job.command)
     configuration.check_sources(config)
     if job.reopens and (known := _known(job, config, runs, early["name"])):
         again = configuration.to_json(config)
@@ -94,7 +106,8 @@ def _parsed(job: Job[C], arguments: list[str], base: C) -> Any:
     """Return the command's options."""
     if any(one == "--reward" or one.startswith("--reward=") for one in arguments):
         base = dataclasses.replace(base, reward=())  # what is given replaces what a file says, as with other options
-    return parse(job.options, arguments, job.command, job.options(**{job.field: base}))
+    configured: dict[str, Any] = {job.command: base}
+    return parse(job.options, arguments, job.command, job.options(**configured))
 
 
 def _refuse_changes(recorded: RunConfig, asked: RunConfig) -> None:
@@ -213,6 +226,20 @@ def early_options(arguments: list[str]) -> dict[str, Any]:
     return {name: None if value == "None" else value for name, value in found.items()}
 
 
-def stage_defaults(empty: Callable[[], C]) -> Callable[[str | None, Path | None], C]:
-    """Return the defaults of a stage: those of its configuration, changed by a file."""
-    return lambda data, file: empty() if file is None else configuration.read_config_file(file, empty())
+def stage_job(
+    command: str,
+    options: type[RunOptions],
+    empty: Callable[[], C],
+    load: Callable[[C, "DataPlace"], Any],
+    execute: Callable[[C, Any, Any, Path], None],
+    reopens: bool = False,
+) -> Job[C]:
+    """Return the job of a command whose defaults are its configuration's, changed by ``--config``."""
+
+    def defaults(data: str | None, file: Path | None) -> C:
+        return empty() if file is None else configuration.read_config_file(file, empty())
+
+    def default_name(config: C) -> str:
+        return f"{source_name(config)}-{command}-seed{config.seed}"
+
+    return Job(command, options, empty, defaults, load, execute, default_name, reopens=reopens)

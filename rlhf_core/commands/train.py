@@ -10,7 +10,7 @@ import tyro
 from rlhf_core import config as configuration
 from rlhf_core.alerting.thresholds import default_thresholds, read_thresholds
 from rlhf_core.alerting.watch import WatchOptions
-from rlhf_core.commands.running import Job, make_run, source_name
+from rlhf_core.commands.running import Job, RunOptions, make_run, source_name
 from rlhf_core.config import TrainConfig
 from rlhf_core.reporting.trackers import Destination, require_installed
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(RunOptions):
     """Train a language model with PPO.
 
     With no options: the embedded film reviews, from nothing, on the CPU, in a few minutes. With --data a folder of
@@ -27,14 +27,6 @@ class Options:
     """
 
     train: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=TrainConfig)
-    config: Path | None = None
-    """A .toml file or a run's config.json that sets options; the command line goes before it."""
-    name: str | None = None
-    """The run's name: its folder under --runs."""
-    runs: Path = Path("runs")
-    """Where runs are kept."""
-    resume: bool = False
-    """Continue the run --name (or the latest) from its newest sound checkpoint, with the options it began with."""
     profile: bool = False
     """Write profiles/: time and memory by stage, a trace for Perfetto, operators. Changes no number of the run."""
     report_to: tuple[Destination, ...] = ()
@@ -57,7 +49,6 @@ def run(arguments: list[str]) -> int:
         Job(
             command="train",
             options=Options,
-            field="train",
             empty=TrainConfig,
             defaults=configuration.defaults,
             load=_load,
