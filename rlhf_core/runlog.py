@@ -5,6 +5,7 @@ This module does not import torch.
 
 import contextlib
 import errno
+import fcntl
 import itertools
 import json
 import os
@@ -203,6 +204,27 @@ def _make_first_free(runs: Path, name: str) -> Path:
         with contextlib.suppress(FileExistsError):
             return _make(runs / (name if number == 1 else f"{name}-{number}"))
     raise AssertionError("unreachable: a name is always free")
+
+
+@contextlib.contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Keep a run's folder to this process while it writes there; the lock goes with the process, however it ends.
+
+    Raises:
+        ValueError: another process has it.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{folder.resolve()} is being written by another process; wait for it, or end it") from None
+        except OSError as error:
+            if error.errno not in (errno.ENOTSUP, errno.ENOLCK, errno.ENOSYS):  # a file system without locks
+                raise
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def point_latest(folder: Path) -> None:

@@ -1,6 +1,7 @@
 """What the commands that make a run share: options from a file, the run's folder, resuming, and how a run ends."""
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import shlex
@@ -72,16 +73,25 @@ def make_run(job: Job[C], arguments: list[str]) -> int:
         asked = configuration.read_config_file(file, recorded) if file else recorded
         options = _parsed(job, arguments, asked)
         _refuse_changes(recorded, getattr(options, job.command))
-        return _do(job, located(recorded, working_directory(folder)), options, folder, lambda: folder)
+        with runlog.writing(folder):
+            return _do(job, located(recorded, working_directory(folder)), options, folder, lambda: folder)
     options = _parsed(job, arguments, job.defaults(early["data"], file))
     config: C = getattr(options, job.command)
     configuration.check_sources(config)
     if job.reopens and (known := _known(job, config, runs, early["name"])):
         again = configuration.to_json(config)
-        return _do(job, config, options, None, lambda: _rewritten(known, again), runs)
+        with runlog.writing(known):
+            return _do(job, config, options, None, lambda: _rewritten(known, again), runs)
     runlog.check_new_name(runs, early["name"])
     default_name, content = job.default_name(config), configuration.to_json(config)
-    return _do(job, config, options, None, lambda: runlog.create_run(runs, early["name"], default_name, content), runs)
+    with contextlib.ExitStack() as until_done:
+
+        def create() -> Path:
+            folder = runlog.create_run(runs, early["name"], default_name, content)
+            until_done.enter_context(runlog.writing(folder))
+            return folder
+
+        return _do(job, config, options, None, create, runs)
 
 
 def _known(job: Job[C], config: C, runs: Path, name: str | None) -> Path | None:
@@ -157,7 +167,19 @@ def _do(
         if not isinstance(error, RewardError):
             raise
         return complain(f"{error}; put that right, then continue with: {resume}", USAGE_ERROR)
+    except (MemoryError, RuntimeError) as error:
+        if not _out_of_memory(error):
+            raise
+        remedy = f"a smaller batch or micro-batch needs less; with more of it free, continue with: {resume}"
+        return complain(f"out of memory: {describe(error).partition(chr(10))[0]}; {remedy}", USAGE_ERROR)
     return 0
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Whether there was no memory left: numpy and torch's allocators for GPU and CPU say so in three ways."""
+    import torch
+
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 def working_directory(run: Path) -> Path | None:

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -356,6 +357,57 @@ class TestDisk:
         monkeypatch.setattr(runlog, "append", append)
         assert run_command("train", "--resume", "--name", "mine", "--runs", tmp_path).code == 0
         assert_runs_identical(finished_run, tmp_path / "mine")
+
+    @pytest.mark.parametrize(
+        ("error", "said"),
+        [
+            (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.\nMore"), "Tried to allocate 9 GiB"),
+            (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 99 bytes"), "99 bytes"),
+            (MemoryError("Unable to allocate 8 TiB"), "Unable to allocate 8 TiB"),
+        ],
+    )
+    def test_memory_that_runs_out_is_one_line_and_resume_ends_in_the_same_bytes(
+        self, finished_run, tmp_path, monkeypatch, error, said
+    ):
+        save = training.save_state
+
+        def full_at_step_4(state, tokenizer, folder):
+            if state.step == 4:
+                raise error
+            save(state, tokenizer, folder)
+
+        monkeypatch.setattr(training, "save_state", full_at_step_4)
+        outcome = run_command("train", *TINY_RUN, "--runs", tmp_path, "--name", "mine")
+        assert outcome.code == 2
+        assert_matches(
+            f"out of memory: .*{said}.*; a smaller batch or micro-batch needs less; .*: rlhf train --resume",
+            outcome.complaint,
+        )
+        monkeypatch.setattr(training, "save_state", save)
+        assert run_command("train", "--resume", "--name", "mine", "--runs", tmp_path).code == 0
+        assert_runs_identical(finished_run, tmp_path / "mine")
+
+    def test_an_error_of_ours_is_not_called_a_lack_of_memory(self, tmp_path, monkeypatch):
+        def broken(state, tokenizer, folder):
+            raise RuntimeError("shapes do not fit")
+
+        monkeypatch.setattr(training, "save_state", broken)
+        with pytest.raises(RuntimeError, match="shapes do not fit"):
+            run_command("train", *TINY_RUN, "--runs", tmp_path)
+
+    def test_a_run_that_another_process_writes_is_left_alone(self, runs):
+        script = "import sys; from pathlib import Path; from rlhf_core.runlog import writing\n"
+        script += "with writing(Path(sys.argv[1])): print('mine', flush=True); sys.stdin.read()"
+        other = [sys.executable, "-c", script, str(runs / "earlier")]
+        before = files_of(runs)
+        with subprocess.Popen(other, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout.readline() == "mine\n"
+            outcome = run_command("train", "--resume", "--runs", runs)
+            assert outcome.code == 2
+            assert_matches("earlier is being written by another process; wait for it, or end it", outcome.complaint)
+            assert files_of(runs) == before
+            process.kill()
+        assert run_command("train", "--resume", "--runs", runs).code == 0
 
     @pytest.mark.parametrize("kib", [64, 400, 700])
     def test_a_disk_that_is_really_full(self, finished_run, tmp_path, kib):
