@@ -218,7 +218,9 @@ def writing(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(f"{folder.resolve()} is being written by another process; wait for it, or end it") from None
+            raise ValueError(
+                f"{folder.resolve()} is being written by another process; wait for it, or end it"
+            ) from None
         except OSError as error:
             if error.errno not in (errno.ENOTSUP, errno.ENOLCK, errno.ENOSYS):  # a file system without locks
                 raise
