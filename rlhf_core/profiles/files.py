@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,8 +72,8 @@ def read_trace(path: Path) -> Trace:
     try:
         tree = json.loads(text)
     except (ValueError, RecursionError) as error:
-        cut = "it was cut short" if not text.rstrip().endswith("}") else "it was changed"
-        raise ProfileError(f"{path} is not JSON ({error}); {cut}; profile again") from None
+        what = "it was cut short" if cut_short(text) else "it was changed"
+        raise ProfileError(f"{path} is not JSON ({error}); {what}; profile again") from None
     if not isinstance(tree, dict) or not isinstance(tree.get("traceEvents"), list):
         raise ProfileError(f"{path} has no list traceEvents; it is no trace")
     facts = tree.get("otherData")
@@ -89,6 +90,22 @@ def read_trace(path: Path) -> Trace:
     if not events:
         raise ProfileError(f"{path} has no events; no step ended while it was profiled")
     return Trace(events, facts["steps"], facts["operator_steps"], facts)
+
+
+_UNFINISHED = re.compile(r'\s*(?:"(?:[^"\\]|\\.)*\\?|[-+.\w\\]*)\s*', re.DOTALL)
+"""The beginning of a string, a number, a word or an escape, or nothing."""
+
+
+def cut_short(text: str) -> bool:
+    """Whether a text is a JSON document without its end: where it stops being one, at most a part of a token is left."""
+    start = len(text) - len(text.lstrip())
+    try:
+        json.JSONDecoder().raw_decode(text, start)
+    except json.JSONDecodeError as error:
+        return text[start] in "{[" and _UNFINISHED.fullmatch(text, error.pos) is not None
+    except RecursionError:
+        pass
+    return False
 
 
 def _event(item: Any, where: str) -> Event:
