@@ -97,7 +97,7 @@ _UNFINISHED = re.compile(r'\s*(?:"(?:[^"\\]|\\.)*\\?|[-+.\w\\]*)\s*', re.DOTALL)
 
 
 def cut_short(text: str) -> bool:
-    """Whether a text is a JSON document without its end: where it stops being one, at most a part of a token is left."""
+    """Whether a text is a JSON document without its end: no more than a part of a token is left where it ends."""
     start = len(text) - len(text.lstrip())
     try:
         json.JSONDecoder().raw_decode(text, start)
