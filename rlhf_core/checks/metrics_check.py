@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_core import runlog
+from rlhf_core.checks.step_log import brief, rows_by_step
 from rlhf_core.config import TrainConfig, read_config_file
 from rlhf_core.metrics import METRICS
 
@@ -168,7 +169,7 @@ def _check_relations(rows: Rows, config: TrainConfig) -> str:
 
 
 def _check_tokens_per_second(run: Path, rows: Rows) -> str:
-    timings = {row["step"]: row for row in runlog.read(run / runlog.TIMINGS_FILE)}
+    timings = rows_by_step(run / runlog.TIMINGS_FILE)
     missing = sorted(rows.keys() ^ timings.keys())
     _require(not missing, f"metrics.jsonl and timings.jsonl differ in the steps {missing[:5]}")
     slowest, fastest = math.inf, 0.0
