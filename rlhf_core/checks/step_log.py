@@ -30,6 +30,10 @@ def rows_by_step(path: Path) -> dict[int, dict[str, Any]]:
 
 
 def brief(value: object) -> str:
-    """Return a value as text of a length that a message can have."""
-    text = value if isinstance(value, str) else repr(value)
+    """Return a value as Python writes it, of a length that a message can have."""
+    return shortened(repr(value))
+
+
+def shortened(text: str) -> str:
+    """Return a text, or its beginning and how long it is."""
     return text if len(text) <= 60 else f"{text[:30]}… ({len(text)} characters)"

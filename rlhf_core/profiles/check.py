@@ -446,7 +446,7 @@ def _same(what: str, a: list[Any], b: list[Any]) -> None:
     if a == b:
         return
     only_a, only_b = (
-        f"[{', '.join(brief(repr(item)) for item in sorted(one)[:10])}]" for one in (set(a) - set(b), set(b) - set(a))
+        f"[{', '.join(brief(item) for item in sorted(one)[:10])}]" for one in (set(a) - set(b), set(b) - set(a))
     )
     if only_a == only_b == "[]":
         raise CheckFailed(f"{what} differ: one of them is there twice")

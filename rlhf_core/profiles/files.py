@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlhf_core.checks.step_log import brief
+from rlhf_core.checks.step_log import brief, shortened
 
 PROFILES_FOLDER = "profiles"
 SUMMARY_FILE = "summary.csv"
@@ -157,7 +157,7 @@ def read_table(path: Path, columns: tuple[str, ...]) -> dict[str, dict[str, floa
         raise ProfileError(f"{path} is no table ({error})") from None
     if tuple(lines[0]) != columns:
         raise ProfileError(
-            f"{path}: the columns are {','.join(map(brief, lines[0]))}; they must be {','.join(columns)}"
+            f"{path}: the columns are {','.join(map(shortened, lines[0]))}; they must be {','.join(columns)}"
         )
     rows: dict[str, dict[str, float]] = {}
     for number, line in enumerate(lines[1:], start=2):
@@ -174,7 +174,7 @@ def read_table(path: Path, columns: tuple[str, ...]) -> dict[str, dict[str, floa
 
 def _number(value: str, column: str, where: str) -> float:
     whole = column in COUNTS or column.endswith("_bytes")
-    text = brief(value)
+    text = shortened(value)
     try:
         number = int(value) if whole else float(value)
     except ValueError:
