@@ -8,7 +8,7 @@ import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from rlhf_core import runlog
 from rlhf_core.checks.step_log import brief, rows_by_step
@@ -235,7 +235,7 @@ def _log_probs(sample: dict[str, Any], name: str, where: str) -> list[float]:
     return found
 
 
-def is_number(value: Any) -> bool:
+def is_number(value: Any) -> TypeGuard[int | float]:
     """Whether a value is a finite number; one that no float holds is none."""
     return type(value) in (int, float) and abs(value) <= sys.float_info.max
 
