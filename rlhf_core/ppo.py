@@ -167,6 +167,24 @@ def accumulate_gradients(
     return MinibatchSums(sums, deviation, count, int(whole_mask_BT.sum()))
 
 
+def optimizer_step(
+    state: PPOState, sums: MinibatchSums, parameters: list[torch.nn.Parameter], max_norm: float, step: int
+) -> float:
+    """Move the weights by their gradients, which are gone then, and return the gradients' norm before clipping.
+
+    Raises:
+        NonFiniteError: a loss or a gradient is not finite; the weights are as they were.
+    """
+    grads = gradients(parameters)
+    norm = total_norm(grads)
+    if not (math.isfinite(norm) and bool(sums.sums.isfinite().all())):
+        raise NonFiniteError(step, first_nonfinite_of_update(state.model, sums.sums))
+    clip_gradients(grads, norm, max_norm)
+    state.optimizer.step()
+    state.optimizer.zero_grad(set_to_none=True)
+    return norm
+
+
 def update(
     state: PPOState,
     rollout: Rollout,
@@ -195,14 +213,7 @@ def update(
                 first = probe if epoch == number == 0 else None
                 sums = accumulate_gradients(state, rollout, scores, targets, minibatch, config, clock, first)
                 with clock.stage("optimizer"):
-                    grads = gradients(parameters)
-                    norm = total_norm(grads)
-                    if not (math.isfinite(norm) and bool(sums.sums.isfinite().all())):
-                        raise NonFiniteError(step, first_nonfinite_of_update(state.model, sums.sums))
-                    statistics.add(sums, norm)
-                    clip_gradients(grads, norm, config.ppo.max_grad_norm)
-                    state.optimizer.step()
-                    state.optimizer.zero_grad(set_to_none=True)
+                    statistics.add(sums, optimizer_step(state, sums, parameters, config.ppo.max_grad_norm, step))
     require_finite(step, None, **dict(state.model.named_parameters()))
     return statistics.metrics(value=state.model.has_value) | (probe.metrics() if probe else {})
 
