@@ -353,7 +353,12 @@ def test_dialogues_need_no_model_with_a_chat_template(tmp_path):
         ("sft", [{"prompt": "p", "completion": "c"}], ("--held-out", "1"), "held_out is 1.0; it must lie in"),
         ("sft", [{"prompt": "p", "completion": "c"}], ("--training.steps", "0"), "training.steps is 0; it must be"),
         ("sft", [{"prompt": "p", "completion": "c"}], ("--model.path", "/none/m"), "no model folder '/none/m'"),
-        ("reward", [{"prompt": "p", "chosen": "c", "rejected": "r"}], ("--held-out", "0.999999"), "or a smaller --held"),
+        (
+            "reward",
+            [{"prompt": "p", "chosen": "c", "rejected": "r"}],
+            ("--held-out", "0.999999"),
+            "or a smaller --held",
+        ),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, command, rows, options, message):
