@@ -138,8 +138,6 @@ def run_pipeline(config: PipelineConfig, sources: dict[str, Any], run: Path, *, 
         if state == "kept":
             console.print(f"{stage.name}: kept ({why})", markup=False, soft_wrap=True)
             continue
-        if state == "again":
-            shutil.rmtree(folder)
         console.print(f"{stage.name}: {why}", markup=False, soft_wrap=True)
         do_stage(stage, folder, run, key, resumed=state == "resumed")
 
@@ -150,6 +148,8 @@ def do_stage(stage: Stage, folder: Path, run: Path, key: str, *, resumed: bool) 
     with data_place(run, folder if resumed else None) as place:
         inputs = stage.load(config, place)
         if not resumed:
+            # What is done again stays until what it needs has been loaded: an option that cannot be used costs nothing.
+            shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()
             runlog.write_atomically(folder / runlog.CONFIG_FILE, to_json(stage.config).encode())
             _note(folder, {"key": key})
