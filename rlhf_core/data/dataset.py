@@ -141,8 +141,10 @@ def build_store(
     report.used, report.held_out = len(chosen), int(marked.sum())
     for name, value in (("train", 0), ("held_out", 1)):
         (folder / f"{name}.rows").write_bytes(chosen[marked == value].astype("<i8").tobytes())
-    if report.used == report.held_out:
-        raise ValueError(f"no row of the data can be trained on: {report}; {_remedy(report)}")
+    if not report.used:
+        first = next(iter(report.first.values()), None)
+        remedy = f"correct the rows: the first is {first}" if first else "give a source that holds rows"
+        raise ValueError(f"no row of the data can be used: {report}; {remedy}")
     content = {
         "rows": report.rows, "used": report.used, "held_out": report.held_out, "repeated": report.repeated,
         "cut": report.cut, "longest": report.longest, "unusable": dict(report.unusable),
@@ -151,12 +153,15 @@ def build_store(
     return report
 
 
-def _remedy(report: DataReport) -> str:
-    if not report.rows:
-        return "give a source that holds rows"
-    if not report.used:
-        return f"correct the rows: the first is {next(iter(report.first.values()))}"
-    return "give more rows, or a smaller --held-out"
+def to_train_on(report: DataReport) -> DataReport:
+    """Return the report of data that a model is trained on.
+
+    Raises:
+        ValueError: every row is held out.
+    """
+    if report.used == report.held_out:
+        raise ValueError(f"no row of the data is left to train on: {report}; give more rows, or a smaller --held-out")
+    return report
 
 
 def _as_prompt(example: Example, cut_prompt: Callable[[str, int], str] | None, row: int) -> Example:

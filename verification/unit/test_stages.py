@@ -344,7 +344,7 @@ def test_dialogues_need_no_model_with_a_chat_template(tmp_path):
             "sft",
             [{"prompt": "p"}],
             ("--data-errors", "skip"),
-            r"no row of the data can be trained on: .*1 no completion, .*; correct the rows: the first is .*jsonl:1",
+            r"no row of the data can be used: .*1 no completion, .*; correct the rows: the first is .*jsonl:1",
         ),
         ("sft", [{"prompt": "p", "completion": 3}], (), r"pairs\.jsonl:1: wrong type: completion is 3 \(int\)"),
         ("sft", [{"messages": [{"role": "user", "content": "x"}]}], (), r"pairs\.jsonl:1: no completion"),
