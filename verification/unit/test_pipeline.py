@@ -128,7 +128,8 @@ def test_a_changed_option_redoes_its_stage_and_what_follows(finished, copied):
 
 
 def test_an_option_that_a_stage_cannot_use_costs_no_finished_stage(copied):
-    outcome, _ = again(copied, "--sampling.max-new-tokens", "64")
+    place = ("--data", copied / "pairs.jsonl", "--runs", copied / "runs", "--name", "p")
+    outcome = run_command(*OPTIONS, *place, "--sampling.max-new-tokens", "64")
     assert outcome.code == 2
     assert "max_new_tokens is 64" in outcome.complaint
     outcome, found = again(copied)
