@@ -6,6 +6,7 @@ Shape suffixes: N tokens, D width, H heads, G key-value heads, K head width.
 from typing import Any, Protocol
 
 import torch
+from torch import nn
 from transformers import GPT2LMHeadModel, GPT2Model, LlamaForCausalLM, LlamaModel, PreTrainedModel
 
 CAPTURING = "transformers.utils.output_capturing"
@@ -54,20 +55,32 @@ def blocks_of(model: PreTrainedModel) -> Blocks | None:
         hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
         if module.training or any(getattr(hook, "__module__", None) != CAPTURING for hook in hooks):
             return None
+    head, embeddings = getattr(model, "lm_head", None), trunk.get_input_embeddings()
+    tied = head is not None and head.weight is embeddings.weight
     if type(trunk) is GPT2Model:
-        return None if config.reorder_and_upcast_attn or config.add_cross_attention else _GPT2Blocks(trunk)
-    return _LlamaBlocks(trunk) if getattr(config, "pretraining_tp", 1) == 1 else None
+        return None if config.reorder_and_upcast_attn or config.add_cross_attention else _GPT2Blocks(trunk, tied)
+    return _LlamaBlocks(trunk, tied) if getattr(config, "pretraining_tp", 1) == 1 else None
+
+
+def _rows_of(embeddings: nn.Embedding, ids_N: torch.Tensor, tied: bool) -> torch.Tensor:
+    """Return [N, D] the embeddings of tokens.
+
+    Where they are the head's weight too, their gradient has a row a token, which autograd adds to the head's gradient
+    in place: another dense one, nearly all zeros, would take as long to write and to add as the weight is large.
+    """
+    return nn.functional.embedding(ids_N, embeddings.weight, embeddings.padding_idx, sparse=tied)
 
 
 class _GPT2Blocks:
-    def __init__(self, trunk: Any) -> None:
+    def __init__(self, trunk: Any, tied: bool) -> None:
+        self._tied = tied
         self._trunk, self._layers = trunk, list(trunk.h)
         self.count = len(self._layers)
         self.key_value_heads = trunk.config.n_head
         self.head_width = trunk.config.n_embd // trunk.config.n_head
 
     def embed(self, ids_N: torch.Tensor, positions_N: torch.Tensor) -> torch.Tensor:
-        return self._trunk.wte(ids_N) + self._trunk.wpe(positions_N)
+        return _rows_of(self._trunk.wte, ids_N, self._tied) + self._trunk.wpe(positions_N)
 
     def attention_inputs(self, layer: int, x_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         block = self._layers[layer]
@@ -89,7 +102,8 @@ class _GPT2Blocks:
 
 
 class _LlamaBlocks:
-    def __init__(self, trunk: Any) -> None:
+    def __init__(self, trunk: Any, tied: bool) -> None:
+        self._tied = tied
         self._trunk, self._layers = trunk, list(trunk.layers)
         self.count = len(self._layers)
         self.key_value_heads = trunk.config.num_key_value_heads
@@ -97,7 +111,7 @@ class _LlamaBlocks:
         self._cos_N1K = self._sin_N1K = torch.empty(0)
 
     def embed(self, ids_N: torch.Tensor, positions_N: torch.Tensor) -> torch.Tensor:
-        x_ND = self._trunk.embed_tokens(ids_N)
+        x_ND = _rows_of(self._trunk.embed_tokens, ids_N, self._tied)
         cos_1NK, sin_1NK = self._trunk.rotary_emb(x_ND, positions_N[None])
         self._cos_N1K, self._sin_N1K = cos_1NK[0, :, None], sin_1NK[0, :, None]
         return x_ND

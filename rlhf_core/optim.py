@@ -31,6 +31,7 @@ def add_gradients(parameters: Iterable[torch.nn.Parameter], grads: Iterable[torc
     """Add to each parameter's gradient, in place where it has one."""
     for parameter, grad in zip(parameters, grads, strict=True):
         if grad is not None:
+            grad = grad.to_dense() if grad.is_sparse else grad
             parameter.grad = grad if parameter.grad is None else parameter.grad.add_(grad)
 
 

@@ -6,12 +6,15 @@ and returns the largest deviation of metrics and weights, relative to the larges
 
 import copy
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
+import pytest
 import torch
 from tiny_models import EOS, share_of_sevens
 from trainer_cases import algorithm_case, padded_more, rollout_of
 
+from rlhf_core import scoring
 from rlhf_core.config import TrainConfig
 from rlhf_core.policy import ActorCritic
 from rlhf_core.ppo import PPOState, learn
@@ -88,6 +91,21 @@ def of_right_padding(config: TrainConfig, state: PPOState, rollout: Rollout) -> 
     return deviation(learned(config, state, rollout), learned(config, state, padded_more(rollout, 0, 4)))
 
 
+def of_packing(config: TrainConfig, state: PPOState, rollout: Rollout) -> float:
+    """Real tokens side by side, against padded rows through the model's own ``forward``."""
+    packed = learned(config, state, rollout)
+    with padded_rows():
+        return deviation(packed, learned(config, state, rollout))
+
+
+@contextmanager
+def padded_rows() -> Iterator[None]:
+    """Let every model's tokens go through its own ``forward``, padding and all."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scoring, "packable", lambda model: None)
+        yield
+
+
 def of_response_head(config: TrainConfig, state: PPOState, rollout: Rollout) -> float:
     """The head over the response's positions alone, against the head over every position."""
     everywhere = copy.deepcopy(state)
@@ -95,7 +113,8 @@ def of_response_head(config: TrainConfig, state: PPOState, rollout: Rollout) -> 
         owner._arguments.keep = lambda positions: {}
     short = state.model.lm(input_ids=rollout.input_ids_BL, logits_to_keep=2).logits.shape[1]
     assert short == 2, "the head is not limited at all"
-    return deviation(learned(config, state, rollout), learned(config, everywhere, rollout))
+    with padded_rows():
+        return deviation(learned(config, state, rollout), learned(config, everywhere, rollout))
 
 
 def of_value_network(config: TrainConfig, state: PPOState, rollout: Rollout) -> float:
@@ -157,6 +176,7 @@ EXACT: dict[str, Callable[[TrainConfig, PPOState, Rollout], float]] = {
     "order": of_order,
     "left padding": of_left_padding,
     "right padding": of_right_padding,
+    "packing": of_packing,
     "response head": of_response_head,
     "temperature": of_temperature,
 }

@@ -1,6 +1,6 @@
 """What must not change the trainer's result does not: in float64 to 1e-11 of the largest movement of a weight.
 
-Rows of unequal length are padded, not packed: there is no packing to be invariant to. Bits, where they must agree, are
+Both ways through a model are held to it: real tokens side by side, and padded rows. Bits, where they must agree, are
 the subject of unit/test_ppo_masks.py (what lies outside the mask) and of M1 (seeds, processes, threads).
 """
 
@@ -9,10 +9,10 @@ import dataclasses
 
 import pytest
 import torch
-from invariances import EXACT, OF_VALUES, case, learned
+from invariances import EXACT, OF_VALUES, case, learned, padded_rows
 from trainer_cases import algorithms
 
-from rlhf_core import policy, ppo, scoring
+from rlhf_core import packing, policy, ppo, scoring
 
 pytestmark = pytest.mark.m4
 
@@ -25,6 +25,12 @@ FLOAT32_INSIDE = 1e-6
 @pytest.mark.parametrize("name", EXACT)
 def test_what_means_the_same_learns_the_same(algorithm, name):
     assert EXACT[name](*case(algorithm)) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", [name for name in EXACT if name != "packing"])
+def test_so_it_does_with_padded_rows(name):
+    with padded_rows():
+        assert EXACT[name](*case("ppo")) < TOLERANCE
 
 
 @pytest.mark.parametrize("name", EXACT)
@@ -133,9 +139,37 @@ def plant_temperature_forgotten_by_the_reference(monkeypatch):
     ids=lambda x: getattr(x, "__name__", x),
 )
 def test_a_planted_mistake_breaks_its_invariance(monkeypatch, name, plant):
+    monkeypatch.setattr(scoring, "packable", lambda model: None)
     plant(monkeypatch)
     architecture = "gpt2" if plant is plant_positions_from_the_left_edge else "llama"  # RoPE knows differences alone
     assert (EXACT | OF_VALUES)[name](*case("ppo", architecture)) > 1e-6
+
+
+def plant_predictions_of_the_token_itself(packed):
+    return dataclasses.replace(packed, predicting_M=packed.predicting_M + 1)
+
+
+def plant_positions_of_all_rows(packed):
+    return dataclasses.replace(packed, positions_N=torch.arange(len(packed.ids_N)) % 16)
+
+
+@pytest.mark.parametrize(
+    "plant",
+    [plant_predictions_of_the_token_itself, plant_positions_of_all_rows],
+    ids=lambda x: x.__name__,
+)
+def test_a_planted_mistake_breaks_packing(monkeypatch, plant):
+    right = scoring.pack
+    monkeypatch.setattr(scoring, "pack", lambda *args: plant(right(*args)))
+    assert EXACT["packing"](*case("ppo", "gpt2")) > 1e-6
+
+
+def test_a_token_that_sees_those_behind_it_breaks_packing(monkeypatch):
+    right = packing.scaled_dot_product_attention
+    monkeypatch.setattr(
+        packing, "scaled_dot_product_attention", lambda *x, is_causal, **options: right(*x, is_causal=False, **options)
+    )
+    assert EXACT["packing"](*case("ppo", "gpt2")) > 1e-6
 
 
 # -- precision ---------------------------------------------------------------------------------------------------------
@@ -168,6 +202,7 @@ def test_rounding_errors_stay_bounded_as_updates_add_up(algorithm, updates):
 
 
 def test_a_log_prob_that_is_rounded_to_half_precision_would_be_noticed(monkeypatch):
+    monkeypatch.setattr(scoring, "packable", lambda model: None)
     right = scoring.token_logprobs
 
     def rounding(logits, labels, **options):
