@@ -45,7 +45,7 @@ def planned(config: TrainConfig, process: int, runs: Path) -> tuple[ModelShape, 
     if steps is None:
         steps = 0 if config.model.path else task.pretrain_steps
     texts = _text_lengths(task, min(limit or 1024, 1024)) if steps or task.labelled else []
-    ppo = config.ppo
+    ppo, judged = config.ppo, bool(task.labelled) and not config.reward
     return shape, Workload(
         process=process,
         prompt=max(prompts),
@@ -58,7 +58,8 @@ def planned(config: TrainConfig, process: int, runs: Path) -> tuple[ModelShape, 
         bfloat16=config.dtype == "bfloat16",
         evaluation_rows=min(PROMPTS_AT_A_TIME, config.log.evaluation_prompts, held_out),
         pretrain_rows=config.pretrain.batch_size if steps else 0,
-        classifier_rows=config.classifier.batch_size if task.labelled and not config.reward else 0,
+        classifier_rows=config.classifier.batch_size if judged else 0,
+        supervised_steps=steps + (config.classifier.steps if judged else 0),
         longest_text=max(texts, default=0),
         text_tokens=sum(texts),
         reward_weights=sum(map(_reward_weights, config.reward)),

@@ -1,8 +1,8 @@
 """The memory that a training will take, by part and by stage: pure functions of shapes and sizes, in bytes.
 
-A run's stages follow each other, so its peak is that of its largest stage, and a stage's is the sum of what lives in it.
-What can be counted is counted: weights, gradients, moments, and what a forward pass saves for the backward pass. What
-cannot, because it depends on how a pass is computed or on the allocator, stands in :class:`Costs` alone.
+A run's stages follow each other, so its peak is that of its largest stage, and a stage's is the sum of what lives in
+it. What can be counted is counted: weights, gradients, moments, and what a forward pass saves for the backward pass.
+What cannot, because it depends on how a pass is computed or on the allocator, stands in :class:`Costs` alone.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ KEPT = "kept by the allocator"
 
 @dataclass(frozen=True)
 class Costs:
-    """What was measured, not counted; ``python verification/benchmarks/fit_memory.py`` shows prediction against runs.
+    """What was measured, not counted; ``python verification/benchmarks/memory_runs.py`` sets predictions beside runs.
 
     Everything that depends on how ``ppo.py``, ``scoring.py``, ``layers.py`` and ``evaluation.py`` compute stands here.
     """
@@ -55,16 +55,20 @@ class Costs:
     """[B, L, D] arrays that live while one layer is computed without a gradient."""
     first_use: int = 60 * MIB
     """What libraries take when they first compute: code made for the processor, buffers of threads."""
+    code_of_length: int = 5 * MIB
+    """What they take further for texts of each length, whose products have code of their own."""
+    lengths_with_code: int = 24
+    """Lengths after which that grows no more: the code is kept for a limited number of products."""
     token_in_text: int = 250
     """Bytes of a token of a text that is read, with its tokenizer's notes."""
     texts_left: float = 0.6
     """Share of that which stays when the texts are read no more."""
     rollout_token: int = 200
     """Bytes of a position of a rollout: ids, masks, log-probs, values, targets, with the copies made of them."""
-    kept_share: float = 0.45
+    kept_share: float = 0.85
     """What the C library's allocator holds beside a micro-batch's activations, because freed pieces lie between: a
     share of them."""
-    left_share: float = 0.7
+    left_share: float = 0.8
     """What of both stays with the process when the update is over."""
 
 
@@ -122,6 +126,8 @@ class Workload:
     """Texts of a step of pre-training; 0 where there is none."""
     classifier_rows: int = 0
     """Texts of a step of the reward model and the evaluator; 0 where none is trained."""
+    supervised_steps: int = 0
+    """Optimizer steps of these two together."""
     longest_text: int = 0
     text_tokens: int = 0
     """Tokens of all texts that are read."""
@@ -205,7 +211,8 @@ def plan_memory(shape: ModelShape, work: Workload, costs: Costs = FITTED) -> Mem
     """Return what each stage of a run will hold."""
     policy = FLOAT * shape.weights
     trained = FLOAT * trained_weights(shape, work.value)
-    process = {PROCESS: work.process + costs.first_use}
+    code = costs.code_of_length * min(work.longest_text, work.supervised_steps, costs.lengths_with_code)
+    process = {PROCESS: work.process + costs.first_use + code}
     texts = {TEXTS: costs.token_in_text * work.text_tokens}
     stages = []
     if work.pretrain_rows:
@@ -221,11 +228,15 @@ def plan_memory(shape: ModelShape, work: Workload, costs: Costs = FITTED) -> Mem
     update = _update(shape, work, costs, trained)
     left = {KEPT: int(costs.left_share * (update[ACTIVATIONS] + update[KEPT]))}
     stages.append(Stage(SAMPLING, between | left | _sampling(shape, work, costs, work.batch)))
-    stages.append(Stage(SCORING, between | left | _reading(shape, work, costs, work.micro_batch, costs.logits_in_scoring)))
+    stages.append(
+        Stage(SCORING, between | left | _reading(shape, work, costs, work.micro_batch, costs.logits_in_scoring))
+    )
     stages.append(Stage(UPDATE, between | update))
     if work.evaluation_rows:
         rows = work.evaluation_rows
-        own = _largest(_sampling(shape, work, costs, rows), _reading(shape, work, costs, rows, costs.logits_in_evaluation))
+        own = _largest(
+            _sampling(shape, work, costs, rows), _reading(shape, work, costs, rows, costs.logits_in_evaluation)
+        )
         stages.append(Stage(EVALUATION, between | left | own))
     return MemoryPlan(stages)
 

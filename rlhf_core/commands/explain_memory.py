@@ -27,14 +27,15 @@ def explain(config: TrainConfig, limit: int | None, runs: Path) -> int:
     plan = plan_memory(shape, work)
     console.print(_table(plan))
     console.print(
-        f"peak: {in_mib(plan.peak.total)} during {plan.peak.name}, with micro-batches of {work.micro_batch}, prompts of "
-        f"{work.prompt} tokens and responses of {work.response}, the longest there can be"
+        f"peak: {in_mib(plan.peak.total)} during {plan.peak.name}, with micro-batches of {work.micro_batch}, prompts "
+        f"of {work.prompt} tokens and responses of {work.response}, the longest there can be",
+        soft_wrap=True,
     )
     if plan.peak.name == EVALUATION:
         console.print(f"up to the last step, as timings.jsonl has it: {in_mib(plan.training_peak)}")
     if limit is None:
         return 0
-    console.print(_against(limit, shape, work, plan))
+    console.print(_against(limit, shape, work, plan), soft_wrap=True)
     return int(plan.peak.total > limit)
 
 

@@ -29,7 +29,6 @@ sys.path.insert(0, str(HERE))
 
 import ppo_workload as workload  # noqa: E402 - a script: its folder is no package
 
-
 Step = Callable[[int], tuple[int, Any]]
 """Does the step of a number; returns how many completion tokens it made, and its clock."""
 
