@@ -33,10 +33,26 @@ Step = Callable[[int], tuple[int, Any]]
 """Does the step of a number; returns how many completion tokens it made, and its clock."""
 
 
-def measure(
+def measure(shape: workload.Shape, name: str, steps: int, dtype: str, threads: int, micro_batch: int) -> dict[str, Any]:
+    """Run the workload on this kit's trainer and return the figures."""
+    figures = time_steps(shape, steps, dtype, threads, micro_batch)
+    seconds, stages = figures["seconds"], figures["stages"]
+    rate = product_rate(dtype)
+    needed = workload.operations(shape)
+    return figures | {
+        "trainer": "rlhf-systems-kit",
+        "model": name,
+        "dtype": dtype,
+        "threads": threads,
+        "tokens_per_second": workload.BATCH * workload.NEW_TOKENS / seconds,
+        "operations": needed,
+        "product_rate": rate,
+        "share_of_product_rate": {stage: needed[stage] / stages[stage] / rate for stage in needed},
+    }
+
+
+def time_steps(
     shape: workload.Shape,
-    *,
-    name: str,
     steps: int,
     dtype: str = "float32",
     threads: int = 2,
@@ -44,7 +60,7 @@ def measure(
     batch: int = workload.BATCH,
     new_tokens: int = workload.NEW_TOKENS,
 ) -> dict[str, Any]:
-    """Run the workload on this kit's trainer and return the figures."""
+    """Return the median seconds of a step and of its stages, and the largest memory of the process."""
     do_step = stepper(shape, dtype, threads, micro_batch, batch, new_tokens)
     from rlhf_core.profiling import peak_memory_bytes
 
@@ -55,24 +71,10 @@ def measure(
         clock.stop(tokens)
         rows.append((time.perf_counter() - start, clock.stage_seconds()))
     rows = rows[1:]  # the first one makes what later ones find made
-    seconds = statistics.median(total for total, _ in rows)
-    stages = {stage: statistics.median(found[stage] for _, found in rows) for stage in rows[0][1]}
-    # Before the products of the rate, whose matrices are not the trainer's.
-    peak = peak_memory_bytes()
-    rate = product_rate(dtype)
-    needed = workload.operations(shape, new_tokens, batch)
     return {
-        "trainer": "rlhf-systems-kit",
-        "model": name,
-        "dtype": dtype,
-        "threads": threads,
-        "seconds": seconds,
-        "tokens_per_second": batch * new_tokens / seconds,
-        "stages": stages,
-        "operations": needed,
-        "product_rate": rate,
-        "share_of_product_rate": {stage: needed[stage] / stages[stage] / rate for stage in needed},
-        "peak_memory_bytes": peak,
+        "seconds": statistics.median(total for total, _ in rows),
+        "stages": {stage: statistics.median(found[stage] for _, found in rows) for stage in rows[0][1]},
+        "peak_memory_bytes": peak_memory_bytes(),
     }
 
 
@@ -369,10 +371,7 @@ def main() -> None:
             f"{figures['ratio']:.2f} times as fast"
         )
     else:
-        figures = measure(
-            workload.SHAPES[model], name=model, steps=steps, dtype=dtype, threads=threads,
-            micro_batch=arguments.micro_batch,
-        )  # fmt: skip
+        figures = measure(workload.SHAPES[model], model, steps, dtype, threads, arguments.micro_batch)
     if arguments.json:
         print(json.dumps(figures, sort_keys=True))
     elif text:
