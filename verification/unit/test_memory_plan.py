@@ -90,7 +90,7 @@ class TestWhatIsCounted:
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             model.base_model(input_ids=ids, attention_mask=mask, use_cache=False, **positions)
         total = sum(size for size, _ in saved.values())
-        assert 4 * saved_floats(shape_of(model, "eager"), 16, 24, COSTS) == pytest.approx(total, rel=0.02)
+        assert 4 * saved_floats(shape_of(model, "eager"), 16, 24, COSTS) == pytest.approx(total, rel=0.03)
 
     def test_the_cache_holds_keys_and_values_of_every_layer(self):
         assert cache_floats(SHAPE, rows=3, length=5) == 2 * 2 * 3 * 5 * 4
