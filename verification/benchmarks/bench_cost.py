@@ -75,7 +75,7 @@ class Growth:
         return self.constant + self.factor * sizes**self.exponent
 
 
-def fitted(sizes: list[int], values: list[float]) -> Growth:
+def fitted(sizes: list[float], values: list[float]) -> Growth:
     """Return the growth with the least squared relative errors; of any p, a and b follow by least squares."""
     x, y = np.asarray(sizes, float), np.asarray(values, float)
     scaled = x / x.max()
@@ -92,9 +92,9 @@ def fitted(sizes: list[int], values: list[float]) -> Growth:
     return Growth(float(constant), float(factor / x.max() ** found.x), float(found.x))
 
 
-def last_slope(sizes: list[int], values: list[float]) -> float:
-    """Return the slope in logarithms between the two largest sizes."""
-    return float(np.log(values[-1] / values[-2]) / np.log(sizes[-1] / sizes[-2]))
+def slope(sizes: list[float], values: list[float], first: int) -> float:
+    """Return the slope in logarithms between the point ``first`` and the largest."""
+    return float(np.log(values[-1] / values[first]) / np.log(sizes[-1] / sizes[first]))
 
 
 def measure_all(steps: int, axes: list[str]) -> dict[str, dict[str, list[float]]]:
@@ -156,8 +156,10 @@ def draw(found: dict[str, dict[str, list[float]]], path: Path) -> None:
                 pace = values[-1] / rows["operations"][-1]
                 label = f"operations, size^{needed.exponent:.2f}"
                 panel.plot(fine, needed.at(fine) * pace, "--", color="#999999", label=label)
-            panel.set(xscale="log", yscale="log", xlabel=axis)
-            panel.legend(fontsize=7)
+            panel.set(xscale="log", xlabel=axis, ylim=(0, 1.15 * values.max()))
+            panel.set_xticks(sizes, [f"{size:g}" for size in sizes], minor=False, fontsize=7)
+            panel.set_xticks([], minor=True)
+            panel.legend(fontsize=7, loc="upper left")
     panels[0][0].set_ylabel("seconds a step")
     panels[1][0].set_ylabel("peak memory, MiB")
     figure.savefig(path, dpi=80, metadata={"Software": None})
