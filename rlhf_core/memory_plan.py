@@ -14,13 +14,13 @@ FLOAT = 4
 MIB = 2**20
 Parts = dict[str, int]
 
-PROCESS = "process: Python, torch, libraries"
+PROCESS = "process with libraries"
 POLICY, REFERENCE, VALUE = "policy", "reference", "value model"
 REWARD_MODELS = "reward models"
 GRADIENTS, MOMENTS = "gradients", "Adam's moments"
 ACTIVATIONS, LOGITS = "activations", "logits"
-ATTENTION = "attention scores in passing"
-ROLLOUT = "key-value cache and rollout"
+ATTENTION = "attention in passing"
+ROLLOUT = "cache and rollout"
 TEXTS = "texts in tokens"
 NARROW_WEIGHTS = "weights in bfloat16"
 KEPT = "kept by the allocator"
@@ -69,7 +69,7 @@ class Costs:
     """What the C library's allocator holds beside a micro-batch's activations, because freed pieces lie between: a
     share of them."""
     left_share: float = 0.8
-    """What of both stays with the process when the update is over."""
+    """What of both stays with the process afterwards."""
 
 
 FITTED = Costs()
@@ -226,7 +226,10 @@ def plan_memory(shape: ModelShape, work: Workload, costs: Costs = FITTED) -> Mem
     models = {POLICY: policy, REFERENCE: policy, VALUE: trained - policy, REWARD_MODELS: FLOAT * judges}
     between = process | models | {MOMENTS: 2 * trained, TEXTS: int(costs.texts_left * texts[TEXTS])}
     update = _update(shape, work, costs, trained)
-    left = {KEPT: int(costs.left_share * (update[ACTIVATIONS] + update[KEPT]))}
+    # Pieces that earlier stages freed stay with the process, and later ones take theirs from them.
+    earlier = max((_left(stage.parts, costs) for stage in stages), default=0)
+    update[KEPT] = max(update[KEPT], earlier - update[ACTIVATIONS])
+    left = {KEPT: max(_left(update, costs), earlier)}
     stages.append(Stage(SAMPLING, between | left | _sampling(shape, work, costs, work.batch)))
     stages.append(
         Stage(SCORING, between | left | _reading(shape, work, costs, work.micro_batch, costs.logits_in_scoring))
@@ -262,6 +265,7 @@ def _supervised(
         ATTENTION: int(FLOAT * scores_in_passing(shape, rows, length, costs)),
         LOGITS: int(FLOAT * logits),
     }
+    own[KEPT] = int(costs.kept_share * own[ACTIVATIONS])
     return Stage(name, held | own)
 
 
@@ -303,6 +307,11 @@ def _reading(shape: ModelShape, work: Workload, costs: Costs, rows: int, logits:
         ATTENTION: int(FLOAT * scores_in_passing(shape, rows, work.length, costs)),
         LOGITS: int(FLOAT * logits * rows * work.response * shape.vocabulary),
     }
+
+
+def _left(parts: Parts, costs: Costs) -> int:
+    """Return what stays with the process when a stage with activations is over."""
+    return int(costs.left_share * (parts[ACTIVATIONS] + parts[KEPT]))
 
 
 def _largest(*alternatives: Parts) -> Parts:

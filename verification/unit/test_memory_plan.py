@@ -157,11 +157,18 @@ class TestTheStages:
             ACTIVATIONS: 4 * 2340,
             ATTENTION: 4 * 3 * 3 * 2 * 25,
             LOGITS: 4 * 4 * 3 * 5 * 10,
+            KEPT: 4680,
         }
         judges = parts_of("reward model and evaluator", work=work)
         assert judges[REWARD_MODELS] == 4000
         assert LOGITS not in judges
         assert parts_of("update", work=work)[TEXTS] == 70
+
+    def test_what_pre_training_freed_stays(self):
+        work = dataclasses.replace(WORK, pretrain_rows=9, longest_text=5)
+        # 4 · 156 · 45 activations and half of them kept; three quarters of both stay: 31590.
+        assert parts_of("rollout", work=work)[KEPT] == 31590
+        assert parts_of("update", work=work)[KEPT] == 31590 - 12480  # which the update's activations lie in
 
     def test_the_training_peak_leaves_the_evaluation_out(self):
         plan = plan_memory(SHAPE, dataclasses.replace(WORK, evaluation_rows=1000), COSTS)
