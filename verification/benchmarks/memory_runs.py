@@ -13,6 +13,7 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 MIB = 2**20
@@ -28,31 +29,56 @@ finally:
     print("largest resident set:", peak_memory_bytes())
 """
 MAKE_MODEL = """
-import sys
-import torch
-from transformers import GPT2LMHeadModel
+import json, sys
+from transformers import AutoConfig, AutoModelForCausalLM
 from rlhf_core.data import reviews
 from rlhf_core.data.tokenization import word_tokenizer
-sys.path.insert(0, sys.argv[2])
-import ppo_workload
 tokenizer = word_tokenizer(reviews.VOCABULARY)
-configuration = ppo_workload.SHAPES["M"].configuration()
-configuration.eos_token_id, configuration.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
-GPT2LMHeadModel(configuration).save_pretrained(sys.argv[1])
+special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+shape = AutoConfig.for_model(**json.loads(sys.argv[2]), **special)
+AutoModelForCausalLM.from_config(shape).save_pretrained(sys.argv[1])
 tokenizer.save_pretrained(sys.argv[1])
 """
 
-WIDE = "--model.layers 4 --model.hidden-size 512 --model.heads 8 --model.context 160 --sampling.max-new-tokens 96"
-SHORT = "--device cpu --pretrain.steps 2 --ppo.steps 2 --ppo.epochs 1 --ppo.batch-size 32"
+
+def _gpt2(layers: int, heads: int, width: int, vocabulary: int) -> dict[str, Any]:
+    return {
+        "model_type": "gpt2", "n_layer": layers, "n_head": heads, "n_embd": width, "vocab_size": vocabulary,
+        "n_positions": 512, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0,
+    }  # fmt: skip
+
+
+def _llama(layers: int, heads: int, width: int, inner: int, vocabulary: int) -> dict[str, Any]:
+    return {
+        "model_type": "llama", "num_hidden_layers": layers, "num_attention_heads": heads, "hidden_size": width,
+        "intermediate_size": inner, "vocab_size": vocabulary, "max_position_embeddings": 512,
+        "tie_word_embeddings": True,
+    }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Case:
+    """Options of a training and the untrained model that it starts from, whose responses hardly ever end early."""
+
+    options: str
+    model: dict[str, Any] | None = None
+
+
+SHORT = "--device cpu --ppo.steps 2 --ppo.epochs 1 --ppo.batch-size 32"
+WIDE = f"{SHORT} --sampling.max-new-tokens 96 --log.evaluation-prompts 0"
 CASES = {
-    "embedded default": "--device cpu --pretrain.steps 200 --ppo.steps 3",
-    "large vocabulary": f"{SHORT} --pretrain.steps 0 --model.path MODEL --sampling.max-new-tokens 48 "
-    "--ppo.minibatch-size 8 --ppo.micro-batch-size 8 --log.evaluation-prompts 32",
-    "long responses": f"{SHORT} --model.layers 4 --model.hidden-size 128 --model.context 416 "
-    "--sampling.max-new-tokens 384 --log.evaluation-prompts 0",
-    "shared value": f"{SHORT} {WIDE} --model.architecture gpt2 --model.value shared --log.evaluation-prompts 0",
-    "bfloat16 without value": f"{SHORT} {WIDE} --ppo.algorithm grpo --dtype bfloat16 --log.evaluation-prompts 0",
-    "small micro-batches": f"{SHORT} {WIDE} --ppo.micro-batch-size 4 --log.evaluation-prompts 0",
+    "embedded default": Case("--device cpu --pretrain.steps 200 --ppo.steps 3"),
+    "large vocabulary": Case(
+        f"{SHORT} --sampling.max-new-tokens 48 --ppo.minibatch-size 8 --ppo.micro-batch-size 8 "
+        "--log.evaluation-prompts 32",
+        _gpt2(6, 6, 384, 50257),
+    ),
+    "long responses": Case(
+        f"{SHORT} --sampling.max-new-tokens 384 --log.evaluation-prompts 0", _llama(4, 4, 128, 352, 4096)
+    ),
+    "shared value": Case(f"{WIDE} --model.value shared", _gpt2(4, 8, 512, 4096)),
+    "bfloat16 without value": Case(f"{WIDE} --ppo.algorithm grpo --dtype bfloat16", _llama(4, 8, 512, 1376, 4096)),
+    "small micro-batches": Case(f"{WIDE} --ppo.micro-batch-size 4", _llama(4, 8, 512, 1376, 4096)),
 }
 
 
@@ -79,11 +105,12 @@ def measured(case: str, folder: Path) -> Peaks:
 
 
 def _options(case: str, folder: Path) -> list[str]:
-    options = CASES[case]
-    model = folder / "model"
-    if "MODEL" in options and not model.exists():
-        _python(MAKE_MODEL, str(model), str(Path(__file__).parent))
-    return options.replace("MODEL", str(model)).split()
+    options, shape, model = CASES[case].options.split(), CASES[case].model, folder / "model"
+    if shape is None:
+        return options
+    if not model.exists():
+        _python(MAKE_MODEL, str(model), json.dumps(shape))
+    return [*options, "--model.path", str(model)]
 
 
 def _mib(pattern: str, text: str) -> int:
