@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from itertools import chain
 
 import streamlit as st
 
@@ -11,7 +12,7 @@ from dashboard.series import Curve
 from dashboard.state import Choice, go
 from dashboard.store import Progress, Run, Store
 from rlhf_core.alerting.thresholds import default_thresholds
-from rlhf_core.alerts import Alert, synthetic_alerts
+from rlhf_core.alerts import SEVERITIES, Alert, synthetic_alerts
 from rlhf_core.terminal import printable
 
 POINTS = 500
@@ -178,20 +179,43 @@ def draw_questions(shown: dict[str, Run], found: dict[str, list[Alert]], choice:
     with st.container(horizontal=True, key="questions", gap="medium"):
         for number, (question, metrics) in enumerate(questions.grouped(names, everything=choice.everything).items()):
             with st.container(key=f"question_{number}"):
-                heading(question, metrics, next(iter(shown.values())))
+                heading(question, metrics, shown, found)
                 for name in metrics:
                     draw_metric(name, shown, found, choice)
 
 
-def heading(question: str, metrics: Sequence[str], run: Run) -> None:
-    """Draw a question with how many of its metrics lie in their healthy range."""
-    latest = run.latest()
-    judged = [name for name in metrics if name in latest and questions.healthy(name) != (None, None)]
-    outside = [name for name in judged if questions.outside(name, latest[name])]
-    words = f"outside its range: {', '.join(outside)}" if outside else f"{len(judged)} of {len(judged)} in range"
-    colour = charts.WARNING if outside else charts.GOOD
-    answer = f'<small style="--kit:{colour}">{text(words)}</small>' if judged else ""
-    show(f'<div class="kit-question"><span>{text(question)}</span>{answer}</div>')
+def heading(question: str, metrics: Sequence[str], shown: dict[str, Run], found: dict[str, list[Alert]]) -> None:
+    """Draw a question with its answer: the alerts on its metrics, or how many of those lie in their healthy range."""
+    words, colour = answer(question, metrics, [run.latest() for run in shown.values()], list(chain(*found.values())))
+    answered = f'<small style="--kit:{colour}">{text(words)}</small>' if words else ""
+    show(f'<div class="kit-question"><span>{text(question)}</span>{answered}</div>')
+
+
+def answer(
+    question: str, metrics: Sequence[str], latest: Sequence[dict[str, float | None]], alerts: Sequence[Alert]
+) -> tuple[str, str]:
+    """Return what to say of a question, and in which colour: an alert weighs more than a range, in any of the runs."""
+    about = {*metrics, *questions.QUESTIONS.get(question, ())}
+    standing = [one for one in alerts if one.standing and one.severity != "info" and curve_name(one) in about]
+    judged = [
+        (name, row[name])
+        for row in latest
+        for name in metrics
+        if name in row and questions.healthy(name) != (None, None)
+    ]
+    outside = list(dict.fromkeys(name for name, value in judged if questions.outside(name, value)))
+    if standing:
+        worst = max(standing, key=lambda one: SEVERITIES.index(one.severity)).severity
+        return f"{len(standing)} alert{'s' * (len(standing) > 1)}", charts.SEVERITY_COLOURS[worst]
+    if outside:
+        return f"outside its range: {', '.join(outside)}", charts.WARNING
+    names = len({name for name, _ in judged})
+    return (f"{names} of {names} in range" if judged else ""), charts.GOOD
+
+
+def curve_name(alert: Alert) -> str:
+    """Return the metric on whose curve an alert shows."""
+    return questions.CURVE_OF.get(alert.metric, alert.metric)
 
 
 def draw_metric(name: str, shown: dict[str, Run], found: dict[str, list[Alert]], choice: Choice) -> None:
@@ -202,7 +226,7 @@ def draw_metric(name: str, shown: dict[str, Run], found: dict[str, list[Alert]],
         (place, alert.severity)
         for alert in found[first_name]
         if alert.severity != "info"
-        and name in (alert.metric, *alert.moved_with)
+        and name in (curve_name(alert), *alert.moved_with)
         and (place := _inside(first, alert.first_step, choice, curves))
     ]
     chosen = None if choice.step is None else _inside(first, choice.step, choice, curves)

@@ -67,12 +67,18 @@ def read_csv(run: Run, name: str) -> list[dict[str, str]]:
 def tidy(rows: list[dict[str, str]]) -> list[dict[str, Any]]:
     """Return the rows of a table with numbers where they are numbers, without the columns that are 0 throughout."""
     kept = [name for name in rows[0] if any(as_number(row.get(name, "")) != 0.0 for row in rows)]
-    return [{printable(name): _tidy(row.get(name, "")) for name in kept} for row in rows]
+    return [{printable(_heading(name)): _tidy(name, row.get(name, "")) for name in kept} for row in rows]
 
 
-def _tidy(text: str) -> float | str:
+def _heading(name: str) -> str:
+    return name.removesuffix("_bytes") + "_MiB" if name.endswith("_bytes") else name
+
+
+def _tidy(name: str, text: str) -> float | str:
     number = as_number(text)
-    return printable(text) if number is None else round(number, 3)
+    if number is None:
+        return printable(text)
+    return round(number / 2**20, 1) if name.endswith("_bytes") else round(number, 3)
 
 
 def as_number(text: str) -> float | None:

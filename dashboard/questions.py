@@ -50,6 +50,8 @@ QUESTIONS: dict[str, tuple[str, ...]] = {
         "response_tokens",
     ),
 }
+CURVE_OF = {"kl_per_token": "kl", "rollout_logprob_diff": "rollout_logprob_diff_max"}
+"""The curve on which an alert shows whose rule speaks of a figure that no log has."""
 FIRST = 4
 """Metrics of a question that are shown before all are asked for."""
 OTHER = "Also in this log"

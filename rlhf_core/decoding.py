@@ -14,8 +14,9 @@ from typing import Any, Protocol
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import DynamicCache, GPT2LMHeadModel, LlamaForCausalLM, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
+from rlhf_core.blocks import Blocks, blocks_of
 from rlhf_core.numerics import is_portable
 from rlhf_core.policy import ForwardArguments, position_ids
 
@@ -36,7 +37,6 @@ class Decoder(Protocol):
         ...
 
 
-CAPTURING = "transformers.utils.output_capturing"
 SMALL_PRODUCT = 2**23
 """Multiplications below which a product takes less time than waking a second thread for it."""
 
@@ -100,40 +100,11 @@ class ModelDecoder:
         return output.logits[:, -1]
 
 
-class Blocks(Protocol):
-    """The layers of a model, as far as decoding needs them."""
-
-    count: int
-    key_value_heads: int
-    head_width: int
-    head: Any
-
-    def embed(self, ids_B: torch.Tensor, positions_B: torch.Tensor) -> torch.Tensor:
-        """Return [B, D] what goes into the first block."""
-        ...
-
-    def attention_inputs(self, layer: int, x_BD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return query [B, H, K], key and value [B, G, K] of a block."""
-        ...
-
-    def rest(self, layer: int, x_BD: torch.Tensor, attended_BD: torch.Tensor) -> torch.Tensor:
-        """Return [B, D] what a block hands on."""
-        ...
-
-    def normalized(self, x_BD: torch.Tensor) -> torch.Tensor:
-        """Return [B, D] what goes into the head."""
-        ...
-
-    def scaling(self, layer: int) -> float:
-        """Return the factor of query times key."""
-        ...
-
-
 class BlockDecoder:
     """Decodes block by block over keys and values that are allocated once."""
 
     def __init__(self, model: PreTrainedModel, blocks: Blocks, max_new_tokens: int) -> None:
-        self._model = model
+        self._model: Any = model
         self._arguments = ForwardArguments(model)
         self._blocks = blocks
         self._room = max_new_tokens
@@ -185,7 +156,7 @@ class BlockDecoder:
                 enable_gqa=query_BHK.shape[1] != blocks.key_value_heads,
             )
             x_BD = blocks.rest(layer, x_BD, attended_BH1K.reshape(len(ids_B), -1))
-        logits_BV: torch.Tensor = blocks.head(blocks.normalized(x_BD))
+        logits_BV: torch.Tensor = self._model.lm_head(blocks.normalized(x_BD))
         return logits_BV
 
     def keep(self, rows: torch.Tensor) -> None:
@@ -193,91 +164,3 @@ class BlockDecoder:
         self._keys = [keys[rows] for keys in self._keys]
         self._values = [values[rows] for values in self._values]
         self._positions_B, self._mask_B11S = self._positions_B[rows], self._mask_B11S[rows]
-
-
-def blocks_of(model: PreTrainedModel) -> Blocks | None:
-    """Return the blocks of a model that is transformers' GPT-2 or Llama, without what only some variants do; else None.
-
-    A model whose forward passes are hooked into is None too: what calls its layers one by one would pass the hooks by.
-    transformers' own hooks, which stay behind when hidden states were asked for once, are none that decoding needs.
-    """
-    hooked = [
-        hooks.values() for module in model.modules() for hooks in (module._forward_hooks, module._forward_pre_hooks)
-    ]
-    if any(getattr(hook, "__module__", None) != CAPTURING for hooks in hooked for hook in hooks):
-        return None
-    config = model.config
-    if type(model) is GPT2LMHeadModel and not config.reorder_and_upcast_attn and not config.add_cross_attention:
-        return _GPT2Blocks(model)
-    if type(model) is LlamaForCausalLM and getattr(config, "pretraining_tp", 1) == 1:
-        return _LlamaBlocks(model)
-    return None
-
-
-class _GPT2Blocks:
-    def __init__(self, model: Any) -> None:
-        self._trunk, self._layers, self.head = model.transformer, list(model.transformer.h), model.lm_head
-        self.count = len(self._layers)
-        self.key_value_heads = model.config.n_head
-        self.head_width = model.config.n_embd // model.config.n_head
-
-    def embed(self, ids_B: torch.Tensor, positions_B: torch.Tensor) -> torch.Tensor:
-        return self._trunk.wte(ids_B) + self._trunk.wpe(positions_B)
-
-    def attention_inputs(self, layer: int, x_BD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        block = self._layers[layer]
-        joint = block.attn.c_attn(block.ln_1(x_BD)).view(len(x_BD), 3, self.key_value_heads, self.head_width)
-        query, key, value = joint.unbind(1)
-        return query, key, value
-
-    def rest(self, layer: int, x_BD: torch.Tensor, attended_BD: torch.Tensor) -> torch.Tensor:
-        block = self._layers[layer]
-        x_BD = x_BD + block.attn.c_proj(attended_BD)
-        mlp = block.mlp
-        return x_BD + mlp.c_proj(mlp.act(mlp.c_fc(block.ln_2(x_BD))))
-
-    def normalized(self, x_BD: torch.Tensor) -> torch.Tensor:
-        return self._trunk.ln_f(x_BD)
-
-    def scaling(self, layer: int) -> float:
-        return self._layers[layer].attn.scaling
-
-
-class _LlamaBlocks:
-    def __init__(self, model: Any) -> None:
-        self._trunk, self._layers, self.head = model.model, list(model.model.layers), model.lm_head
-        self.count = len(self._layers)
-        self.key_value_heads = model.config.num_key_value_heads
-        self.head_width = self._layers[0].self_attn.head_dim
-        self._cos_B1K = self._sin_B1K = torch.empty(0)
-
-    def embed(self, ids_B: torch.Tensor, positions_B: torch.Tensor) -> torch.Tensor:
-        x_BD = self._trunk.embed_tokens(ids_B)
-        cos_1BK, sin_1BK = self._trunk.rotary_emb(x_BD, positions_B[None])
-        self._cos_B1K, self._sin_B1K = cos_1BK[0, :, None], sin_1BK[0, :, None]
-        return x_BD
-
-    def _rotated(self, x_BHK: torch.Tensor) -> torch.Tensor:
-        """Su et al., "RoFormer" (2021), the halves paired as in Llama."""
-        first, second = x_BHK.chunk(2, dim=-1)
-        return x_BHK * self._cos_B1K + torch.cat([-second, first], dim=-1) * self._sin_B1K
-
-    def attention_inputs(self, layer: int, x_BD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        block = self._layers[layer]
-        attention, h_BD = block.self_attn, block.input_layernorm(x_BD)
-        shape = (len(x_BD), -1, self.head_width)
-        query, key, value = (
-            project(h_BD).view(shape) for project in (attention.q_proj, attention.k_proj, attention.v_proj)
-        )
-        return self._rotated(query), self._rotated(key), value
-
-    def rest(self, layer: int, x_BD: torch.Tensor, attended_BD: torch.Tensor) -> torch.Tensor:
-        block = self._layers[layer]
-        x_BD = x_BD + block.self_attn.o_proj(attended_BD)
-        return x_BD + block.mlp(block.post_attention_layernorm(x_BD))
-
-    def normalized(self, x_BD: torch.Tensor) -> torch.Tensor:
-        return self._trunk.norm(x_BD)
-
-    def scaling(self, layer: int) -> float:
-        return self._layers[layer].self_attn.scaling

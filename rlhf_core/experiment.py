@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from rlhf_core import checkpoint
 from rlhf_core.config import TrainConfig
 from rlhf_core.data import reviews
-from rlhf_core.data.dataset import build_store, open_rows
+from rlhf_core.data.dataset import build_store, open_rows, to_train_on
 from rlhf_core.data.labelled import Part
 from rlhf_core.data.tokenization import check_vocabulary, encode_prompts, encode_sentences
 from rlhf_core.policy import build_model, context_length, load_model
@@ -101,15 +101,17 @@ def prepare_prompts(config: TrainConfig, task: Task, limit: int | None, place: D
             "no room for a prompt; lower --sampling.max-new-tokens"
         )
     place.prepare(
-        lambda folder: build_store(
-            str(config.data),
-            "prompt",
-            folder,
-            tokenizer=task.tokenizer,
-            longest=longest,
-            errors=config.data_errors,
-            held_out_share=config.held_out,
-            cut_prompt=lambda text, row: cut_prompt(text, config.seed, row),
+        lambda folder: to_train_on(
+            build_store(
+                str(config.data),
+                "prompt",
+                folder,
+                tokenizer=task.tokenizer,
+                longest=longest,
+                errors=config.data_errors,
+                held_out_share=config.held_out,
+                cut_prompt=lambda text, row: cut_prompt(text, config.seed, row),
+            )
         )
     )
 

@@ -32,6 +32,18 @@ class RowwiseConv1D(Conv1D):
         return linear(x, self.weight.t(), self.bias)
 
 
+class TiedEmbedding(nn.Embedding):
+    """Token embeddings that are the head's weight too: their own gradient has a row a token, and the head's has all.
+
+    Autograd adds the rows to the head's gradient in place. Another dense gradient, nearly all zeros, would take as
+    long to write and to add as the weight is large.
+    """
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """Return [..., D] the rows of these ids."""
+        return nn.functional.embedding(ids, self.weight, self.padding_idx, sparse=True)
+
+
 class FusedGELU(NewGELUActivation):
     """GPT-2's approximate GELU in one operator instead of eight (Hendrycks and Gimpel, 2016)."""
 
@@ -138,3 +150,8 @@ def exchange_layers(model: nn.Module) -> None:
             module.set_attn_implementation(ROWWISE)
         if type(module) in EXCHANGES:
             module.__class__ = EXCHANGES[type(module)]
+        if isinstance(module, PreTrainedModel):
+            head: Any = module.get_output_embeddings()
+            embeddings: Any = module.get_input_embeddings()
+            if head is not None and type(embeddings) is nn.Embedding and embeddings.weight is head.weight:
+                embeddings.__class__ = TiedEmbedding

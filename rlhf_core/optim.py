@@ -27,6 +27,13 @@ def gradients(parameters: Iterable[torch.nn.Parameter]) -> list[torch.Tensor]:
     return [parameter.grad for parameter in parameters if parameter.grad is not None]
 
 
+def add_gradients(parameters: Iterable[torch.nn.Parameter], grads: Iterable[torch.Tensor | None]) -> None:
+    """Add to each parameter's gradient, in place where it has one."""
+    for parameter, grad in zip(parameters, grads, strict=True):
+        if grad is not None:
+            parameter.grad = grad if parameter.grad is None else parameter.grad.add_(grad)
+
+
 def total_norm(grads: list[torch.Tensor]) -> float:
     """Return √Σ g² over all gradients; with Python's square root, for the reason given at :func:`adamw`."""
     if not grads:

@@ -21,7 +21,7 @@ from rlhf_core.alerting.watch import WatchOptions
 from rlhf_core.config import RunConfig, TrainConfig, to_json
 from rlhf_core.data.dataset import DataReport, fingerprint, read_examples
 from rlhf_core.data.dialogues import Chat
-from rlhf_core.data.tokenization import load_tokenizer
+from rlhf_core.data.tokenization import load_tokenizer, untrained_tokenizer
 from rlhf_core.experiment import load_inputs
 from rlhf_core.judging import load_judging, run_judging
 from rlhf_core.policy import model_folder, model_source
@@ -99,7 +99,7 @@ def load_pipeline(config: PipelineConfig, place: DataPlace) -> dict[str, Any]:
     choose_device(config)
     if config.data is None:
         raise ValueError("--data is missing; give preferences: a data file, a folder of them, or hub:NAME")
-    chat = Chat(load_tokenizer(config.model.path) if config.model.path else None)
+    chat = Chat(load_tokenizer(config.model.path) if config.model.path else untrained_tokenizer())
     pairs = sum(1 for _ in read_examples(config.data, "pair", chat, config.data_errors, DataReport(config.data)))
     if not pairs:
         raise ValueError(f"--data {config.data!r} has no usable preference; give rows of prompt, chosen and rejected")
@@ -138,8 +138,6 @@ def run_pipeline(config: PipelineConfig, sources: dict[str, Any], run: Path, *, 
         if state == "kept":
             console.print(f"{stage.name}: kept ({why})", markup=False, soft_wrap=True)
             continue
-        if state == "again":
-            shutil.rmtree(folder)
         console.print(f"{stage.name}: {why}", markup=False, soft_wrap=True)
         do_stage(stage, folder, run, key, resumed=state == "resumed")
 
@@ -150,6 +148,8 @@ def do_stage(stage: Stage, folder: Path, run: Path, key: str, *, resumed: bool) 
     with data_place(run, folder if resumed else None) as place:
         inputs = stage.load(config, place)
         if not resumed:
+            # What is done again stays until what it needs has been loaded: an option that cannot be used costs nothing.
+            shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()
             runlog.write_atomically(folder / runlog.CONFIG_FILE, to_json(stage.config).encode())
             _note(folder, {"key": key})

@@ -263,10 +263,14 @@ class ActorCritic(nn.Module):
                 **self._arguments.positions(attention_mask_BL),
             ).last_hidden_state
         )
-        hidden_BTD = predicting(hidden_BLD, response_length).to(self.value_head.weight.dtype)
-        with torch.autocast(hidden_BTD.device.type, enabled=False):
-            values_BT = self.value_head(hidden_BTD).squeeze(-1)
-        return logits_BTV, values_BT
+        return logits_BTV, self.values(predicting(hidden_BLD, response_length))
+
+    def values(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Return [...] the values of hidden states [..., D], in the head's own precision, under autocast too."""
+        assert self.value_head is not None
+        with torch.autocast(hidden.device.type, enabled=False):
+            values: torch.Tensor = self.value_head(hidden.to(self.value_head.weight.dtype)).squeeze(-1)
+        return values
 
 
 def response_slice(response_length: int) -> slice:

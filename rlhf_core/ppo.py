@@ -28,7 +28,8 @@ from rlhf_core.losses import (
     masked_sum,
 )
 from rlhf_core.metrics import rollout_metrics
-from rlhf_core.optim import clip_gradients, gradients, set_learning_rate, total_norm
+from rlhf_core.optim import add_gradients, clip_gradients, gradients, set_learning_rate, total_norm
+from rlhf_core.parallel import together, workers
 from rlhf_core.policy import ActorCritic, Reference, autocast
 from rlhf_core.profiling import StageClock
 from rlhf_core.reward import Reward
@@ -74,6 +75,43 @@ def plan_epoch(config: PPOConfig, seed: int, step: int, epoch: int) -> Plan:
     return [list(minibatch.split(config.micro_batch_size)) for minibatch in rows.split(config.minibatch_size)]
 
 
+@dataclass(frozen=True)
+class MicroBatch:
+    """Rows of a rollout, and their losses with the way back to the parameters."""
+
+    rows: torch.Tensor
+    logprobs_BT: torch.Tensor
+    values_BT: torch.Tensor | None
+    log_ratio_BT: torch.Tensor
+    policy_loss: torch.Tensor
+    """Summed as the losses' mean wants it, not yet divided."""
+    value_loss: torch.Tensor
+
+
+def micro_batch_losses(
+    state: PPOState, rollout: Rollout, scores: Scores, targets: Targets, rows: torch.Tensor, config: TrainConfig
+) -> MicroBatch:
+    """Return the losses of some rows, as sums."""
+    ppo, recipe = config.ppo, config.ppo.recipe
+    mask_BT = rollout.response_mask_BT[rows]
+    logprobs_BT, _, values_BT = evaluate_rows(state.model, rollout, rows, config.sampling.temperature, config.dtype)
+    log_ratio_BT = log_ratio(logprobs_BT, scores.logprobs_BT[rows], mask_BT)
+    losses_BT = clipped_policy_losses(log_ratio_BT, targets.advantages_BT[rows], mask_BT, clip_range=ppo.clip_range)
+    if recipe.kl_place == "loss":
+        to_ref_BT = log_ratio(logprobs_BT, scores.ref_logprobs_BT[rows], mask_BT)
+        losses_BT = losses_BT + state.kl_coef * kl_losses(recipe.kl_estimator, to_ref_BT, log_ratio_BT)
+    policy_loss = loss_sum(losses_BT, mask_BT, recipe.loss_mean)
+    value_loss = policy_loss.new_zeros(())
+    if values_BT is not None:
+        assert scores.values_BT is not None
+        assert targets.returns_BT is not None
+        value_losses_BT = clipped_value_losses(
+            values_BT, scores.values_BT[rows], targets.returns_BT[rows], mask_BT, clip_range=ppo.value_clip_range
+        )
+        value_loss = loss_sum(value_losses_BT, mask_BT, recipe.loss_mean)
+    return MicroBatch(rows, logprobs_BT, values_BT, log_ratio_BT, policy_loss, value_loss)
+
+
 def accumulate_gradients(
     state: PPOState,
     rollout: Rollout,
@@ -84,54 +122,67 @@ def accumulate_gradients(
     clock: StageClock,
     probe: GradientProbe | None = None,
 ) -> MinibatchSums:
-    """Add the gradient of a minibatch's loss to the parameters, one micro-batch after the other.
+    """Add the gradient of a minibatch's loss to the parameters, a micro-batch on each thread.
 
     Every micro-batch is divided by the count of the whole minibatch, so their gradients add up to its gradient however
-    it is split. A probe gets to see the gradient with respect to log-probs and values.
+    it is split; they are added in the order of the micro-batches, however many threads there are. A probe gets to see
+    the gradient with respect to log-probs and values.
     """
-    ppo, recipe = config.ppo, config.ppo.recipe
+    ppo = config.ppo
     device = rollout.input_ids_BL.device
     whole_mask_BT = rollout.response_mask_BT[torch.cat(minibatch).to(device)]
-    count = loss_count(whole_mask_BT, recipe.loss_mean, config.sampling.max_new_tokens)
+    count = loss_count(whole_mask_BT, ppo.recipe.loss_mean, config.sampling.max_new_tokens)
+    parameters = [parameter for parameter in state.model.parameters() if parameter.requires_grad]
     sums = torch.zeros(len(LOSS_SUMS), dtype=scores.logprobs_BT.dtype, device=device)
     deviation = sums.new_zeros(())
-    for rows in (rows.to(device) for rows in minibatch):
-        mask_BT = rollout.response_mask_BT[rows]
+    at_once = workers(device)
+
+    def forward(rows: torch.Tensor) -> MicroBatch:
+        return micro_batch_losses(state, rollout, scores, targets, rows.to(device), config)
+
+    def backward(micro: MicroBatch) -> tuple[torch.Tensor | None, ...]:
+        loss = (micro.policy_loss + ppo.value_coef * micro.value_loss) / count
+        return torch.autograd.grad(loss, parameters, allow_unused=True)
+
+    for group in (minibatch[at : at + at_once] for at in range(0, len(minibatch), at_once)):
         with clock.stage("forward"):
-            logprobs_BT, _, values_BT = evaluate_rows(
-                state.model, rollout, rows, config.sampling.temperature, config.dtype
-            )
-            log_ratio_BT = log_ratio(logprobs_BT, scores.logprobs_BT[rows], mask_BT)
-            losses_BT = clipped_policy_losses(
-                log_ratio_BT, targets.advantages_BT[rows], mask_BT, clip_range=ppo.clip_range
-            )
-            if recipe.kl_place == "loss":
-                to_ref_BT = log_ratio(logprobs_BT, scores.ref_logprobs_BT[rows], mask_BT)
-                losses_BT = losses_BT + state.kl_coef * kl_losses(recipe.kl_estimator, to_ref_BT, log_ratio_BT)
-            policy_loss = loss_sum(losses_BT, mask_BT, recipe.loss_mean)
-            value_loss = policy_loss.new_zeros(())
-            if values_BT is not None:
-                assert scores.values_BT is not None
+            micro_batches = together(forward, group, at_once)
+        if probe is not None:
+            for micro in micro_batches:
+                assert micro.values_BT is not None
                 assert targets.returns_BT is not None
-                value_losses_BT = clipped_value_losses(
-                    values_BT,
-                    scores.values_BT[rows],
-                    targets.returns_BT[rows],
-                    mask_BT,
-                    clip_range=ppo.value_clip_range,
-                )
-                value_loss = loss_sum(value_losses_BT, mask_BT, recipe.loss_mean)
-                if probe is not None:
-                    probe.watch(rows, logprobs_BT, values_BT, targets.advantages_BT[rows], targets.returns_BT[rows])
+                constants = targets.advantages_BT[micro.rows], targets.returns_BT[micro.rows]
+                probe.watch(micro.rows, micro.logprobs_BT, micro.values_BT, *constants)
         with clock.stage("backward"):
-            ((policy_loss + ppo.value_coef * value_loss) / count).backward()
+            for grads in together(backward, micro_batches, at_once):
+                add_gradients(parameters, grads)
         with torch.no_grad():
-            off_BT = (log_ratio_BT.exp() - 1.0).abs()
-            k3 = masked_sum(kl_k3(-log_ratio_BT), mask_BT)
-            clipped = (off_BT > ppo.clip_range).sum()
-            sums += torch.stack([policy_loss, value_loss, k3, clipped.to(k3.dtype)])
-            deviation = torch.maximum(deviation, off_BT.max())
+            for micro in micro_batches:
+                mask_BT = rollout.response_mask_BT[micro.rows]
+                off_BT = (micro.log_ratio_BT.exp() - 1.0).abs()
+                k3 = masked_sum(kl_k3(-micro.log_ratio_BT), mask_BT)
+                clipped = (off_BT > ppo.clip_range).sum()
+                sums += torch.stack([micro.policy_loss, micro.value_loss, k3, clipped.to(k3.dtype)])
+                deviation = torch.maximum(deviation, off_BT.max())
     return MinibatchSums(sums, deviation, count, int(whole_mask_BT.sum()))
+
+
+def optimizer_step(
+    state: PPOState, sums: MinibatchSums, parameters: list[torch.nn.Parameter], max_norm: float, step: int
+) -> float:
+    """Move the weights by their gradients, which are gone then, and return the gradients' norm before clipping.
+
+    Raises:
+        NonFiniteError: a loss or a gradient is not finite; the weights are as they were.
+    """
+    grads = gradients(parameters)
+    norm = total_norm(grads)
+    if not (math.isfinite(norm) and bool(sums.sums.isfinite().all())):
+        raise NonFiniteError(step, first_nonfinite_of_update(state.model, sums.sums))
+    clip_gradients(grads, norm, max_norm)
+    state.optimizer.step()
+    state.optimizer.zero_grad(set_to_none=True)
+    return norm
 
 
 def update(
@@ -162,14 +213,7 @@ def update(
                 first = probe if epoch == number == 0 else None
                 sums = accumulate_gradients(state, rollout, scores, targets, minibatch, config, clock, first)
                 with clock.stage("optimizer"):
-                    grads = gradients(parameters)
-                    norm = total_norm(grads)
-                    if not (math.isfinite(norm) and bool(sums.sums.isfinite().all())):
-                        raise NonFiniteError(step, first_nonfinite_of_update(state.model, sums.sums))
-                    statistics.add(sums, norm)
-                    clip_gradients(grads, norm, config.ppo.max_grad_norm)
-                    state.optimizer.step()
-                    state.optimizer.zero_grad(set_to_none=True)
+                    statistics.add(sums, optimizer_step(state, sums, parameters, config.ppo.max_grad_norm, step))
     require_finite(step, None, **dict(state.model.named_parameters()))
     return statistics.metrics(value=state.model.has_value) | (probe.metrics() if probe else {})
 

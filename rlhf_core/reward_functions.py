@@ -9,6 +9,7 @@ main thread, where Python hears no signals, there is no limit.
 """
 
 import importlib
+import inspect
 import math
 import numbers
 import signal
@@ -21,6 +22,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+LARGEST = 3.4028234663852886e38
+"""The largest number of float32, in which rewards are kept."""
 RewardFunction = Callable[[list[str], list[str]], Sequence[float]]
 
 
@@ -85,6 +88,9 @@ def call_function(
 
 
 def _checked(name: str, scores: Any, wanted: int) -> list[float]:
+    if inspect.iscoroutine(scores):
+        scores.close()  # or Python says later that nobody waited for it
+        raise RewardError(f"reward function {name} is async; it must be a plain function")
     values = scores.tolist() if hasattr(scores, "tolist") else scores
     if not isinstance(values, list | tuple):
         raise RewardError(
@@ -92,15 +98,35 @@ def _checked(name: str, scores: Any, wanted: int) -> list[float]:
         )
     if len(values) != wanted:
         raise RewardError(f"reward function {name} returned {len(values)} scores for {wanted} completions")
-    for place, value in enumerate(values):
-        if not isinstance(value, numbers.Real) or isinstance(value, bool):
-            raise RewardError(
-                f"reward function {name} returned {value!r} ({type(value).__name__}) for completion {place}; "
-                "it must be a number"
-            )
-        if not math.isfinite(value):
-            raise RewardError(f"reward function {name} returned {value!r} for completion {place}; it must be finite")
-    return [float(value) for value in values]
+    return [_number(name, value, place) for place, value in enumerate(values)]
+
+
+def _number(name: str, value: Any, place: int) -> float:
+    """Return a score as a number: True and False are 1 and 0, a tensor or an array of one number is that number."""
+    if hasattr(value, "item") and not getattr(value, "ndim", 0):
+        value = value.item()
+    if not isinstance(value, numbers.Real):
+        raise RewardError(
+            f"reward function {name} returned {_short(value)} ({type(value).__name__}) for completion {place}; "
+            "it must be a number"
+        )
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not abs(number) <= LARGEST:
+        raise RewardError(
+            f"reward function {name} returned {_short(value)} for completion {place}; it must be finite in float32"
+        )
+    return number
+
+
+def _short(value: object) -> str:
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes out no integer of more than 4300 digits
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= 40 else text[:37] + "..."
 
 
 def _told(error: BaseException) -> str:

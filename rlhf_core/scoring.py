@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from rlhf_core.packing import hidden_states, pack, packable, response_logprobs
+from rlhf_core.parallel import together, workers
 from rlhf_core.policy import ActorCritic, Reference, autocast
 from rlhf_core.rollout import Rollout
 from rlhf_kernels import token_logprobs
@@ -30,14 +32,38 @@ def evaluate_rows(
     model: ActorCritic, rollout: Rollout, rows: torch.Tensor, temperature: float, dtype: str
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Return [b, T] log-probs, entropies and values of some rows of a rollout, in float32 (float64 of such a model)."""
-    with autocast(rollout.input_ids_BL.device, dtype):
-        logits_BTV, values_BT = model(
-            rollout.input_ids_BL[rows], rollout.attention_mask_BL[rows], rollout.response_length
-        )
+    ids_BL, attention_BL, length = rollout.input_ids_BL[rows], rollout.attention_mask_BL[rows], rollout.response_length
+    blocks = packable(model.lm)
+    value_blocks = blocks if model.value_trunk is None else packable(model.value_trunk)
+    with autocast(ids_BL.device, dtype):
+        if blocks is not None and value_blocks is not None:
+            packed = pack(ids_BL, attention_BL, length)
+            hidden_ND = hidden_states(blocks, packed)
+            logprobs_BT, entropies_BT = response_logprobs(model.lm, packed, hidden_ND, temperature)
+            if not model.has_value:
+                return logprobs_BT, entropies_BT, None
+            if value_blocks is not blocks:
+                hidden_ND = hidden_states(value_blocks, packed)
+            return logprobs_BT, entropies_BT, packed.on_responses(model.values(hidden_ND[packed.predicting_M]))
+        logits_BTV, values_BT = model(ids_BL, attention_BL, length)
     logprobs_BT, entropies_BT = token_logprobs(
         logits_BTV, rollout.response_ids_BT[rows], temperature=temperature, with_entropy=True
     )
     return logprobs_BT, entropies_BT, values_BT
+
+
+def evaluate_reference(
+    reference: Reference, rollout: Rollout, rows: torch.Tensor, temperature: float, dtype: str
+) -> torch.Tensor:
+    """Return [b, T] the reference's log-probs of some rows of a rollout."""
+    ids_BL, attention_BL, length = rollout.input_ids_BL[rows], rollout.attention_mask_BL[rows], rollout.response_length
+    blocks = packable(reference.lm)
+    with autocast(ids_BL.device, dtype):
+        if blocks is not None:
+            packed = pack(ids_BL, attention_BL, length)
+            return response_logprobs(reference.lm, packed, hidden_states(blocks, packed), temperature)[0]
+        logits_BTV = reference(ids_BL, attention_BL, length)
+    return token_logprobs(logits_BTV, rollout.response_ids_BT[rows], temperature=temperature)
 
 
 @torch.no_grad()
@@ -56,13 +82,16 @@ def score_rollout(
 
     logprobs_BT, entropies_BT, ref_logprobs_BT = empty(), empty(), empty()
     values_BT = empty() if model.has_value else None
-    for rows in (rows.to(device) for minibatch in plan for rows in minibatch):
-        logprobs_BT[rows], entropies_BT[rows], row_values_BT = evaluate_rows(model, rollout, rows, temperature, dtype)
+
+    def score(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor]:
+        return (
+            *evaluate_rows(model, rollout, rows, temperature, dtype),
+            evaluate_reference(reference, rollout, rows, temperature, dtype),
+        )
+
+    micro_batches = [rows.to(device) for minibatch in plan for rows in minibatch]
+    for rows, scored in zip(micro_batches, together(score, micro_batches, workers(device)), strict=True):
+        logprobs_BT[rows], entropies_BT[rows], row_values_BT, ref_logprobs_BT[rows] = scored
         if values_BT is not None and row_values_BT is not None:
             values_BT[rows] = row_values_BT
-        with autocast(device, dtype):
-            ref_logits_BTV = reference(
-                rollout.input_ids_BL[rows], rollout.attention_mask_BL[rows], rollout.response_length
-            )
-        ref_logprobs_BT[rows] = token_logprobs(ref_logits_BTV, rollout.response_ids_BT[rows], temperature=temperature)
     return Scores(logprobs_BT, entropies_BT, values_BT, ref_logprobs_BT)

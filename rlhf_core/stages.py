@@ -12,7 +12,7 @@ from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_core import checkpoint, runlog
-from rlhf_core.data.dataset import DataReport, Rows, build_store, open_rows, texts_of
+from rlhf_core.data.dataset import DataReport, Rows, build_store, open_rows, texts_of, to_train_on
 from rlhf_core.data.examples import Need
 from rlhf_core.data.tokenization import byte_pair_tokenizer, check_vocabulary, load_tokenizer, saved_tokenizer
 from rlhf_core.dpo import DPOObjective
@@ -65,7 +65,7 @@ def load_stage_inputs(config: SFTConfig | RewardConfig | DPOConfig, need: Need, 
 
     def build(folder: Path) -> DataReport:
         tokenizer.save_pretrained(folder / TOKENIZER_FOLDER)
-        return build_store(
+        report = build_store(
             source,
             need,
             folder,
@@ -74,6 +74,7 @@ def load_stage_inputs(config: SFTConfig | RewardConfig | DPOConfig, need: Need, 
             errors=config.data_errors,
             held_out_share=config.held_out,
         )
+        return to_train_on(report)
 
     place.prepare(build)
     return StageInputs(saved_tokenizer(place.scratch / DATA_FOLDER / TOKENIZER_FOLDER), model)

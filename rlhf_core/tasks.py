@@ -12,7 +12,6 @@ from rlhf_core.data import reviews
 from rlhf_core.data.dataset import DataReport, read_examples
 from rlhf_core.data.dialogues import Chat
 from rlhf_core.data.labelled import Labelled, Part, read_labelled, split
-from rlhf_core.data.records import data_files
 from rlhf_core.data.tokenization import byte_pair_tokenizer, load_tokenizer, word_tokenizer
 from rlhf_core.seeding import raw_uniforms
 
@@ -49,7 +48,7 @@ def load_task(config: TrainConfig) -> Task:
     if config.data is None:
         return _embedded(config)
     folder = Path(config.data)
-    if folder.is_dir() and (any(folder.glob("*.pos")) or any(folder.glob("*.neg")) or not data_files(folder)):
+    if folder.is_dir() and (any(folder.glob("*.pos")) or any(folder.glob("*.neg"))):
         return _sentences(config, folder.resolve().name, read_labelled(folder))
     if not config.reward and (labelled := _labelled_rows(config, config.data)):
         return _sentences(config, folder.resolve().name, labelled)

@@ -47,6 +47,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if columns == 1:
         weight = weight.expand(2, -1).contiguous()
         bias = None if bias is None else bias.expand(2).contiguous()
+    bias = None if bias is None else bias.contiguous()  # oneDNN reads it as if it were
     result = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return cast("Tensor", result[:rows, :columns])
 
@@ -67,6 +68,13 @@ class _Linear(torch.autograd.Function):
         need_x, need_weight, need_bias = ctx.needs_input_grad
         return (
             product(grad, weight.t()).view(x.shape) if need_x else None,
-            product(grad.t(), x_rows.t()) if need_weight else None,
+            _weight_gradient(grad, x_rows, like=weight) if need_weight else None,
             grad.sum(dim=0) if need_bias else None,
         )
+
+
+def _weight_gradient(grad: Tensor, x: Tensor, like: Tensor) -> Tensor:
+    """Return gradᵀ x [N, K] of matrices [M, N] and [M, K], laid out as the weight is, so that nobody has to copy it."""
+    if like.t().is_contiguous():
+        return product(x.t(), grad.t()).t()
+    return product(grad.t(), x.t())

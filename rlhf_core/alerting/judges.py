@@ -175,13 +175,19 @@ def mismatch(series: Series, settings: Settings) -> Verdict:
     return Verdict(series["rollout_logprob_diff"], np.fmin(own, number(settings, "threshold")))
 
 
+COLLAPSED = 0.05
+"""Nats a token. Below, every draw but a rare one is a little likelier than the mean: z is no longer normal."""
+
+
 def not_drawn_from_the_policy(series: Series, settings: Settings) -> Verdict:
-    """The z of the last 4, and of the last 8 rows together stays within ``threshold``.
+    """The z of the last 4, and of the last 8 rows together stays within ``threshold``, unless the policy has collapsed.
 
     Σ z / √rows is standard normal too (Stouffer): few rows show a large bias soon, many a small one at all.
     """
-    z = [np.abs(series.recent_mean(series["sampling_z"], rows)) * np.sqrt(rows) for rows in (4, 8)]
-    return Verdict(np.fmax(*z), np.full(len(series), number(settings, "threshold")))
+    tells = series["entropy"] > COLLAPSED
+    z = np.where(tells, series["sampling_z"], 0.0)
+    pooled = [np.abs(series.recent_mean(z, rows)) * np.sqrt(rows) for rows in (4, 8)]
+    return Verdict(np.fmax(*pooled), np.where(tells, number(settings, "threshold"), np.nan))
 
 
 def kl_blow_up(series: Series, settings: Settings) -> Verdict:

@@ -215,14 +215,24 @@ def _renamed(row: Mapping[str, Any], names: Names) -> Row:
 
 
 def _merged(rows: Iterable[Row]) -> list[Row]:
-    """Join neighbouring rows of one step that hold different metrics: training, evaluation, the end's summary."""
+    """Join neighbouring rows of one step that tell of different things: training, evaluation, the end's summary.
+
+    What they both have, such as the epoch, is the same in them; a step that was done again has other values, or
+    nothing new.
+    """
     merged: list[Row] = []
     for row in rows:
-        if merged and merged[-1]["step"] == row["step"] and not (merged[-1].keys() & row.keys() - {"step"}):
+        if merged and _goes_on(merged[-1], row):
             merged[-1] |= row
         else:
             merged.append(row)
     return merged
+
+
+def _goes_on(before: Row, row: Row) -> bool:
+    """Whether a row adds to the one before."""
+    both = before.keys() & row.keys()
+    return before["step"] == row["step"] and row.keys() != both and all(before[name] == row[name] for name in both)
 
 
 def _trl_rows(path: Path) -> list[Row]:

@@ -69,7 +69,7 @@ RULES = (
     ),
     Rule(
         "not_drawn_from_policy", EXACT, "Completions are likelier, or less likely, than draws from the policy can be.",
-        ("sampling_z",), judges.not_drawn_from_the_policy,
+        ("sampling_z", "entropy"), judges.not_drawn_from_the_policy,
         "The sampler draws at another temperature, with top-k or top-p, or from stale weights.",
         "Sample at the temperature of the loss, without top-k and top-p, from the weights that are trained.",
     ),

@@ -2,10 +2,14 @@
 
 Before any update ρ = 1 and V = V_old, nothing is clipped, and the loss (Σ_t −ρ_t A_t + c ½ (V_t − R_t)²) / N has the
 gradient −A_t / N with respect to log π(a_t) and c (V_t − R_t) / N with respect to V_t, on response tokens and nowhere
-else. A loss that counts padding, forgets to detach the advantages, or scales or signs a term wrongly has another.
+else. A loss that counts padding, forgets to detach the advantages, or scales or signs a term wrongly has another. And
+what weights get is that gradient only where they hold none before, left from another update.
 
 Shape suffixes: B sequences, T response positions.
 """
+
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -20,6 +24,7 @@ class GradientProbe:
         self._rows: list[torch.Tensor] = []
         self._parts: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]] = []
         self._attached = False
+        self._left_over = False
 
     def watch(
         self,
@@ -38,9 +43,13 @@ class GradientProbe:
             advantages_BT: [b, T] A, meant to be a constant.
             returns_BT: [b, T] R, meant to be a constant.
         """
+        if not self._rows:
+            weights = leaves([logprobs_BT, values_BT])
+            self._left_over = any(one.grad is not None and bool(one.grad.any()) for one in weights)
         self._attached |= advantages_BT.requires_grad or returns_BT.requires_grad
         for x_BT in (logprobs_BT, values_BT):
-            x_BT.retain_grad()
+            if x_BT.requires_grad:  # what is frozen has gradient 0, and that is not the closed form
+                x_BT.retain_grad()
         mask_BT = self._mask_BT[rows]
         with torch.no_grad():
             policy_BT = torch.where(mask_BT, -advantages_BT, 0.0)
@@ -52,7 +61,8 @@ class GradientProbe:
         """Return what the backward passes showed.
 
         ``first_gradient_error``: the largest deviation from the closed form, relative to its largest entry, for
-        log-probs or values, whichever is worse; at least 1 where an advantage or return carries a gradient itself.
+        log-probs or values, whichever is worse; at least 1 where an advantage or return carries a gradient itself, or
+        weights have one already.
         ``value_gradient_share``: the value loss's share of the squared gradient with respect to both.
         """
         errors, squares = [], []
@@ -66,10 +76,23 @@ class GradientProbe:
             squares.append(sum(float(one.double().square().sum()) for one in gradients))
         error = max(errors)
         return {
-            "first_gradient_error": max(error, 1.0) if self._attached else error,
+            "first_gradient_error": max(error, 1.0) if self._attached or self._left_over else error,
             "value_gradient_share": squares[1] / sum(squares) if sum(squares) else 0.0,
         }
 
 
 def _gradient(x_BT: torch.Tensor) -> torch.Tensor:
     return torch.zeros_like(x_BT) if x_BT.grad is None else x_BT.grad
+
+
+def leaves(results: list[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """Yield the tensors, such as weights, that a backward pass from ``results`` gives a gradient to."""
+    open_nodes: list[Any] = [one.grad_fn for one in results if one.grad_fn is not None]
+    seen = set(open_nodes)
+    while open_nodes:
+        node = open_nodes.pop()
+        if hasattr(node, "variable"):
+            yield node.variable
+        inner = {following for following, _ in node.next_functions if following is not None} - seen
+        seen |= inner
+        open_nodes += inner

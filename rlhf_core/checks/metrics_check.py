@@ -5,11 +5,13 @@ What can be computed again from a kept rollout is in :mod:`rlhf_core.checks.metr
 
 import json
 import math
+import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from rlhf_core import runlog
+from rlhf_core.checks.step_log import brief, rows_by_step
 from rlhf_core.config import TrainConfig, read_config_file
 from rlhf_core.metrics import METRICS
 
@@ -50,6 +52,8 @@ POSSIBLE: dict[str, tuple[float | None, float | None]] = {
 """What a metric can be at all; None leaves a side open. What is healthy is narrower, and in the table."""
 ROUNDING = 1e-8
 """The log keeps eight decimals."""
+FLOAT32 = 1e-5
+"""How far a log-prob of a likely token may lie above 0 by rounding."""
 
 Rows = dict[int, dict[str, Any]]
 
@@ -66,14 +70,14 @@ def check_log(run: Path) -> Iterator[str]:
         FileNotFoundError, ValueError: a file is missing or malformed.
     """
     config = read_config_file(run / runlog.CONFIG_FILE, TrainConfig())
-    listed = list(runlog.read(run / runlog.METRICS_FILE))
-    if not listed:
+    steps = [row["step"] for row in runlog.read(run / runlog.METRICS_FILE)]
+    if not steps:
         raise MetricsWrong(f"{run / runlog.METRICS_FILE} has no rows; the run has done no step")
-    steps = [row["step"] for row in listed]
     wanted = list(range(1, len(steps) + 1))
     for number, (step, expected) in enumerate(zip(steps, wanted, strict=True), start=1):
-        _require(step == expected, f"metrics.jsonl: row {number} is of step {step}; it must be of step {expected}")
-    rows = {row["step"]: row for row in listed}
+        where = f"metrics.jsonl: row {number} is of step {brief(step)}"
+        _require(step == expected, f"{where}; it must be of step {expected}")
+    rows = rows_by_step(run / runlog.METRICS_FILE)
     yield f"steps: 1 to {len(steps)}, each once"
     names = expected_names(config)
     for step, row in rows.items():
@@ -82,7 +86,7 @@ def check_log(run: Path) -> Iterator[str]:
     yield _check_ranges(rows, config, largest_entropy(run))
     yield _check_relations(rows, config)
     yield _check_tokens_per_second(run, rows)
-    yield _check_samples(run, rows)
+    yield _check_samples(run, rows, min(config.log.samples_per_step, config.ppo.batch_size))
 
 
 def expected_names(config: TrainConfig) -> set[str]:
@@ -97,15 +101,14 @@ def expected_names(config: TrainConfig) -> set[str]:
 
 def _check_names(step: int, row: dict[str, Any], names: set[str]) -> None:
     bad = row.get("nonfinite")
-    _require(isinstance(bad, list), f"step {step}: nonfinite is {bad!r}; it must be a list of names")
+    _require(isinstance(bad, list), f"step {step}: nonfinite is {brief(bad)}; it must be a list of names")
     _require(bad == [], f"step {step}: not finite: {', '.join(map(str, bad or []))}")
     missing, more = sorted(names - row.keys()), sorted(row.keys() - names - {"step", "nonfinite"})
     _require(not missing, f"step {step}: {', '.join(missing)} missing")
     _require(not more, f"step {step}: {', '.join(more)} not in the table of metrics")
     for name in names:
         value = row[name]
-        good = type(value) in (int, float) and math.isfinite(value)
-        _require(good, f"step {step}: {name} is {value!r}; it must be a finite number")
+        _require(is_number(value), f"step {step}: {name} is {brief(value)}; it must be a finite number")
 
 
 def largest_entropy(run: Path) -> float | None:
@@ -147,13 +150,18 @@ def _check_relations(rows: Rows, config: TrainConfig) -> str:
         rate = ppo.learning_rate * (1.0 - (step - 1) / ppo.steps if ppo.schedule == "linear" else 1.0)
         for name, expected, why in (
             ("kl_target_error", abs(row["kl"] - ppo.kl_target), "|kl - kl_target|"),
+            (
+                "score_mean",
+                row["reward_mean"] - ppo.missing_eos_penalty * (1.0 - row["eos_rate"]),
+                "reward_mean less the penalty of those without an end",
+            ),
             ("lr", rate, "the schedule's rate"),
             ("response_length_mean", row["response_tokens"] / ppo.batch_size, "response_tokens over the batch size"),
             ("kl_coef", expected_coef, "what the KL of the steps before makes of it"),
         ):
             off = abs(row[name] - expected)
             _require(
-                off <= 3 * ROUNDING + 1e-6 * abs(expected) * (name == "kl_coef"),
+                off <= 3 * ROUNDING + 1e-6 * abs(expected) * (name in ("kl_coef", "score_mean")),
                 f"step {step}: {name} is {row[name]}; {why} is {expected:.8f}",
             )
             compared += 1
@@ -168,7 +176,7 @@ def _check_relations(rows: Rows, config: TrainConfig) -> str:
 
 
 def _check_tokens_per_second(run: Path, rows: Rows) -> str:
-    timings = {row["step"]: row for row in runlog.read(run / runlog.TIMINGS_FILE)}
+    timings = rows_by_step(run / runlog.TIMINGS_FILE)
     missing = sorted(rows.keys() ^ timings.keys())
     _require(not missing, f"metrics.jsonl and timings.jsonl differ in the steps {missing[:5]}")
     slowest, fastest = math.inf, 0.0
@@ -186,32 +194,50 @@ def _check_tokens_per_second(run: Path, rows: Rows) -> str:
 
 def _positive(row: dict[str, Any], name: str) -> float:
     value = row.get(name)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise MetricsWrong(f"timings.jsonl: step {row['step']}: {name} is {value!r}; it must be a number above 0")
+    if not is_number(value) or value <= 0:
+        raise MetricsWrong(f"timings.jsonl: step {row['step']}: {name} is {brief(value)}; it must be a number above 0")
     return float(value)
 
 
-def _check_samples(run: Path, rows: Rows) -> str:
-    """Compare each sample's KL with the log-probs of its tokens."""
+def _check_samples(run: Path, rows: Rows, wanted: int) -> str:
+    """Compare which samples there are with the configuration, and each one's KL with the log-probs of its tokens."""
     if not (run / runlog.SAMPLES_FILE).is_file():
+        _require(wanted == 0, f"no samples.jsonl; {wanted} samples of each step belong in it")
         return "samples: none are kept"
     count, largest = 0, 0.0
+    places = [(step, sample) for step in rows for sample in range(wanted)]
     for sample in runlog.read_samples(run):
-        where = f"samples.jsonl: step {sample['step']} sample {sample['sample']}"
-        _require(sample["step"] in rows, f"{where}: metrics.jsonl has no such step")
-        parts = [sample.get(name) for name in ("logprobs", "ref_logprobs", "token_ids")]
-        if any(not isinstance(part, list) for part in parts):
-            raise MetricsWrong(f"{where}: token_ids, logprobs and ref_logprobs must be lists")
-        logprobs, ref_logprobs, token_ids = (part for part in parts if part is not None)
+        where = f"samples.jsonl: step {brief(sample['step'])} sample {brief(sample['sample'])}"
+        _require(count < len(places), f"{where}: is in row {count + 1}; {wanted} of {len(rows)} steps belong there")
+        place = "step {} sample {}".format(*places[count])
         _require(
-            len(logprobs) == len(ref_logprobs) == len(token_ids),
-            f"{where}: {len(token_ids)} tokens, {len(logprobs)} log-probs, {len(ref_logprobs)} of the reference",
+            (sample["step"], sample["sample"]) == places[count],
+            f"{where}: is in row {count + 1}, where {place} belongs",
         )
+        _require(is_number(sample["reward"]), f"{where}: reward is {sample['reward']}; it must be finite")
+        logprobs, ref_logprobs = (_log_probs(sample, name, where) for name in ("logprobs", "ref_logprobs"))
+        tokens = sample.get("token_ids")
+        if not isinstance(tokens, list) or not len(logprobs) == len(ref_logprobs) == len(tokens):
+            lengths = f"{len(logprobs)} log-probs, {len(ref_logprobs)} of the reference"
+            raise MetricsWrong(f"{where}: token_ids is {brief(tokens)}; it must be a list, as long as {lengths}")
         kl = math.fsum(logprobs) - math.fsum(ref_logprobs)
         off = abs(kl - sample["kl"])
         _require(off <= 1e-5, f"{where}: kl is {sample['kl']}; its tokens' log-probs give {kl:.8f}")
         count, largest = count + 1, max(largest, off)
+    _require(count == len(places), f"samples.jsonl: {count} rows; {wanted} of {len(rows)} steps belong there")
     return f"samples: {count}, the KL of each within {largest:.1e} of its tokens' log-probs"
+
+
+def _log_probs(sample: dict[str, Any], name: str, where: str) -> list[float]:
+    found = sample.get(name)
+    if not isinstance(found, list) or not all(is_number(value) and value <= FLOAT32 for value in found):
+        raise MetricsWrong(f"{where}: {name} is {brief(found)}; it must be a list of numbers, none above 0")
+    return found
+
+
+def is_number(value: Any) -> TypeGuard[int | float]:
+    """Whether a value is a finite number; one that no float holds is none."""
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
 
 
 def _require(holds: bool, message: str) -> None:

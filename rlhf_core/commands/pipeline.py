@@ -15,7 +15,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Options(RunOptions):
-    """Take preferences to a policy: sft, reward model, PPO, evaluation; finished stages are kept."""
+    """Take preferences to a policy: sft, reward model, PPO, evaluation; finished stages are kept.
+
+    Given again under the same --name it keeps each stage that is as it was, goes on with what was interrupted, and does
+    again what an option, the data or damage has changed, with the stages that start from it. A --reward is added to the
+    reward model that it trains. Stages are runs in the pipeline's folder: sft, reward, ppo, eval-sft, eval-ppo.
+    """
 
     pipeline: Annotated[PipelineConfig, tyro.conf.arg(name="")] = field(default_factory=PipelineConfig)
 

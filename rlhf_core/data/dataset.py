@@ -23,7 +23,7 @@ from rlhf_core.data.dialogues import Chat
 from rlhf_core.data.examples import Example, Need, example_of, held_out, need_of
 from rlhf_core.data.records import RowError, is_hub_name, read_records, source_files
 from rlhf_core.data.token_store import Column, TokenWriter, mapped, read_numbers
-from rlhf_core.data.tokenization import encode_text
+from rlhf_core.data.tokenization import encode_text, untrained_tokenizer
 
 Errors = Literal["stop", "skip"]
 COLUMNS: dict[Need, tuple[str, ...]] = {
@@ -141,13 +141,26 @@ def build_store(
     report.used, report.held_out = len(chosen), int(marked.sum())
     for name, value in (("train", 0), ("held_out", 1)):
         (folder / f"{name}.rows").write_bytes(chosen[marked == value].astype("<i8").tobytes())
-    if report.used == report.held_out:
-        raise ValueError(f"no row of the data can be trained on: {report}")
+    if not report.used:
+        first = next(iter(report.first.values()), None)
+        remedy = f"correct the rows: the first is {first}" if first else "give a source that holds rows"
+        raise ValueError(f"no row of the data can be used: {report}; {remedy}")
     content = {
         "rows": report.rows, "used": report.used, "held_out": report.held_out, "repeated": report.repeated,
         "cut": report.cut, "longest": report.longest, "unusable": dict(report.unusable),
     }  # fmt: skip
     (folder / REPORT_FILE).write_text(json.dumps(content, sort_keys=True, indent=2) + "\n", encoding="utf-8")
+    return report
+
+
+def to_train_on(report: DataReport) -> DataReport:
+    """Return the report of data that a model is trained on.
+
+    Raises:
+        ValueError: every row is held out.
+    """
+    if report.used == report.held_out:
+        raise ValueError(f"no row of the data is left to train on: {report}; give more rows, or a smaller --held-out")
     return report
 
 
@@ -226,7 +239,7 @@ def open_rows(folder: Path, split: Literal["train", "held_out"]) -> Rows:
 def texts_of(source: str, errors: Errors, most_bytes: int = 100_000_000) -> Iterator[str]:
     """Yield the texts of a source, to train a tokenizer on, until ``most_bytes`` have come: more would tell little."""
     size = 0
-    for _, example in read_examples(source, "prompt", Chat(None), errors, DataReport(source)):
+    for _, example in read_examples(source, "prompt", Chat(untrained_tokenizer()), errors, DataReport(source)):
         for text in (example.prompt, example.completion, example.rejected):
             if text:
                 size += len(text)

@@ -21,6 +21,8 @@ from rlhf_core.data.dialogues import Chat, Message, messages_of, split_dialogues
 from rlhf_core.data.records import RowError
 
 Need = Literal["prompt", "demonstration", "pair"]
+ANSWERING = ("assistant", "tool")
+"""Who may speak first in an answer."""
 LABELS = {"1": True, "0": False, "true": True, "false": False, "positive": True, "negative": False}
 LABELS |= {"pos": True, "neg": False}
 
@@ -105,7 +107,8 @@ def _demonstration(row: dict[str, Any], chat: Chat) -> Example:
     prompt, completion = row["prompt"], row["completion"]
     if isinstance(prompt, list) or isinstance(completion, list):
         turns = _turns(prompt, "prompt", "user")
-        return Example(*chat.answered(turns, _turns(completion, "completion", "assistant")), rendered=True)
+        own = _own(turns, _turns(completion, "completion", "assistant"), "completion")
+        return Example(*chat.answered(turns, own), rendered=True)
     return Example(text_of(prompt, "prompt"), text_of(completion, "completion"))
 
 
@@ -117,11 +120,9 @@ def _preference(row: dict[str, Any], chat: Chat) -> Example:
     rendered = any(isinstance(value, list) for value in (prompt, chosen, rejected))
     if rendered:
         turns_a, turns_b = _turns(chosen, "chosen", "assistant"), _turns(rejected, "rejected", "assistant")
-        before = _turns(prompt, "prompt", "user") if prompt is not None else _common(turns_a, turns_b)
-        answers = [turns[len(before) :] if turns[: len(before)] == before else turns for turns in (turns_a, turns_b)]
-        if not all(answers):
-            raise RowError("empty completion", "an answer has no message of its own after the prompt")
-        (prompt, chosen), (_, rejected) = (chat.answered(before, answer) for answer in answers)
+        before = _common(turns_a, turns_b) if prompt is None else _before(prompt, turns_a, turns_b)
+        own_a, own_b = _own(before, turns_a, "chosen"), _own(before, turns_b, "rejected")
+        (prompt, chosen), (_, rejected) = chat.answered(before, own_a), chat.answered(before, own_b)
     elif prompt is None:
         prompt, chosen, rejected = split_dialogues(text_of(chosen, "chosen"), text_of(rejected, "rejected"))
     prompt, chosen, rejected = text_of(prompt, "prompt"), text_of(chosen, "chosen"), text_of(rejected, "rejected")
@@ -135,9 +136,38 @@ def _turns(value: Any, name: str, role: str) -> list[Message]:
     return [{"role": role, "content": text_of(value, name)}] if isinstance(value, str) else messages_of(value, name)
 
 
+def _before(prompt: Any, a: list[Message], b: list[Message]) -> list[Message]:
+    """Return the messages before the answers: the prompt's, or more where whole dialogues have some before those.
+
+    A prompt given as text is the user's last message, and the dialogues may begin with a system message.
+    """
+    before = _turns(prompt, "prompt", "user")
+    shared = a[: _shared(a, b)]
+    return shared if shared[-len(before) :] == before else before
+
+
+def _own(before: list[Message], turns: list[Message], name: str) -> list[Message]:
+    """Return an answer's own messages: what a whole dialogue has behind the prompt, or all of an answer alone."""
+    own = turns[len(before) :] if turns[: len(before)] == before else turns
+    if not own:
+        raise RowError("empty completion", f"{name} has no message of its own after the prompt")
+    if own[0]["role"] not in ANSWERING:
+        raise RowError(
+            "contradiction",
+            f"{name} goes on after the prompt with a message of {own[0]['role']}; "
+            "give the answer alone, or the whole dialogue with the prompt's messages first",
+        )
+    return own
+
+
+def _shared(a: list[Message], b: list[Message]) -> int:
+    """Return how many messages both dialogues begin with."""
+    return next((at for at, (left, right) in enumerate(zip(a, b, strict=False)) if left != right), min(len(a), len(b)))
+
+
 def _common(a: list[Message], b: list[Message]) -> list[Message]:
-    """Return the messages that both dialogues begin with."""
-    same = next((at for at, (left, right) in enumerate(zip(a, b, strict=False)) if left != right), min(len(a), len(b)))
+    """Return the messages that both dialogues begin with, of two that have no key prompt."""
+    same = _shared(a, b)
     if same == len(a) == len(b):
         raise RowError("chosen equals rejected", "the pair says nothing; mark a tie of two texts by tie: true")
     if same == 0:

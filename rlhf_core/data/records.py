@@ -12,7 +12,6 @@ import re
 import typing
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -60,8 +59,10 @@ def source_files(source: str) -> list[Path]:
     path = Path(source)
     if path.is_dir():
         if not (files := data_files(path)):
+            inside = next((one for one in sorted(path.iterdir()) if one.is_dir() and data_files(one)), None)
+            hint = f"; its folder {str(inside)!r} has: give that one" if inside else ""
             raise FileNotFoundError(
-                f"data folder {source!r} has neither *.pos and *.neg files nor a data file ({', '.join(FORMS)})"
+                f"data folder {source!r} has neither *.pos and *.neg files nor a data file ({', '.join(FORMS)}){hint}"
             )
         return files
     if not path.is_file():
@@ -98,16 +99,13 @@ def read_records(source: str) -> Iterator[Record]:
     for path in source_files(source):
         form = _form(path)
         assert form is not None
-        with _damage_named(path):
-            yield from FORMS[form](path)
-
-
-@contextmanager
-def _damage_named(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise ValueError(f"{path}: damaged gzip file ({error}); copy it again") from None
+        rows = 0
+        try:
+            for record in FORMS[form](path):
+                rows += 1
+                yield record
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+            raise ValueError(f"{path}: damaged gzip file after row {rows} ({error}); copy it again") from None
 
 
 def _open(path: Path) -> IO[bytes]:
@@ -144,11 +142,40 @@ def _text(line: bytes | RowError) -> str:
         raise RowError("not UTF-8", f"byte {error.start + 1} is 0x{line[error.start]:02x}") from None
 
 
-def _refuse_constant(name: str) -> Any:
-    raise RowError("NaN or infinity", f"{name} is not JSON")
+class _RowDecoder(json.JSONDecoder):
+    """Notes what Python takes and JSON does not, rather than raise: where the row ends is known, and the next is read.
+
+    Attributes:
+        problem: what is wrong with the row that was read last.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(parse_constant=self._constant, object_pairs_hook=self._pairs)
+        self.problem: RowError | None = None
+
+    def raw_decode(self, s: str, idx: int = 0) -> tuple[Any, int]:
+        """Return the value that begins at a place, and where it ends."""
+        self.problem = None
+        return super().raw_decode(s, idx)
+
+    def _constant(self, name: str) -> None:
+        self.problem = RowError("NaN or infinity", f"{name} is not JSON")
+
+    def _pairs(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            twice = next(name for name in found if sum(name == other for other, _ in pairs) > 1)
+            self.problem = RowError("repeated key", f"{twice} stands twice, and which is meant cannot be known")
+        return found
+
+    def row(self, value: Any) -> dict[str, Any]:
+        """Return the value that was read last, if it can be a row."""
+        if self.problem is not None:
+            raise self.problem
+        return _object(value)
 
 
-_DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
+_DECODER = _RowDecoder()
 
 
 def _object(value: Any) -> dict[str, Any]:
@@ -159,9 +186,9 @@ def _object(value: Any) -> dict[str, Any]:
 
 def _json_object(line: bytes | RowError) -> dict[str, Any]:
     try:
-        return _object(_DECODER.decode(_text(line)))
+        return _DECODER.row(_DECODER.decode(_text(line)))
     except json.JSONDecodeError as error:
-        raise RowError("malformed JSON", f"{error.msg} at column {error.colno}") from None
+        raise RowError("malformed JSON", f"{error.msg.removesuffix(' at')} at column {error.colno}") from None
     except RecursionError:
         raise RowError("malformed JSON", "nested too deeply") from None
 
@@ -216,10 +243,7 @@ def _read_json_array(path: Path) -> Iterator[Record]:
                 value, end = _DECODER.raw_decode(window, at)
                 if end == len(window) and not ended:
                     raise json.JSONDecodeError("may go on", window, end)
-                record = _attempt(where, _object, value)
-            except RowError as error:
-                yield Record(where, error)
-                return
+                record = _attempt(where, _DECODER.row, value)
             except (json.JSONDecodeError, RecursionError) as error:
                 cut = isinstance(error, json.JSONDecodeError) and _may_go_on(error, len(window))
                 more = file.read(CHUNK) if cut and len(window) - at < LONGEST_ROW else ""
@@ -229,7 +253,8 @@ def _read_json_array(path: Path) -> Iterator[Record]:
                 if cut and not ended and len(window) - at < LONGEST_ROW:
                     ended = True
                     continue
-                reason = error.msg if isinstance(error, json.JSONDecodeError) else "nested too deeply"
+                msg = error.msg.removesuffix(" starting at") if isinstance(error, json.JSONDecodeError) else ""
+                reason = msg or "nested too deeply"
                 yield Record(where, RowError("malformed JSON", f"{reason}; the rest of the file cannot be read"))
                 return
             yield record
@@ -241,11 +266,41 @@ def _may_go_on(error: json.JSONDecodeError, length: int) -> bool:
     return error.msg.startswith(("Unterminated string", "Invalid \\")) or error.pos >= length - 16
 
 
+class _RowLines:
+    """The lines of a table; those of the row that is being read can be given again, all but the first."""
+
+    def __init__(self, file: IO[str]) -> None:
+        self._file = file
+        self._given: list[str] = []
+        self._again: list[str] = []
+        self.number = 0
+        """Lines given so far."""
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        line = self._again.pop() if self._again else self._file.readline(LONGEST_ROW)
+        if not line:
+            raise StopIteration
+        self.number += 1
+        self._given.append(line)
+        return line
+
+    def begin_row(self) -> None:
+        self._given.clear()
+
+    def give_again(self) -> None:
+        """Go back to the row's second line: a quote that is not closed must not swallow the rows behind it."""
+        self._again += reversed(self._given[1:])
+        self.number -= max(0, len(self._given) - 1)
+
+
 def _read_csv(path: Path, delimiter: str = ",") -> Iterator[Record]:
     csv.field_size_limit(LONGEST_ROW)
     with _open(path) as raw:
-        file = io.TextIOWrapper(raw, encoding="utf-8-sig", errors="surrogateescape", newline="")
-        rows = csv.reader(file, delimiter=delimiter, strict=True)
+        lines = _RowLines(io.TextIOWrapper(raw, encoding="utf-8-sig", errors="surrogateescape", newline=""))
+        rows = csv.reader(lines, delimiter=delimiter, strict=True)
         try:
             header = next(rows, [])
         except csv.Error as error:
@@ -253,16 +308,25 @@ def _read_csv(path: Path, delimiter: str = ",") -> Iterator[Record]:
         if not any(name.strip() for name in header) or len(set(header)) < len(header):
             raise ValueError(f"{path}:1: the header is {header}; it must name each column once")
         while True:
-            where = f"{path}:{rows.line_num + 1}"
+            lines.begin_row()
+            where = f"{path}:{lines.number + 1}"
             try:
                 cells = next(rows)
             except StopIteration:
                 return
             except csv.Error as error:
-                yield Record(where, RowError("malformed CSV", str(error)))
+                lines.give_again()
+                rows = csv.reader(lines, delimiter=delimiter, strict=True)
+                yield Record(where, RowError("malformed CSV", _about_quotes(error)))
                 continue
             if cells:
                 yield _attempt(where, _csv_row, header, cells)
+
+
+def _about_quotes(error: csv.Error) -> str:
+    text = str(error)
+    ends = "unexpected end of data" in text
+    return f"{text}: a quote opens and is not closed" if ends else text
 
 
 def _csv_row(header: list[str], cells: list[str]) -> dict[str, Any]:

@@ -9,6 +9,13 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from rlhf_core.policy import first_line, model_source, quiet_transformers, require_model_source
 
 EOS, PAD, UNKNOWN = "<eos>", "<pad>", "<unk>"
+HUMAN_AND_ASSISTANT = (
+    r"{% for message in messages %}"
+    r"{{ '\n\n' ~ {'user': 'Human'}.get(message.role, message.role | capitalize) ~ ': ' ~ message.content }}"
+    r"{% if message.role == 'assistant' %}{{ eos_token }}{% endif %}"
+    r"{% endfor %}{% if add_generation_prompt %}{{ '\n\nAssistant:' }}{% endif %}"
+)
+"""The chat template of tokenizers that are trained here: dialogues in the form of HH-RLHF."""
 
 
 def _as_fast(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
@@ -44,7 +51,14 @@ def byte_pair_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedToke
         vocab_size=vocabulary, special_tokens=[EOS, PAD, UNKNOWN], initial_alphabet=alphabet, show_progress=False
     )
     tokenizer.train_from_iterator(texts, trainer)
-    return _as_fast(tokenizer)
+    fast = _as_fast(tokenizer)
+    fast.chat_template = HUMAN_AND_ASSISTANT
+    return fast
+
+
+def untrained_tokenizer() -> PreTrainedTokenizerBase:
+    """Return a tokenizer of single bytes, which renders messages as one will that is trained on the texts."""
+    return byte_pair_tokenizer((), len(pre_tokenizers.ByteLevel.alphabet()) + 3)
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_core import runlog
+from rlhf_core.checks.step_log import brief, rows_by_step
 from rlhf_core.profiles.files import (
     GPU,
+    LARGEST,
     OPERATOR_COLUMNS,
     OPERATORS_FILE,
     PROFILES_FOLDER,
@@ -79,10 +81,7 @@ def read_profile(folder: Path) -> Profile:
     """Return the profile of a run, or of a folder with the three files alone."""
     is_run = (folder / runlog.CONFIG_FILE).is_file()
     profiles = folder / PROFILES_FOLDER if is_run else folder
-    logs = [
-        {row["step"]: row for row in runlog.read(folder / name)} if is_run else None
-        for name in (runlog.TIMINGS_FILE, runlog.METRICS_FILE)
-    ]
+    logs = [rows_by_step(folder / name) if is_run else None for name in (runlog.TIMINGS_FILE, runlog.METRICS_FILE)]
     summary = read_table(profiles / SUMMARY_FILE, SUMMARY_COLUMNS)
     trace = read_trace(profiles / TRACE_FILE)
     operators = read_table(profiles / OPERATORS_FILE, OPERATOR_COLUMNS)
@@ -99,7 +98,8 @@ def check_steps(profile: Profile) -> str:
     _require(in_order == found, f"trace: its steps come in the order {in_order}")
     strays = sorted({event.step for event in profile.trace.events} - set(found))
     _require(not strays, f"trace: spans belong to steps {strays}, which were not profiled")
-    if profile.timings is not None:
+    if profile.timings is not None and profile.metrics is not None:
+        _same("the steps of metrics.jsonl and of timings.jsonl", sorted(profile.metrics), sorted(profile.timings))
         logged = [step for step, row in profile.timings.items() if row.get("profiled_from") == found[0]]
         _same("the profiled steps by timings.jsonl and by the trace", sorted(logged), found)
     return f"steps: {len(found)}, from {found[0]} to {found[-1]}, each once"
@@ -152,6 +152,24 @@ def _require_place(event: Event, around: list[Event]) -> None:
         stages = [outer.name for outer in around if outer.category == "stage"]
         parent = event.name.rpartition("/")[0]
         _require((stages[-1] if stages else "") == parent, f"{where} lies in {stages[-1] if stages else 'no stage'}")
+
+
+def check_minibatches(profile: Profile) -> str:
+    """Every step has the same minibatches, each once: all of those that its epochs and their numbers span."""
+    numbers: dict[int, list[tuple[int, ...]]] = {step: [] for step in profile.steps}
+    for event in profile.spans("minibatch"):
+        found = [value for name, value in sorted(event.arguments.items()) if name != "step"]
+        where = f"trace: step {event.step}: the numbers of a minibatch are {brief(found)}"
+        _require(all(type(value) is int and value >= 0 for value in found), f"{where}; they must be whole numbers")
+        numbers[event.step].append(tuple(found))
+    usual = set(next(iter(numbers.values())))
+    spanned = math.prod(1 + max(column) for column in zip(*usual, strict=True)) if usual else 0
+    for step, found in numbers.items():
+        where = f"trace: step {step} has {len(found)} minibatches, {len(set(found))} of them different"
+        _require(len(found) == spanned and set(found) == usual, f"{where}; there must be {spanned}")
+    updates = profile.timings is not None and any(event.name == "update" for event in profile.spans("stage"))
+    _require(spanned > 0 or not updates, "trace: the updates have no minibatches")
+    return f"minibatches: {spanned} in each step, each once"
 
 
 def check_coverage(profile: Profile) -> str:
@@ -209,7 +227,9 @@ def check_tokens(profile: Profile) -> str:
             continue
         _require(step in profile.metrics, f"metrics.jsonl has no step {step}")
         logged = profile.metrics[step].get("response_tokens")
-        _require(tokens == logged, f"tokens: step {step} has {tokens} by the trace and {logged} by metrics.jsonl")
+        _require(
+            tokens == logged, f"tokens: step {step} has {tokens} by the trace and {brief(logged)} by metrics.jsonl"
+        )
         rate = _number(profile.timings[step].get("tokens_per_second"), f"timings.jsonl: step {step}: tokens_per_second")
         expected = wall.arguments["tokens"] / (wall.ns / 1e9)
         _require(
@@ -258,6 +278,7 @@ def check_summary(profile: Profile) -> str:
             )
             if column == "total_ms":
                 largest = max(largest, difference / value if value else 0.0)
+    _require_order("summary.csv", list(profile.summary), list(durations), "the stages begin")
     return f"summary: {len(profile.summary)} stages agree with the trace; the largest total is off by {largest:.1e}"
 
 
@@ -329,6 +350,8 @@ def check_operators(profile: Profile) -> str:
                 abs(row[column] - exact) <= (MS_TOLERANCE if column.endswith("_ms") else 0),
                 f"operators: {column} of {name} is {row[column]:g} in op_stats.csv and {exact:g} by the trace",
             )
+    by_time = sorted(expected, key=lambda name: (-expected[name][1], name))
+    _require_order("op_stats.csv", list(profile.operators), by_time, "their own time falls")
     return f"operators: {len(expected)} agree with the trace, recorded in {len(recorded)} of {len(profile.steps)} steps"
 
 
@@ -356,9 +379,9 @@ def _operator_figures(profile: Profile) -> Iterator[tuple[Event, list[int], list
             close(stack)
         given = [event.arguments.get(name, 0) for name in ("cuda_ns", "cpu_bytes", "cuda_bytes")]
         whole = all(type(value) is int for value in given)
-        _require(
-            whole, f"trace: step {event.step}: the figures of {event.name} are {given}; they must be whole numbers"
-        )
+        where = f"trace: step {event.step}: cuda_ns, cpu_bytes and cuda_bytes of {event.name} are {brief(given)}"
+        _require(whole, f"{where}; they must be whole numbers")
+        _require(given[0] >= 0, f"{where}; the first must not be negative")
         stack.append((event, [event.ns, *given], [event.ns, *given]))
     for stack in threads.values():
         while stack:
@@ -398,6 +421,7 @@ CHECKS: tuple[Callable[[Profile], str], ...] = (
     check_categories,
     check_steps,
     check_nesting,
+    check_minibatches,
     check_coverage,
     check_timings,
     check_tokens,
@@ -413,13 +437,24 @@ def _require(holds: bool, message: str) -> None:
         raise CheckFailed(message)
 
 
+def _require_order(name: str, found: list[str], wanted: list[str], order: str) -> None:
+    for number, (one, other) in enumerate(zip(found, wanted, strict=True), start=2):
+        _require(one == other, f"{name}:{number}: {one} is where {other} belongs, in the order in which {order}")
+
+
 def _same(what: str, a: list[Any], b: list[Any]) -> None:
     if a == b:
         return
-    only_a, only_b = sorted(set(a) - set(b)), sorted(set(b) - set(a))
-    raise CheckFailed(f"{what} differ: only the first has {only_a or 'none'}, only the second {only_b or 'none'}")
+    only_a, only_b = (
+        f"[{', '.join(brief(item) for item in sorted(one)[:10])}]" for one in (set(a) - set(b), set(b) - set(a))
+    )
+    if only_a == only_b == "[]":
+        raise CheckFailed(f"{what} differ: one of them is there twice")
+    first, second = (one.replace("[]", "none") for one in (only_a, only_b))
+    raise CheckFailed(f"{what} differ: only the first has {first}, only the second {second}")
 
 
 def _number(value: Any, where: str) -> float:
-    _require(type(value) in (int, float) and math.isfinite(value), f"{where} is {value!r}; it must be a finite number")
+    sound = type(value) in (int, float) and abs(value) < LARGEST
+    _require(sound, f"{where} is {brief(value)}; it must be a finite number below 2^63")
     return float(value)

@@ -3,9 +3,12 @@
 import csv
 import json
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from rlhf_core.checks.step_log import brief, shortened
 
 PROFILES_FOLDER = "profiles"
 SUMMARY_FILE = "summary.csv"
@@ -22,6 +25,8 @@ OPERATOR_COLUMNS = (
     "total_cpu_bytes", "self_cuda_bytes", "total_cuda_bytes",
 )  # fmt: skip
 COUNTS = ("calls", "tokens")
+LARGEST = 2**63
+"""No time, count or size of a profile comes near it; what does not stay below is no figure of one."""
 TRAINING, STAGES_THREAD, GPU = 1, 1, 2
 """The trace's process that trains and its thread of stages; its process of kernels, with a thread for each stream."""
 
@@ -71,8 +76,8 @@ def read_trace(path: Path) -> Trace:
     try:
         tree = json.loads(text)
     except (ValueError, RecursionError) as error:
-        cut = "it was cut short" if not text.rstrip().endswith("}") else "it was changed"
-        raise ProfileError(f"{path} is not JSON ({error}); {cut}; profile again") from None
+        what = "it was cut short" if cut_short(text) else "it was changed"
+        raise ProfileError(f"{path} is not JSON ({error}); {what}; profile again") from None
     if not isinstance(tree, dict) or not isinstance(tree.get("traceEvents"), list):
         raise ProfileError(f"{path} has no list traceEvents; it is no trace")
     facts = tree.get("otherData")
@@ -91,22 +96,46 @@ def read_trace(path: Path) -> Trace:
     return Trace(events, facts["steps"], facts["operator_steps"], facts)
 
 
+_UNFINISHED = re.compile(r'\s*(?:"(?:[^"\\]|\\.)*\\?|[-+.\w\\]*)\s*', re.DOTALL)
+"""The beginning of a string, a number, a word or an escape, or nothing."""
+
+
+def cut_short(text: str) -> bool:
+    """Whether a text is a JSON document without its end: no more than a part of a token is left where it ends."""
+    start = len(text) - len(text.lstrip())
+    try:
+        json.JSONDecoder().raw_decode(text, start)
+    except json.JSONDecodeError as error:
+        return text[start] in "{[" and _UNFINISHED.fullmatch(text, error.pos) is not None
+    except RecursionError:
+        pass
+    return False
+
+
 def _event(item: Any, where: str) -> Event:
     if not isinstance(item, dict) or item.get("ph") != "X":
         raise ProfileError(f"{where} is no complete event (ph X)")
     for name, kind in (("cat", str), ("name", str), ("pid", int), ("tid", int), ("args", dict)):
         if type(item.get(name)) is not kind:
-            raise ProfileError(f"{where}: {name} is {item.get(name)!r}; it must be {kind.__name__}")
+            raise ProfileError(f"{where}: {name} is {brief(item.get(name))}; it must be {kind.__name__}")
+    for name in ("pid", "tid"):
+        if abs(item[name]) >= LARGEST:
+            raise ProfileError(f"{where}: {name} is {brief(item[name])}; it must be below 2^63")
     start, length = (_nanoseconds(item.get(name), f"{where} ({item['name']}): {name}") for name in ("ts", "dur"))
     step = item["args"].get("step")
     if type(step) is not int:
-        raise ProfileError(f"{where} ({item['name']}): args.step is {step!r}; it must be a whole number")
+        raise ProfileError(f"{where} ({item['name']}): args.step is {brief(step)}; it must be a whole number")
+    for name, value in item["args"].items():
+        if type(value) is int and abs(value) >= LARGEST:
+            raise ProfileError(f"{where} ({item['name']}): args.{name} is {brief(value)}; it must be below 2^63")
     return Event(item["cat"], item["name"], item["pid"], item["tid"], start, start + length, step, item["args"])
 
 
 def _nanoseconds(value: Any, where: str) -> int:
-    if type(value) not in (int, float) or not math.isfinite(value):
-        raise ProfileError(f"{where} is {value!r}; it must be a finite number")
+    if type(value) not in (int, float) or value != value or abs(value) == math.inf:
+        raise ProfileError(f"{where} is {brief(value)}; it must be a finite number")
+    if abs(value) >= LARGEST / 1000:
+        raise ProfileError(f"{where} is {brief(value)}; it must be below 2^63 ns")
     if value < 0:
         raise ProfileError(f"{where} is {value}; it must not be negative")
     return round(value * 1000)
@@ -127,7 +156,9 @@ def read_table(path: Path, columns: tuple[str, ...]) -> dict[str, dict[str, floa
     except csv.Error as error:
         raise ProfileError(f"{path} is no table ({error})") from None
     if tuple(lines[0]) != columns:
-        raise ProfileError(f"{path}: the columns are {','.join(lines[0])}; they must be {','.join(columns)}")
+        raise ProfileError(
+            f"{path}: the columns are {','.join(map(shortened, lines[0]))}; they must be {','.join(columns)}"
+        )
     rows: dict[str, dict[str, float]] = {}
     for number, line in enumerate(lines[1:], start=2):
         if len(line) != len(columns):
@@ -143,15 +174,18 @@ def read_table(path: Path, columns: tuple[str, ...]) -> dict[str, dict[str, floa
 
 def _number(value: str, column: str, where: str) -> float:
     whole = column in COUNTS or column.endswith("_bytes")
+    text = shortened(value)
     try:
         number = int(value) if whole else float(value)
     except ValueError:
-        raise ProfileError(f"{where}: {column} is {value!r}; it must be a {'whole ' if whole else ''}number") from None
-    if not math.isfinite(number):
-        raise ProfileError(f"{where}: {column} is {value}; it must be finite")
+        raise ProfileError(f"{where}: {column} is {text!r}; it must be a {'whole ' if whole else ''}number") from None
+    if number != number or abs(number) == math.inf:
+        raise ProfileError(f"{where}: {column} is {text}; it must be finite")
+    if abs(number) >= LARGEST:
+        raise ProfileError(f"{where}: {column} is {text}; it must be below 2^63")
     # What a piece of work gave back can be more than what it took.
     if number < 0 and column not in ("self_cpu_bytes", "total_cpu_bytes", "self_cuda_bytes", "total_cuda_bytes"):
-        raise ProfileError(f"{where}: {column} is {value}; it must not be negative")
+        raise ProfileError(f"{where}: {column} is {text}; it must not be negative")
     return number
 
 
@@ -162,6 +196,8 @@ def _text(path: Path) -> str:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ProfileError(f"{path} is not UTF-8 ({error}); it was damaged") from None
+    if text.startswith("\ufeff"):
+        raise ProfileError(f"{path} begins with a byte order mark; an editor saved it anew")
     if not text.strip():
         raise ProfileError(f"{path} is empty; profile again")
     return text

@@ -20,6 +20,7 @@ skipped and says so. Tensors in, tensors out; masks are bool, True = counts.
 
 import importlib
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,13 +49,23 @@ def load_implementation(spec: str) -> Any:
     module_name, colon, attribute = spec.partition(":")
     if not (module_name and colon and attribute):
         raise ValueError(f"--implementation is {spec!r}; give module:attribute, as in {KIT}")
+    if str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))  # as `python -m pytest` does and `pytest` does not
     try:
         found = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"--implementation {spec!r} cannot be loaded: {error}") from None
-    if not any(hasattr(found, name) for name in FUNCTIONS):
-        raise ValueError(f"--implementation {spec!r} has none of {', '.join(FUNCTIONS)}")
+    except (Exception, SystemExit) as error:  # whatever somebody's module does when it is imported
+        raise ValueError(
+            f"--implementation {spec!r} cannot be loaded: {type(error).__name__}: {error}; "
+            "it is looked for in the working directory and among the installed modules"
+        ) from None
+    if not any(callable(getattr(found, name, None)) for name in FUNCTIONS):
+        raise ValueError(f"--implementation {spec!r} has none of the functions {', '.join(FUNCTIONS)}")
     return found
+
+
+def name_of(adapter: Any, spec: str) -> str:
+    """Return what tables and messages call an adapter: its ``name``, or how it was asked for."""
+    return str(getattr(adapter, "name", spec))
 
 
 @dataclass

@@ -38,6 +38,10 @@ KL: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 """Estimates of KL(π‖π_ref) from x = log π − log π_ref and log π − log π_old of a drawn token."""
 
 
+UPDATE = ("policy_loss", "value_loss", "approx_kl", "clip_frac")
+"""What is logged of each minibatch before its step, as a mean over minibatches (of one size)."""
+
+
 def oracle_trainer(case: Case) -> Outcome:
     """Take a case's steps."""
     ppo = case.ppo
@@ -48,7 +52,7 @@ def oracle_trainer(case: Case) -> Outcome:
         decay = 1.0 - (step - 1) / ppo["steps"] if ppo["schedule"] == "linear" else 1.0
         batch = _Batch(case, policy_SV.detach(), values_S.detach(), kl_coef)
         metrics = batch.metrics()
-        norms, losses = [], []
+        norms, figures = [], []
         for _ in range(ppo["epochs"]):
             for start in range(0, ppo["batch_size"], ppo["minibatch_size"]):
                 rows = range(start, start + ppo["minibatch_size"])
@@ -58,14 +62,13 @@ def oracle_trainer(case: Case) -> Outcome:
                 norm = math.sqrt(sum(float(grad.square().sum()) for grad in grads))
                 scale = min(1.0, ppo["max_grad_norm"] / norm) if norm else 1.0
                 norms.append(norm)
-                losses.append((float(policy_loss.detach()), float(value_loss.detach())))
+                figures.append((float(policy_loss.detach()), float(value_loss.detach()), *batch.moved(policy_SV, rows)))
                 with torch.no_grad():
                     for parameter, grad in zip((policy_SV, values_S), grads, strict=True):
                         parameter -= ppo["learning_rate"] * decay * scale * grad
-        metrics["grad_norm"] = sum(norms) / len(norms)
-        metrics["policy_loss"], metrics["value_loss"] = (
-            sum(column) / len(losses) for column in zip(*losses, strict=True)
-        )
+        metrics["grad_norm"], metrics["grad_norm_max"] = sum(norms) / len(norms), max(norms)
+        for name, column in zip(UPDATE, zip(*figures, strict=True), strict=True):
+            metrics[name] = sum(column) / len(column)
         if ppo["kl_control"] == "adaptive":
             error = max(-0.2, min(0.2, metrics["kl"] / ppo["kl_target"] - 1.0))
             kl_coef *= 1.0 + error * ppo["batch_size"] / ppo["kl_horizon"]
@@ -146,6 +149,16 @@ class _Batch:
         value_loss = self._mean(value_rows) if self.recipe["advantage"] == "gae" else 0.0 * values_S.sum()
         return self._mean(policy_rows), value_loss
 
+    def moved(self, policy_SV: Tensor, rows: range) -> tuple[float, float]:
+        """Return the mean of ρ − 1 − log ρ over tokens, and the share of tokens whose ρ left its range."""
+        ratios = [
+            math.exp(float(new) - old)
+            for row in rows
+            for new, old in zip(self._logprobs(policy_SV.detach(), row), self.logp[row], strict=True)
+        ]
+        k3 = math.fsum(ratio - 1.0 - math.log(ratio) for ratio in ratios) / len(ratios)
+        return k3, sum(abs(ratio - 1.0) > self.case.ppo["clip_range"] for ratio in ratios) / len(ratios)
+
     def _mean(self, rows: list[Tensor]) -> Tensor:
         match self.recipe["loss_mean"]:
             case "token":
@@ -163,7 +176,7 @@ class _Batch:
             [p - q for p, q in zip(*pair, strict=True)] for pair in zip(self.logp, self.ref_logp, strict=True)
         ]
         scores, n = self.case.scores, len(self.case.scores)
-        mean = sum(scores) / n
+        mean, spread = sum(scores) / n, _variance(self.returns)
         return {
             "kl": sum(map(sum, log_ratios)) / n,
             "kl_k3": _mean([[math.exp(-x) - 1.0 + x for x in row] for row in log_ratios]),
@@ -174,6 +187,7 @@ class _Batch:
             "adv_var": _variance(self.raw),
             "value_mean": _mean(self.values),
             "return_mean": _mean(self.returns),
+            "explained_variance": 1.0 - _variance(self.raw) / spread if spread else 0.0,
             "response_length_mean": sum(map(len, self.states)) / n,
             "eos_rate": sum(self.case.world.ended(response) for response in self.case.responses) / n,
         }

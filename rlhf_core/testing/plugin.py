@@ -24,7 +24,7 @@ from typing import Any
 import pytest
 
 from rlhf_core.testing.command import TINY_RUN, run_command
-from rlhf_core.testing.implementation import KIT, Results, load_implementation, write_table
+from rlhf_core.testing.implementation import KIT, Results, load_implementation, name_of, write_table
 
 RESULTS = pytest.StashKey[Results]()
 
@@ -34,9 +34,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("rlhf")
     group.addoption(
         "--implementation",
-        default=KIT,
+        default=None,
         metavar="MODULE:ADAPTER",
-        help="whose numeric functions are tested: see rlhf_core.testing.implementation",
+        help="whose numeric functions are tested, and nothing else: see rlhf_core.testing.implementation",
     )
     group.addoption(
         "--write-table",
@@ -49,6 +49,17 @@ def pytest_configure(config: pytest.Config) -> None:
     """Make the marker known."""
     config.addinivalue_line("markers", "cuda: needs an NVIDIA GPU; skipped without one")
     config.stash[RESULTS] = Results(column="")
+    if config.getoption("--implementation"):
+        config.addinivalue_line("filterwarnings", "default")  # somebody else's warnings are no wrong numbers
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what does not look at the implementation that was named."""
+    if config.getoption("--implementation") is None:
+        return
+    other = [item for item in items if "implementation" not in getattr(item, "fixturenames", ())]
+    config.hook.pytest_deselected(items=other)
+    items[:] = [item for item in items if item not in other]
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -70,11 +81,12 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 @pytest.fixture(scope="session")
 def implementation(pytestconfig: pytest.Config) -> Any:
     """Return the adapter that ``--implementation`` names."""
+    spec = pytestconfig.getoption("--implementation") or KIT
     try:
-        found = load_implementation(pytestconfig.getoption("--implementation"))
+        found = load_implementation(spec)
     except ValueError as error:
         pytest.exit(str(error), returncode=pytest.ExitCode.USAGE_ERROR)
-    pytestconfig.stash[RESULTS].column = found.name
+    pytestconfig.stash[RESULTS].column = name_of(found, spec)
     return found
 
 

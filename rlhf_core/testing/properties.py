@@ -157,6 +157,16 @@ def own_score(trainer: Trainer) -> None:
 
 
 @_property
+def reaches_back(trainer: Trainer) -> None:
+    """Undiscounted, the score reaches every earlier token of its row whole."""
+    case = without_values(full_case())
+    for row, sizes in enumerate(read_advantages(case, policy_change(case, trainer))):
+        assert abs(sizes[-1]) > TOLERANCE, f"row {row}: its score moved nothing"
+        shares = [size / sizes[-1] for size in sizes]
+        assert max(abs(share - 1.0) for share in shares) <= TOLERANCE, f"row {row}: its tokens got {shares} of it"
+
+
+@_property
 def nothing_behind_the_end(trainer: Trainer) -> None:
     """No prefix behind the end moves."""
     case = short_case(kl_coef=0.5, lam=0.5)
@@ -348,6 +358,13 @@ def whitening_mask(trainer: Trainer) -> None:
 
 
 @_property
+def whitening_batch(trainer: Trainer) -> None:
+    """Whitening reads the whole batch, and no minibatch or row alone."""
+    case = without_values(full_case(whiten_advantages=True, gamma=0.5, lam=0.5, kl_coef=0.5, minibatch_size=1))
+    parallel(policy_change(case, trainer), policy_change(case, oracle_trainer))
+
+
+@_property
 def whitened_rewards(trainer: Trainer) -> None:
     """Whitened rewards keep their mean."""
     case = without_values(full_case(whiten_rewards=True, kl_coef=0.5))
@@ -448,7 +465,7 @@ def rollout_log(trainer: Trainer) -> None:
     case = short_case(kl_coef=0.5, lam=0.5, gamma=0.75).change(temperature=0.75)
     names = (
         *("kl", "kl_k3", "kl_coef", "entropy", "reward_mean", "reward_var"),
-        *("adv_var", "value_mean", "return_mean", "response_length_mean", "eos_rate"),
+        *("adv_var", "value_mean", "return_mean", "explained_variance", "response_length_mean", "eos_rate"),
     )
     _logged(trainer(case), oracle_trainer(case), names)
 
@@ -456,8 +473,9 @@ def rollout_log(trainer: Trainer) -> None:
 @_property
 def update_log(trainer: Trainer) -> None:
     """The log says what the update did."""
-    case = short_case(kl_coef=0.5, lam=0.5, epochs=2, learning_rate=0.25)
-    _logged(trainer(case), oracle_trainer(case), ("policy_loss", "value_loss", "grad_norm"))
+    case = short_case(kl_coef=0.5, lam=0.5, epochs=2, learning_rate=2.0)  # so fast that ratios leave their range
+    names = ("policy_loss", "value_loss", "approx_kl", "clip_frac", "grad_norm", "grad_norm_max")
+    _logged(trainer(case), oracle_trainer(case), names)
 
 
 @_property

@@ -61,12 +61,19 @@ class TestFiles:
         (profile_copy / "profiles" / name).write_text("")
         assert f"{name} is empty" in complaint(profile_copy)
 
-    @pytest.mark.parametrize("part", [0.3, 0.9])
-    def test_cut_short(self, profile_copy, name, part):
+    def test_cut_short(self, profile_copy, name):
+        """At many places, some of them behind a brace, in a number or in a name."""
         path = profile_copy / "profiles" / name
-        data = path.read_bytes()
-        path.write_bytes(data[: int(part * len(data))].rstrip(b"\n"))
-        assert "cut short" in complaint(profile_copy)
+        data = path.read_bytes().rstrip(b"\n")
+        ends = {int(part / 20 * len(data)) for part in range(1, 20)} | set(range(len(data) - 30, len(data)))
+        for end in ends:
+            path.write_bytes(data[:end].rstrip(b"\n"))
+            assert "cut short" in complaint(profile_copy), end
+
+    def test_a_byte_order_mark(self, profile_copy, name):
+        path = profile_copy / "profiles" / name
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+        assert f"{name} begins with a byte order mark" in complaint(profile_copy)
 
     def test_bytes_of_another_kind(self, profile_copy, name):
         (profile_copy / "profiles" / name).write_bytes(b"\xff\xfe\x00" * 50)
@@ -105,6 +112,23 @@ SUMMARY = {
     "a row more": (lambda rows: [*rows, ["thinking", *rows[3][1:]]], "only the first has ['thinking']"),
     "a cell less": (lambda rows: [*rows[:3], rows[3][:-1], *rows[4:]], "10 values; there must be 11"),
     "another column": (lambda rows: [["phase", *rows[0][1:]], *rows[1:]], "the columns are phase,calls"),
+    "in another order": (lambda rows: [rows[0], *rows[:0:-1]], "summary.csv:2: "),
+    "in seconds": (
+        lambda rows: [rows[0], *([row[0], row[1], f"{float(row[2]) / 1000:.6f}", *row[3:]] for row in rows[1:])],
+        "summary: total_ms of step is",
+    ),
+    "columns of seconds": (lambda rows: [[name.replace("_ms", "_s") for name in rows[0]], *rows[1:]], "total_s,mean_s"),
+    "a column more": (lambda rows: [[*row, "1"] for row in rows], "cuda_peak_bytes,1; they must be"),
+    "the header twice": (lambda rows: [rows[0], *rows], "calls is 'calls'; it must be a whole number"),
+    "no header": (lambda rows: rows[1:], "the columns are step,5,"),
+    "values of another row": (
+        lambda rows: [*rows[:2], [rows[2][0], *rows[3][1:]], [rows[3][0], *rows[2][1:]], *rows[4:]],
+        "summary: total_ms of ",
+    ),
+    "a huge count": (cell("update", "calls", lambda text: "9" * 400), "calls is 999999999999999999999999999999… (400 "),
+    "a huge time": (cell("update", "total_ms", lambda text: "1e300"), "total_ms is 1e300; it must be below 2^63"),
+    "infinite": (cell("update", "share", lambda text: "-inf"), "share is -inf; it must be finite"),
+    "no value": (cell("update", "calls", lambda text: ""), "calls is ''; it must be a whole number"),
     "stages swapped": (
         lambda rows: [[{"rollout": "update", "update": "rollout"}.get(row[0], row[0]), *row[1:]] for row in rows],
         "summary: total_ms of ",
@@ -127,6 +151,8 @@ OPERATORS = {
     "memory": (cell("aten::mul", "self_cpu_bytes", lambda text: str(int(text) + 8)), "self_cpu_bytes of aten::mul is"),
     "a row less": (lambda rows: [row for row in rows if row[0] != "aten::mul"], "only the second ['aten::mul']"),
     "a row more": (lambda rows: [*rows, ["aten::think", *rows[3][1:]]], "only the first has ['aten::think']"),
+    "in another order": (lambda rows: [rows[0], *rows[:0:-1]], "op_stats.csv:2: "),
+    "a huge size": (cell("aten::mul", "self_cpu_bytes", lambda text: "9" * 400), "it must be below 2^63"),
     "only the header": (lambda rows: rows[:1], "only the first has none, only the second ["),
 }
 
@@ -170,6 +196,12 @@ def all_scaled(tree):
     for event in tree["traceEvents"]:
         if event["ph"] == "X":
             event["ts"], event["dur"] = event["ts"] * 1.5, event["dur"] * 1.5
+
+
+def in_milliseconds(tree):
+    for event in tree["traceEvents"]:
+        if event["ph"] == "X":
+            event["ts"], event["dur"] = event["ts"] / 1000, event["dur"] / 1000
 
 
 def swapped(tree):
@@ -228,6 +260,21 @@ TRACE = {
     "no facts": (lambda tree: tree.pop("otherData"), "has no table otherData"),
     "a fact of another kind": (lambda tree: tree["otherData"].update(steps="all"), "otherData.steps is no list"),
     "inflated operators": (inflated, "overlap"),
+    "a huge start": (set_to("rollout", "ts", 1e308), "ts is 1e+308; it must be below 2^63 ns"),
+    "a huge length": (set_to("rollout", "dur", 10**400), "(401 characters); it must be below 2^63 ns"),
+    "huge memory": (lambda tree: span(tree, "step")["args"].update(cpu_peak_bytes=10**400), "args.cpu_peak_bytes is 1"),
+    "a huge thread": (set_to("rollout", "tid", 10**400), "tid is 1"),
+    "time on a GPU that goes back": (
+        lambda tree: next(e for e in tree["traceEvents"] if e.get("cat") == "operator")["args"].update(cuda_ns=-1),
+        "the first must not be negative",
+    ),
+    "a minibatch twice": (doubled("minibatch"), "step 2 has 2 minibatches, 1 of them different; there must be 1"),
+    "no minibatch in a step": (
+        without(lambda e: e["name"] == "minibatch" and e["args"]["step"] == 3),
+        "trace: step 3 has 0 minibatches, 0 of them different; there must be 1",
+    ),
+    "no minibatches": (without(lambda e: e["name"] == "minibatch"), "the updates have no minibatches"),
+    "in milliseconds": (in_milliseconds, "overlap"),
 }  # fmt: skip
 
 
@@ -246,12 +293,23 @@ def test_operators_own_time_above_their_stages_is_found_out_by_itself(profile_co
 
 LOGS = {
     "other tokens": ("metrics.jsonl", lambda rows: rows[1].update(response_tokens=999), "tokens: step 2 has"),
-    "a step less": ("metrics.jsonl", lambda rows: rows.pop(), "metrics.jsonl has no step 5"),
+    "a step less": ("metrics.jsonl", lambda rows: rows.pop(), "only the first has none, only the second [5]"),
+    "a step more": ("metrics.jsonl", lambda rows: rows.append(rows[-1] | {"step": 6}), "only the first has [6]"),
+    "a step twice": ("metrics.jsonl", lambda rows: rows.append(rows[-1]), "metrics.jsonl:6: step 5 a second time"),
+    "a time twice": ("timings.jsonl", lambda rows: rows.insert(0, rows[1]), "timings.jsonl:2: step 1 after step 2"),
+    "rows swapped": ("timings.jsonl", lambda rows: rows.reverse(), "timings.jsonl:2: step 4 after step 5"),
+    "a huge rate": (
+        "timings.jsonl",
+        lambda rows: rows[1].update(tokens_per_second=10**400),
+        "(401 characters); it must",
+    ),
+    "a negative time": ("timings.jsonl", lambda rows: rows[1].update(step_time_s=-1.0), "step_time_s took -1.0 s"),
+    "NaN": ("timings.jsonl", lambda rows: rows[1].update(step_time_s=float("nan")), "step_time_s is nan; it must be"),
     "another rate": ("timings.jsonl", lambda rows: rows[1].update(tokens_per_second=5.0), "timings.jsonl says 5.000"),
     "no rate": ("timings.jsonl", lambda rows: rows[1].pop("tokens_per_second"), "tokens_per_second is None"),
     "another time": ("timings.jsonl", lambda rows: rows[1].update(step_time_s=5.0), "step_time_s took 5.0 s"),
     "no stages": ("timings.jsonl", lambda rows: rows[1].update(stages_s=3), "has no table stages_s"),
-    "a row less": ("timings.jsonl", lambda rows: rows.pop(), "by timings.jsonl and by the trace differ"),
+    "a row less": ("timings.jsonl", lambda rows: rows.pop(), "the steps of metrics.jsonl and of timings.jsonl differ"),
     "less memory": ("timings.jsonl", lambda rows: rows[1].update(peak_mem_bytes=5), "above the 5 of timings.jsonl"),
 }
 
@@ -261,6 +319,13 @@ def test_logs_that_say_something_else_are_found_out(profile_copy, kind):
     name, spoil, message = LOGS[kind]
     change_log(profile_copy, name, spoil)
     assert message in complaint(profile_copy)
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "timings.jsonl"])
+def test_a_log_that_an_editor_saved_anew_is_found_out(profile_copy, name):
+    path = profile_copy / name
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert f"{name} begins with a byte order mark" in complaint(profile_copy)
 
 
 @pytest.mark.parametrize(

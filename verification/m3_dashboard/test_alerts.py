@@ -124,6 +124,12 @@ def test_a_policy_that_updates_once_a_rollout_is_not_called_frozen():
     assert "policy_frozen" not in found(spoiled(since=0, approx_kl=0.0))
 
 
+def test_a_policy_that_has_collapsed_is_not_said_to_be_sampled_wrongly():
+    """All but rare draws have x = −log π − entropy just below 0, so that z is near −√tokens in every step."""
+    assert "not_drawn_from_policy" in found(spoiled(sampling_z=-7.2))
+    assert "not_drawn_from_policy" not in found(spoiled(sampling_z=-7.2, entropy=1e-8))
+
+
 def test_small_batches_cannot_show_that_length_is_paid_for():
     columns = spoiled(since=0, reward_length_corr=0.95)
     columns["response_tokens"] = 2 * columns["response_length_mean"]  # two sequences: always 1 or −1

@@ -132,6 +132,33 @@ def test_the_names_of_trls_ppo_mean_what_ours_mean(tmp_path):
     assert "note" not in columns
 
 
+def test_trl_s_evaluations_and_its_last_line_are_of_the_step_before_them(tmp_path):
+    """Each of its rows has the epoch, so that rows of one step are never wholly different."""
+    history = []
+    for step in range(1, 31):
+        history.append(
+            {"step": step, "epoch": step / 30, "reward": 0.1, "grad_norm": float("nan") if step == 10 else 1}
+        )
+        if step % 10 == 0:
+            history.append({"step": step, "epoch": step / 30, "eval_loss": 3.0, "eval_runtime": 5.0})
+    history.append({"step": 30, "epoch": 1.0, "train_runtime": 100.0, "total_flos": 0.0})
+    (tmp_path / "trainer_state.json").write_text(json.dumps({"log_history": history}))
+    columns = read_columns(tmp_path, "trl")
+    assert columns["step"].tolist() == list(range(1, 31))
+    alerts = found(columns)
+    assert "steps_out_of_order" not in alerts
+    assert (alerts["nonfinite"].metric, alerts["nonfinite"].first_step) == ("grad_norm", 10)
+
+
+@pytest.mark.parametrize("again", [{"step": 3, "epoch": 0.3, "loss": 1.0}, {"step": 3, "epoch": 0.4, "reward": 1.0}])
+def test_a_step_that_was_done_twice_stays_two_rows(tmp_path, again):
+    history = [{"step": step, "epoch": step / 10, "loss": 1.0} for step in (1, 2, 3)]
+    (tmp_path / "trainer_state.json").write_text(json.dumps({"log_history": [*history, again]}))
+    columns = read_columns(tmp_path, "trl")
+    assert columns["step"].tolist() == [1, 2, 3, 3]
+    assert "steps_out_of_order" in found(columns)
+
+
 def test_nan_in_a_trainer_state_is_found(tmp_path):
     write(tmp_path / "trainer_state.json", '{"log_history": [{"step": 1, "loss": 0.1}, {"step": 2, "loss": NaN}]}')
     alert = found(read_columns(tmp_path, "trl"))["nonfinite"]

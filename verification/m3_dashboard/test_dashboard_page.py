@@ -89,6 +89,21 @@ def test_alerts_come_before_the_metrics_and_lead_to_their_step(runs):
     assert metrics["⚠ kl, nats"] == "not finite"
 
 
+def test_a_question_is_answered_by_the_alerts_on_its_metrics_in_any_run(runs):
+    """Every value lies in its healthy range; what is wrong with the second run shows all the same."""
+    make_run(runs, "a", 12)
+    assert "4 of 4 in range" in html(page(run="a"))
+    make_run(runs, "b", 3, planned=30)
+    append(runs / "b" / "metrics.jsonl", *(metrics_row(step, kl=60.0) for step in range(4, 13)))
+    append(runs / "b" / "timings.jsonl", *(timing_row(step) for step in range(4, 13)))
+    for chosen in ("b", ["a", "b"]):
+        words = html(page(run=chosen))
+        close = words[words.index("Is the policy still close?") :]
+        assert close[: close.index("</div>")].count(" alert") == 1, close[:300]
+    learning = words[words.index("Is it learning?") :]
+    assert "in range" in learning[: learning.index("</div>")]
+
+
 def test_an_example_of_each_rule_is_shown_and_marked(runs):
     make_run(runs, "a", 3)
     words = html(page(test_alerts="1"))
@@ -228,7 +243,7 @@ def test_the_profile_shows_stages_operators_and_files(runs):
     (run / "profiles").mkdir()
     (run / "profiles" / "summary.csv").write_text(
         "stage,calls,total_ms,mean_ms,p50_ms,p95_ms,share,tokens,tokens_per_s,cpu_peak_bytes,cuda_peak_bytes\n"
-        "step,2,1000,500,500,500,1,80,80,2000,0\n"
+        "step,2,1000,500,500,500,1,80,80,3145728,0\n"
         "rollout,2,200,100,100,100,0.25,80,400,1000,0\nupdate,2,600,300,300,300,0.75,80,133,2000,0\n"
         "update/forward,8,400,50,50,50,0.5,80,200,2000,0\n"
     )
@@ -240,7 +255,8 @@ def test_the_profile_shows_stages_operators_and_files(runs):
     assert "From profiles/summary.csv" in html(app)
     summary = app.dataframe[0].value
     assert summary["stage"].tolist() == ["step", "rollout", "update", "update/forward"]
-    assert "cuda_peak_bytes" not in summary, "nothing but zeros"
+    assert summary["cpu_peak_MiB"][0] == 3
+    assert "cuda_peak_MiB" not in summary, "nothing but zeros"
     bars = profile_view.stages_of(summary.astype(str).to_dict("records"))
     assert [(bar["milliseconds"], bar["share"]) for bar in bars] == [(300, 0.75), (200, 0.5), (100, 0.25)]
     assert app.dataframe[1].value["operator"].tolist() == ["aten::mm", "aten::add"]

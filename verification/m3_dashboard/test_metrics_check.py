@@ -81,6 +81,9 @@ METRICS_SPOILED = {
     "another rate": (set_to("lr", 1e-5), "step 2: lr is 1e-05; the schedule's rate is 0.00024"),
     "another length": (set_to("response_length_mean", 7.5), "step 2: response_length_mean is 7.5"),
     "another coefficient": (set_to("kl_coef", 0.2), "step 2: kl_coef is 0.2"),
+    "another score": (set_to("score_mean", 3.0), "step 2: score_mean is 3.0; reward_mean less the penalty"),
+    "a number that no float holds": (set_to("kl", 10**400), "(401 characters); it must be a finite number"),
+    "a step that no float holds": (set_to("step", 10**400), "row 2 is of step 1"),
     "mean norm above the largest": (set_to("grad_norm_max", 0.0), "is above grad_norm_max 0.0"),
     "p99 above the largest": (set_to("rollout_logprob_diff_p99", 1.0), "is above rollout_logprob_diff_max"),
 }
@@ -101,10 +104,26 @@ def test_a_log_without_rows_is_found_out(copied_run):
         list(check_log(copied_run))
 
 
+@pytest.mark.parametrize("name", ["metrics.jsonl", "timings.jsonl"])
+def test_a_log_that_an_editor_saved_anew_is_found_out(copied_run, name):
+    path = copied_run / name
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    outcome = run_command("check-metrics", copied_run)
+    assert outcome.code == 1
+    assert f"{name} begins with a byte order mark" in outcome.out
+
+
+def test_a_time_twice_is_found_out(copied_run):
+    change(copied_run, "timings.jsonl", lambda rows: rows.append(rows[-1]))
+    with pytest.raises(ValueError, match=r"timings\.jsonl:6: step 5 a second time"):
+        list(check_log(copied_run))
+
+
 TIMINGS_SPOILED = {
     "another rate": (set_to("tokens_per_second", 5.0), "step 2: tokens_per_second is 5.0;"),
     "no rate": (set_to("tokens_per_second", None), "tokens_per_second is None"),
     "no time": (set_to("step_time_s", 0), "step_time_s is 0; it must be a number above 0"),
+    "a time that no float holds": (set_to("step_time_s", 10**400), "(401 characters); it must be a number above 0"),
     "a row less": (lambda rows: rows.pop(), "differ in the steps [5]"),
 }
 
@@ -121,8 +140,15 @@ def test_a_throughput_that_was_not_measured_is_found_out(copied_run, kind):
 SAMPLES_SPOILED = {
     "another kl": (set_to("kl", 1.0), "kl is 1.0; its tokens' log-probs give"),
     "a log-prob less": (lambda rows: rows[1]["logprobs"].pop(), "log-probs"),
-    "a step that was not": (set_to("step", 99), "metrics.jsonl has no such step"),
-    "no log-probs": (set_to("logprobs", None), "must be lists"),
+    "a step that was not": (set_to("step", 99), "step 99 sample 1: is in row 2, where step 1 sample 1 belongs"),
+    "no log-probs": (set_to("logprobs", None), "logprobs is None; it must be a list of numbers"),
+    "a word for a log-prob": (lambda rows: rows[1]["logprobs"].__setitem__(0, "x"), "it must be a list of numbers"),
+    "a log-prob above 0": (lambda rows: rows[1]["ref_logprobs"].__setitem__(0, 0.5), "none above 0"),
+    "a reward that is NaN": (set_to("reward", float("nan")), "reward is nan; it must be finite"),
+    "a sample twice": (lambda rows: rows.insert(1, rows[0]), "sample 0: is in row 2, where step 1 sample 1 belongs"),
+    "a sample less": (lambda rows: rows.pop(), "19 rows; 4 of 5 steps belong there"),
+    "a sample more": (lambda rows: rows.append(rows[0]), "is in row 21; 4 of 5 steps belong there"),
+    "in another order": (lambda rows: rows.reverse(), "is in row 1, where step 1 sample 0 belongs"),
 }
 
 

@@ -17,25 +17,38 @@ def title(request):
 @pytest.fixture
 def check(implementation, request):
     """Return check(function's name, error of a function, tolerance, convention): it records, skips or fails."""
-    cells = request.config.stash[RESULTS].cells
+    results = request.config.stash[RESULTS]
+    cells = results.cells
 
     def run(name, error_of, tolerance, convention=None):
         function = getattr(implementation, name, None)
         if function is None:
             why = getattr(implementation, "missing", {}).get(name, "not offered")
             cells[title(request)] = f"– ({why})"
-            pytest.skip(f"{implementation.name} has no {name}: {why}")
-        error = error_of(function)
+            pytest.skip(f"{results.column} has no {name}: {why}")
+
+        def measured(measure):
+            problem = None
+            try:
+                return measure(function)
+            except Exception as raised:
+                problem = raised
+            cells[title(request)] = f"**{type(problem).__name__}**"
+            text = f"{results.column}'s {name} failed: {type(problem).__name__}: {problem}"
+            return pytest.fail(text, pytrace=False)
+
+        error = measured(error_of)
         if error <= tolerance:
             cells[title(request)] = shown(error)
             return
         if convention is not None:
             what, error_by_convention, its_tolerance = convention
-            under = error_by_convention(function)
+            under = measured(error_by_convention)
             if under <= its_tolerance:
                 cells[title(request)] = f"{shown(under)} ({what})"
                 return
         cells[title(request)] = f"**{shown(error)}**"
-        pytest.fail(f"{implementation.name}'s {name} is off by {error:.3g}, more than {tolerance:g}")
+        text = f"{results.column}'s {name} is off by {error:.3g}, more than {tolerance:g}"
+        pytest.fail(text, pytrace=False)
 
     return run

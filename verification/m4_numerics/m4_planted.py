@@ -557,3 +557,190 @@ def kl_loss_of_the_ratio_the_other_way_round(monkeypatch):
 @plant
 def length_normalised_by_the_longest_of_the_batch(monkeypatch):
     replace(monkeypatch, "loss_count", lambda right: lambda mask, mean, longest: right(mask, mean, longest - 1))
+
+
+# -- and what else peers have got wrong --------------------------------------------------------------------------------
+
+
+@plant
+def gae_scanning_forward(monkeypatch):
+    """A token's advantage gathers the errors before it, and not those behind."""
+
+    def make(right):
+        def wrong(rewards_BT, values_BT, mask_BT, *, gamma, lam):
+            errors_BT = right(rewards_BT, values_BT, mask_BT, gamma=gamma, lam=0.0)[0]
+            advantages_BT = errors_BT.clone()
+            for t in range(1, mask_BT.shape[1]):
+                advantages_BT[:, t] += gamma * lam * advantages_BT[:, t - 1]
+            advantages_BT = torch.where(mask_BT, advantages_BT, 0.0)
+            return advantages_BT, torch.where(mask_BT, advantages_BT + values_BT, 0.0)
+
+        return wrong
+
+    replace(monkeypatch, "gae", make, targets)
+
+
+@plant
+def next_value_not_discounted(monkeypatch):
+    """δ = r + V' − V: γ stands in γλ alone."""
+    replace(
+        monkeypatch,
+        "gae",
+        lambda right: lambda *args, gamma, lam: right(*args, gamma=1.0, lam=gamma * lam),
+        targets,
+    )
+
+
+@plant
+def kl_against_the_policy_of_the_rollout(monkeypatch):
+    replace(
+        monkeypatch,
+        "token_rewards",
+        lambda right: lambda scores, logp, ref, mask, **kwargs: right(scores, logp, logp, mask, **kwargs),
+    )
+
+
+@plant
+def score_shared_by_all_tokens(monkeypatch):
+    def make(right):
+        def wrong(scores_B, logprobs_BT, ref_BT, mask_BT, **kwargs):
+            rewards_BT = right(torch.zeros_like(scores_B), logprobs_BT, ref_BT, mask_BT, **kwargs)
+            return rewards_BT + mask_BT * (scores_B / mask_BT.sum(dim=1))[:, None]
+
+        return wrong
+
+    replace(monkeypatch, "token_rewards", make)
+
+
+@plant
+def whitening_row_by_row(monkeypatch):
+    def make(right):
+        def wrong(x, mask, shift_mean=True):
+            pairs = zip(x.split(1), mask.split(1), strict=True)
+            return torch.cat([right(row, on, shift_mean=shift_mean) for row, on in pairs])
+
+        return wrong
+
+    replace(monkeypatch, "whiten", make, targets)
+
+
+@plant
+def whitening_minibatch_by_minibatch(monkeypatch):
+    def make(right):
+        def wrong(state, rollout, scores, found, minibatch, config, *rest):
+            if config.ppo.recipe.whiten_advantages:
+                rows = torch.cat(minibatch)
+                white_BT = found.advantages_BT.clone()
+                white_BT[rows] = targets.whiten(white_BT[rows], rollout.response_mask_BT[rows])
+                found = dataclasses.replace(found, advantages_BT=white_BT)
+            return right(state, rollout, scores, found, minibatch, config, *rest)
+
+        return wrong
+
+    replace(monkeypatch, "accumulate_gradients", make)
+
+
+@plant
+def loss_divided_by_the_number_of_micro_batches_too(monkeypatch):
+    def make(right):
+        def wrong(state, rollout, scores, found, minibatch, *rest):
+            sums = right(state, rollout, scores, found, minibatch, *rest)
+            for parameter in state.model.parameters():
+                if parameter.grad is not None:
+                    parameter.grad /= len(minibatch)
+            return sums
+
+        return wrong
+
+    replace(monkeypatch, "accumulate_gradients", make)
+
+
+@plant
+def a_minibatch_divides_by_the_tokens_of_the_batch(monkeypatch):
+    def make(right):
+        def wrong(state, rollout, *rest):
+            monkeypatch.setattr(ppo, "loss_count", lambda mask, mean, longest: int(rollout.response_mask_BT.sum()))
+            return right(state, rollout, *rest)
+
+        return wrong
+
+    replace(monkeypatch, "accumulate_gradients", make)
+
+
+@plant
+def value_clipped_around_the_return(monkeypatch):
+    replace(
+        monkeypatch,
+        "clipped_value_losses",
+        lambda right: lambda v, old, returns, mask, **kwargs: right(v, returns, returns, mask, **kwargs),
+    )
+
+
+@plant
+def clip_range_of_the_log_ratio(monkeypatch):
+    """|log ρ| < ε in place of |ρ − 1| < ε."""
+
+    def make(right):
+        def wrong(log_ratio_BT, advantages_BT, mask_BT, *, clip_range):
+            near_BT = log_ratio_BT.clamp(-clip_range, clip_range).exp()
+            losses_BT = torch.maximum(-log_ratio_BT.exp() * advantages_BT, -near_BT * advantages_BT)
+            return torch.where(mask_BT, losses_BT, 0.0)
+
+        return wrong
+
+    replace(monkeypatch, "clipped_policy_losses", make)
+
+
+@plant
+def epsilon_of_trl_in_the_standard_score(monkeypatch):
+    monkeypatch.setattr("rlhf_core.advantages.STANDARD_SCORE_EPSILON", 1e-4)
+
+
+@plant
+def groups_off_by_one(monkeypatch):
+    for name in targets.GROUP_ESTIMATORS:
+        _estimator(monkeypatch, name, lambda right: lambda returns_B, size: right(returns_B.roll(1), size).roll(-1))
+
+
+@plant
+def entropy_logged_without_the_temperature(monkeypatch):
+    def make(right):
+        def wrong(model, reference, rollout, plan, temperature, dtype):
+            scores, cold = (right(model, reference, rollout, plan, tau, dtype) for tau in (temperature, 1.0))
+            return dataclasses.replace(scores, entropies_BT=cold.entropies_BT)
+
+        return wrong
+
+    replace(monkeypatch, "score_rollout", make)
+
+
+@plant
+def approximate_kl_the_other_way_round(monkeypatch):
+    replace(monkeypatch, "kl_k3", lambda right: lambda log_ratio_BT: right(-log_ratio_BT))
+
+
+@plant
+def clip_fraction_over_the_padding(monkeypatch):
+    def make(right):
+        def wrong(state, rollout, scores, found, minibatch, *rest):
+            sums = right(state, rollout, scores, found, minibatch, *rest)
+            return dataclasses.replace(sums, tokens=rollout.response_mask_BT[torch.cat(minibatch)].numel())
+
+        return wrong
+
+    replace(monkeypatch, "accumulate_gradients", make)
+
+
+@plant
+def explained_variance_against_the_values(monkeypatch):
+    def make(right):
+        def wrong(**arrays):
+            metrics, mask = right(**arrays), arrays["mask"]
+            if arrays["values"] is not None and (spread := arrays["values"][mask].var()) > 0:
+                error = (arrays["returns"] - arrays["values"])[mask].var()
+                metrics |= {"explained_variance": 1.0 - float(error / spread)}
+            return metrics
+
+        return wrong
+
+    replace(monkeypatch, "rollout_metrics", make)

@@ -197,6 +197,13 @@ class TestData:
         spoil(sentences)
         assert_matches(message, refuse(runs, "--data", sentences, "--model.vocabulary", "300"))
 
+    def test_a_folder_without_data_is_named_with_the_folder_in_it_that_has_some(self, runs, tmp_path):
+        (tmp_path / "data" / "train").mkdir(parents=True)
+        message = r"data' has neither \*\.pos and \*\.neg files nor a data file \(.*\)"
+        assert_matches(message, refuse(runs, "--data", tmp_path / "data"))
+        (tmp_path / "data" / "train" / "a.jsonl").write_text('{"prompt": "p"}\n')
+        assert_matches(message + r"; its folder '.*/train' has", refuse(runs, "--data", tmp_path / "data"))
+
     def test_a_vocabulary_too_small(self, runs, sentences):
         complaint = refuse(runs, "--data", sentences, "--model.vocabulary", "200")
         assert "vocabulary is 200; a byte-pair vocabulary has at least 259 tokens" in complaint

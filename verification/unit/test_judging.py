@@ -138,6 +138,15 @@ def test_a_completion_does_not_depend_on_how_many_are_drawn(judged, place, monke
     assert {one["prompt_row"]: one["token_ids"] for one in runlog.read_samples(place / "runs" / "one")} == first
 
 
+def test_prompts_that_are_all_held_out_can_be_judged(place, monkeypatch):
+    monkeypatch.chdir(place)
+    options = ("--model.path", "policy", "--data", "prompts.jsonl", "--held-out", "0.999999", "--judging.prompts", "4")
+    outcome = run_command("eval", *COMMON, *options, "--sampling.max-new-tokens", "3", "--name", "held-out")
+    assert outcome.code == 0, outcome.err
+    assert "0 to train on, 9 held out" in outcome.out
+    assert len(list(runlog.read_samples(place / "runs" / "held-out"))) == 4
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

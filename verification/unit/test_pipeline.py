@@ -11,6 +11,7 @@ from pipeline_data import COMMON, MODEL, PPO, preferences, write_rows
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from rlhf_core import checkpoint, runlog
+from rlhf_core.policy import load_model
 from rlhf_core.testing.assertions import assert_runs_identical
 from rlhf_core.testing.command import run_command
 
@@ -126,6 +127,15 @@ def test_a_changed_option_redoes_its_stage_and_what_follows(finished, copied):
     assert found == KEPT
 
 
+def test_an_option_that_a_stage_cannot_use_costs_no_finished_stage(copied):
+    place = ("--data", copied / "pairs.jsonl", "--runs", copied / "runs", "--name", "p")
+    outcome = run_command(*OPTIONS, *place, "--sampling.max-new-tokens", "64")
+    assert outcome.code == 2
+    assert "max_new_tokens is 64" in outcome.complaint
+    outcome, found = again(copied)
+    assert found == KEPT
+
+
 def test_changed_data_redo_everything(copied):
     write_rows(copied / "pairs.jsonl", preferences(59))
     outcome, found = again(copied)
@@ -193,9 +203,11 @@ class TestExport:
         model, loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
         assert not loaded["missing_keys"]
         tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
-        ids = tokenizer("film", return_tensors="pt", return_token_type_ids=False)
-        assert model.generate(**ids, max_new_tokens=2).shape[1] > 1
         source = "sft/model" if run == "p/sft" else "ppo/checkpoints/step_000002/policy"
+        own = load_model(finished / "runs" / "p" / source, "eager")
+        ids = tokenizer("film", return_tensors="pt", return_token_type_ids=False)
+        texts = [tokenizer.decode(one.generate(**ids, max_new_tokens=8, do_sample=False)[0]) for one in (model, own)]
+        assert texts[0] == texts[1] != "film"
         made = (finished / "runs" / "p" / source / "model.safetensors").read_bytes()
         assert (tmp_path / "out" / "model.safetensors").read_bytes() == made
         checkpoint.check_folder(tmp_path / "out")

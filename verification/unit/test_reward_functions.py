@@ -20,7 +20,10 @@ BAD = [
     (lambda p, c: None, "returned a NoneType"),
     (lambda p, c: {"a": 1, "b": 2}, "returned a dict"),
     (lambda p, c: [1.0, "2"], r"returned '2' \(str\) for completion 1"),
-    (lambda p, c: [True, 1.0], "returned True .bool. for completion 0"),
+    (lambda p, c: [1.0, 10**400], r"returned 1000\S*\.\.\. for completion 1; it must be finite in float32"),
+    (lambda p, c: [1.0, 10**9999], r"returned a int for completion 1; it must be finite in float32"),
+    (lambda p, c: [-1e39, 1.0], r"returned -1e\+39 for completion 0; it must be finite in float32"),
+    (lambda p, c: [1.0, 1j], r"returned 1j \(complex\) for completion 1; it must be a number"),
     (lambda p, c: [1.0, None], "returned None"),
     (lambda p, c: [[1.0], [2.0]], r"returned \[1\.0\] \(list\)"),
     (lambda p, c: [math.nan, 1.0], "returned nan for completion 0; it must be finite"),
@@ -42,6 +45,19 @@ def test_a_bad_answer_is_named_with_the_function(function, message):
 )
 def test_lists_tuples_arrays_and_tensors_of_numbers_are_answers(scores):
     assert call_function("mine:f", lambda p, c: scores, ["p", "q"], ["c", "d"], 10) == [1.0, 2.5]
+
+
+@pytest.mark.parametrize("scores", [[True, False], np.array([True, False]), [torch.tensor(1), np.bool_(0)]])
+def test_what_is_right_or_wrong_is_1_or_0(scores):
+    assert call_function("mine:f", lambda p, c: scores, ["p", "q"], ["c", "d"], 10) == [1.0, 0.0]
+
+
+def test_an_async_function_is_refused_and_leaves_nothing_that_waits():
+    async def later(p, c):
+        return [1.0]
+
+    with pytest.raises(RewardError, match="mine:f is async; it must be a plain function"):
+        call_function("mine:f", later, ["p"], ["c"], 10)
 
 
 def test_the_function_gets_copies_of_both_lists():

@@ -321,6 +321,19 @@ def test_a_reward_model_whose_padding_is_its_end_is_read_right_by_transformers_t
     assert theirs(ids).logits.item() == pytest.approx(made(ids, torch.ones_like(ids)).item(), abs=1e-6)
 
 
+def test_dialogues_need_no_model_with_a_chat_template(tmp_path):
+    def dialogue(number, answer):
+        return [{"role": "user", "content": f"film {number}?"}, {"role": "assistant", "content": answer}]
+
+    rows = [{"chosen": dialogue(n, f"good {n}"), "rejected": dialogue(n, f"bad {n}")} for n in range(12)]
+    data = write_rows(tmp_path / "pairs.jsonl", rows)
+    outcome = run_command("sft", *COMMON, *MODEL, *TRAINING, "--data", data, "--runs", tmp_path / "runs", "--name", "s")
+    assert outcome.code == 0, outcome.err
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "runs" / "s" / "model")
+    prompt = tokenizer.apply_chat_template(dialogue(3, "")[:1], tokenize=False, add_generation_prompt=True)
+    assert prompt == "\n\nHuman: film 3?\n\nAssistant:"
+
+
 @pytest.mark.parametrize(
     ("command", "rows", "options", "message"),
     [
@@ -331,15 +344,21 @@ def test_a_reward_model_whose_padding_is_its_end_is_read_right_by_transformers_t
             "sft",
             [{"prompt": "p"}],
             ("--data-errors", "skip"),
-            "no row of the data can be trained on: .*1 no completion",
+            r"no row of the data can be used: .*1 no completion, .*; correct the rows: the first is .*jsonl:1",
         ),
         ("sft", [{"prompt": "p", "completion": 3}], (), r"pairs\.jsonl:1: wrong type: completion is 3 \(int\)"),
-        ("sft", [{"messages": [{"role": "user", "content": "x"}]}], (), "has no chat template; take a --model.path"),
+        ("sft", [{"messages": [{"role": "user", "content": "x"}]}], (), r"pairs\.jsonl:1: no completion"),
+        ("sft", [], (), "0 rows: .*; give a source that holds rows"),
         ("sft", [{"prompt": "p", "completion": "c"}], ("--data-errors", "warn"), "'warn'"),
         ("sft", [{"prompt": "p", "completion": "c"}], ("--held-out", "1"), "held_out is 1.0; it must lie in"),
         ("sft", [{"prompt": "p", "completion": "c"}], ("--training.steps", "0"), "training.steps is 0; it must be"),
         ("sft", [{"prompt": "p", "completion": "c"}], ("--model.path", "/none/m"), "no model folder '/none/m'"),
-        ("reward", [{"prompt": "p", "chosen": "c", "rejected": "r"}], ("--held-out", "0.999999"), "no row of the data"),
+        (
+            "reward",
+            [{"prompt": "p", "chosen": "c", "rejected": "r"}],
+            ("--held-out", "0.999999"),
+            "or a smaller --held",
+        ),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, command, rows, options, message):

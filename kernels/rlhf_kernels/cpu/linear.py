@@ -1,6 +1,6 @@
 """Log-probabilities from hidden states on the CPU: torch's matrix products over one part of the logits at a time.
 
-A part is [ROWS, COLUMNS], at most 16 MiB of float32. What is known of a row (four float64 numbers) is carried from part
+A part is [ROWS, COLUMNS], at most 8 MiB of float32. What is known of a row (four float64 numbers) is carried from part
 to part, the vocabulary being the outer loop. The parts do not depend on the number of threads, and COLUMNS is a
 multiple of the block of moments.h: equal logits give the bits of `token_logprobs`.
 
@@ -16,8 +16,9 @@ from torch import Tensor
 from rlhf_kernels.cpu import _logprob
 from rlhf_kernels.cpu.launch import ELEMENT_TYPE, address, instruction_set, require_labels_in_range, threads
 from rlhf_kernels.ops import register_kernel
+from rlhf_kernels.products import available, product
 
-ROWS = 2048
+ROWS = 1024
 COLUMNS = 2048
 
 
@@ -32,19 +33,29 @@ class _Part(NamedTuple):
 def _parts(hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None) -> Iterator[_Part]:
     """Every part of the logits in turn; all live in one buffer."""
     n, vocabulary = hidden_NH.shape[0], weight_VH.shape[0]
-    buffer = hidden_NH.new_empty(min(n, ROWS) * min(vocabulary, COLUMNS))
+    rowwise = _rowwise(hidden_NH)
+    buffer = hidden_NH.new_empty(0 if rowwise else min(n, ROWS) * min(vocabulary, COLUMNS))
     for first in range(0, vocabulary, COLUMNS):
         columns = slice(first, min(first + COLUMNS, vocabulary))
-        weight = weight_VH[columns].T
         for start in range(0, n, ROWS):
             rows = slice(start, min(start + ROWS, n))
             hidden = hidden_NH[rows]
-            logits = buffer[: hidden.shape[0] * weight.shape[1]].view(hidden.shape[0], weight.shape[1])
-            if bias_V is None:
-                torch.mm(hidden, weight, out=logits)
+            bias = None if bias_V is None else bias_V[columns]
+            if rowwise:
+                logits = product(hidden, weight_VH[columns], bias).contiguous()
             else:
-                torch.addmm(bias_V[columns], hidden, weight, out=logits)
+                shape = hidden.shape[0], columns.stop - first
+                logits = buffer[: shape[0] * shape[1]].view(shape)
+                if bias is None:
+                    torch.mm(hidden, weight_VH[columns].T, out=logits)
+                else:
+                    torch.addmm(bias, hidden, weight_VH[columns].T, out=logits)
             yield _Part(rows, columns, logits)
+
+
+def _rowwise(matrix: Tensor) -> bool:
+    """Whether products go through oneDNN, whose bits depend on neither rows nor threads."""
+    return matrix.dtype == torch.float32 and available()
 
 
 def _selected(flags_N: Tensor) -> Tensor | None:
@@ -139,7 +150,7 @@ def _linear_token_logprobs_backward_cpu(
     n, weight_VH = label_N.numel(), weight.detach()
     need_hidden, need_weight, need_bias = needs_gradient
     grad_hidden_NH = torch.zeros(hidden_NH.shape if need_hidden else (0,))
-    grad_weight_VH = weight.new_zeros(weight.shape if need_weight else (0,))
+    grad_weight_VH = (weight.new_empty if n else weight.new_zeros)(weight.shape if need_weight else (0,))
     grad_bias_V = torch.zeros(weight.shape[:1] if need_bias else (0,))
     with torch.autocast("cpu", enabled=False):
         for part in _parts(hidden_NH, weight_VH, None if bias is None else bias.detach()):
@@ -168,13 +179,15 @@ def _linear_token_logprobs_backward_cpu(
                 threads(),
             )
             if need_hidden:
-                _add_product(grad_hidden_NH[rows], gradient, weight_VH[columns])
+                grad_hidden_NH[rows] += (
+                    product(gradient, weight_VH[columns].T) if _rowwise(gradient) else gradient @ weight_VH[columns]
+                )
             if need_weight:
                 if rows.start == 0:
-                    total = _zero_sums(grad_weight_VH[columns])
-                _add_product(total, gradient.T, hidden_NH[rows])
-                if rows.stop == n and total.dtype != weight.dtype:
-                    grad_weight_VH[columns] = total
+                    total_CH = _sums_for(grad_weight_VH[columns])
+                _add_product(total_CH, gradient.T, hidden_NH[rows], first=rows.start == 0)
+                if rows.stop == n and total_CH.dtype != weight.dtype:
+                    grad_weight_VH[columns] = total_CH
             if need_bias:
                 grad_bias_V[columns] += gradient.sum(0, dtype=torch.float32)
     if need_hidden:
@@ -182,17 +195,17 @@ def _linear_token_logprobs_backward_cpu(
     return grad_hidden_NH, grad_weight_VH, grad_bias_V.to(weight.dtype)
 
 
-def _zero_sums(like: Tensor) -> Tensor:
-    """Float32 zeros of this shape: the tensor itself, which is zero, where it has that dtype."""
-    return like if like.dtype == torch.float32 else torch.zeros(like.shape)
+def _sums_for(target: Tensor) -> Tensor:
+    """Where float32 sums for this target are made: in itself where it has that dtype."""
+    return target if target.dtype == torch.float32 else torch.empty(target.shape)
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """Add a @ b to float32 sums."""
+def _add_product(total: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
+    """Add a @ b to float32 sums, or set them if it is the first."""
     if a.dtype == total.dtype:
-        total.addmm_(a, b)
+        torch.addmm(total, a, b, beta=0 if first else 1, out=total)
     else:
-        total.add_(a @ b)
+        torch.add(torch.zeros(()) if first else total, a @ b, out=total)
 
 
 register_kernel("linear_token_logprobs", _linear_token_logprobs_cpu, "CPU")

@@ -136,6 +136,26 @@ def test_a_step_of_the_trainer_keeps_every_invariant(whiten):
     assert 0.0 < metrics["value_gradient_share"] < 1.0
 
 
+def test_gradients_that_are_never_zeroed_show_in_the_next_step():
+    config = tiny_config(kl_coef=0.3)
+    state = tiny_state("llama", "shared", config, reference_seed=1)
+    state.optimizer.zero_grad = lambda *args, **options: None
+    first, second = (
+        ppo.ppo_step(state, PROMPTS, share_of_sevens, config, eos_id=EOS, pad_id=PAD).metrics["first_gradient_error"]
+        for _ in range(2)
+    )
+    assert first < 1e-5
+    assert second == 1.0
+
+
+def test_a_frozen_policy_has_no_gradient_of_the_closed_form():
+    config = tiny_config(kl_coef=0.3)
+    state = tiny_state("llama", "separate", config, reference_seed=1)
+    state.model.lm.requires_grad_(False)
+    metrics = ppo.ppo_step(state, PROMPTS, share_of_sevens, config, eos_id=EOS, pad_id=PAD).metrics
+    assert metrics["first_gradient_error"] == 1.0
+
+
 def test_a_rollout_that_counts_padding_breaks_one(monkeypatch):
     sample = ppo.sample
 

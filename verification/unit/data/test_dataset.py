@@ -155,9 +155,9 @@ class TestUnusableRows:
         assert (report.used, report.repeated) == (1, 2)
 
     def test_when_nothing_is_left_the_reasons_are_said(self, tmp_path, tokenizer):
-        with pytest.raises(ValueError, match=r"no row of the data can be trained on: .*1 rows: .*1 malformed JSON"):
+        with pytest.raises(ValueError, match=r"no row of the data can be used: .*1 rows: .*1 malformed JSON"):
             store(tmp_path, ["{bad"], "pair", tokenizer, errors="skip")
-        with pytest.raises(ValueError, match=r"no row of the data can be trained on: .*0 rows"):
+        with pytest.raises(ValueError, match=r"no row of the data can be used: .*0 rows"):
             store(tmp_path, [], "pair", tokenizer)
 
 

@@ -5,7 +5,7 @@ import pytest
 from rlhf_core.data.dialogues import Chat, split_dialogues
 from rlhf_core.data.examples import Example, example_of, held_out, need_of
 from rlhf_core.data.records import RowError
-from rlhf_core.data.tokenization import byte_pair_tokenizer
+from rlhf_core.data.tokenization import byte_pair_tokenizer, untrained_tokenizer
 
 TEMPLATE = (
     "{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}<eos>\n{% endfor %}"
@@ -81,6 +81,28 @@ class TestMessages:
     def test_preferences_of_messages_are_one_whatever_their_form(self, chat, row):
         prompt = "<user>hello<eos>\n<assistant>"
         assert of(row, chat) == Example(prompt, "a<eos>\n", "b<eos>\n", rendered=True)
+
+    def test_a_prompt_beside_whole_dialogues_is_found_behind_their_system_message(self, chat):
+        system = [{"role": "system", "content": "be kind"}]
+        row = {"prompt": "hello", "chosen": [*system, *HELLO, *said("a")], "rejected": [*system, *HELLO, *said("b")]}
+        prompt = "<system>be kind<eos>\n<user>hello<eos>\n<assistant>"
+        expected = Example(prompt, "a<eos>\n", "b<eos>\n", rendered=True)
+        assert of(row, chat) == of(row | {"prompt": [*system, *HELLO]}, chat) == expected
+
+    def test_an_answer_that_begins_with_somebody_elses_message_is_refused(self, chat):
+        other = [{"role": "user", "content": "something else"}, *said("a")]
+        for row in (
+            {"prompt": "hello", "chosen": other, "rejected": [*HELLO, *said("b")]},
+            {"prompt": "hello", "completion": other},
+        ):
+            with pytest.raises(RowError, match="goes on after the prompt with a message of user; give the answer") as e:
+                of(row, chat)
+            assert e.value.reason == "contradiction"
+
+    def test_a_tokenizer_that_is_trained_here_writes_dialogues_as_hh_rlhf_does(self):
+        row = {"messages": [{"role": "system", "content": "be kind"}, *HELLO, *said("hi"), *HELLO, *said("so")]}
+        before = "\n\nSystem: be kind\n\nHuman: hello\n\nAssistant: hi<eos>\n\nHuman: hello\n\nAssistant:"
+        assert of(row, Chat(untrained_tokenizer())) == Example(before, " so<eos>", rendered=True)
 
     def test_demonstrations_and_prompts_of_messages(self, chat):
         prompt = "<user>hello<eos>\n<assistant>"

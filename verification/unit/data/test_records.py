@@ -105,6 +105,28 @@ class TestDamage:
         path.write_text('prompt,completion\n"a\nb",c\nonly\nd,e\nf,g,h\n')
         assert reasons(path) == [(f"{path}:4", "wrong number of columns"), (f"{path}:6", "wrong number of columns")]
 
+    def test_a_key_that_stands_twice_is_named_and_whatever_stands_in_the_row_the_next_is_read(self, tmp_path):
+        rows = ['{"prompt": "a", "prompt": "b"}', '{"m": [{"x": 1, "x": 1}]}', '{"p": NaN}', "7", '{"prompt": "z"}']
+        (tmp_path / "a.jsonl").write_text("\n".join(rows))
+        (tmp_path / "a.json").write_text(f"[{', '.join(rows)}]")
+        expected = ["repeated key", "repeated key", "NaN or infinity", "not an object"]
+        assert [reason for _, reason in reasons(tmp_path / "a.jsonl")] == expected
+        assert [reason for _, reason in reasons(tmp_path / "a.json")] == expected
+        assert values(tmp_path / "a.jsonl")[-1] == values(tmp_path / "a.json")[-1] == {"prompt": "z"}
+        assert "prompt stands twice" in str(values(tmp_path / "a.jsonl")[0])
+
+    @pytest.mark.parametrize("behind", ["", '"x, y",d\n', '"two\nlines",d\n'])
+    def test_a_quote_that_is_not_closed_costs_its_own_row_and_none_behind_it(self, tmp_path, behind):
+        path = tmp_path / "a.csv"
+        path.write_text('prompt,completion\na,b\n"open,c\n' + behind + "e,f\n")
+        assert reasons(path) == [(f"{path}:3", "malformed CSV")]
+        found = [value for value in values(path) if not isinstance(value, RowError)]
+        middle = [{"prompt": behind.split('"')[1], "completion": "d"}] if behind else []
+        assert found == [{"prompt": "a", "completion": "b"}, *middle, {"prompt": "e", "completion": "f"}]
+        path.write_text(path.read_text() + "one cell\n")
+        last = 5 + behind.count("\n")
+        assert reasons(path)[1:] == [(f"{path}:{last}", "wrong number of columns")]
+
     @pytest.mark.parametrize("header", ["", "a,a\n1,2\n", " , \n1,2\n"])
     def test_a_csv_without_a_header_is_refused(self, tmp_path, header):
         (tmp_path / "a.csv").write_text(header)
@@ -134,12 +156,12 @@ class TestDamage:
         (tmp_path / "a.json").write_text(json.dumps(rows))
         assert values(tmp_path / "a.json") == rows
 
-    @pytest.mark.parametrize("cut", [1, 200])
-    def test_a_truncated_gzip_file_is_named(self, tmp_path, cut):
+    @pytest.mark.parametrize(("cut", "row"), [(1, "200"), (200, r"1\d\d")])
+    def test_a_truncated_gzip_file_is_named(self, tmp_path, cut, row):
         path = tmp_path / "a.jsonl.gz"
         content = gzip.compress(b"".join(json.dumps({"prompt": str(n**5)}).encode() + b"\n" for n in range(200)))
         path.write_bytes(content[:-cut])
-        with pytest.raises(ValueError, match=r"a\.jsonl\.gz: damaged gzip file \(.*\); copy it again"):
+        with pytest.raises(ValueError, match=rf"a\.jsonl\.gz: damaged gzip file after row {row} \(.*\); copy it again"):
             values(path)
 
     def test_what_is_no_gzip_and_no_parquet_is_named(self, tmp_path):
@@ -159,6 +181,10 @@ class TestDamage:
         with pytest.raises(ValueError, match=r"a\.docx': its name must end in one of \.jsonl"):
             source_files(str(tmp_path / "a.docx"))
         with pytest.raises(FileNotFoundError, match=r"neither \*\.pos and \*\.neg files nor a data file"):
+            source_files(str(tmp_path))
+        (tmp_path / "train").mkdir()
+        (tmp_path / "train" / "a.jsonl").write_text("{}")
+        with pytest.raises(FileNotFoundError, match=r"nor a data file .*; its folder '.*/train' has: give that one"):
             source_files(str(tmp_path))
         with pytest.raises(FileNotFoundError, match="no data file or folder 'org/set'; for the hub write hub:org/set"):
             source_files("org/set")

@@ -1,0 +1,128 @@
+"""The layers of GPT-2 and Llama one by one: for decoding over a cache, and for tokens of many rows side by side.
+
+Shape suffixes: N tokens, D width, H heads, G key-value heads, K head width.
+"""
+
+from typing import Any, Protocol
+
+import torch
+from transformers import GPT2LMHeadModel, GPT2Model, LlamaForCausalLM, LlamaModel, PreTrainedModel
+
+CAPTURING = "transformers.utils.output_capturing"
+
+
+class Blocks(Protocol):
+    """The layers of a model's trunk; N tokens go through them side by side and meet in attention alone."""
+
+    count: int
+    key_value_heads: int
+    head_width: int
+
+    def embed(self, ids_N: torch.Tensor, positions_N: torch.Tensor) -> torch.Tensor:
+        """Return [N, D] what goes into the first block."""
+        ...
+
+    def attention_inputs(self, layer: int, x_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return query [N, H, K], key and value [N, G, K] of a block."""
+        ...
+
+    def rest(self, layer: int, x_ND: torch.Tensor, attended_ND: torch.Tensor) -> torch.Tensor:
+        """Return [N, D] what a block hands on."""
+        ...
+
+    def normalized(self, x_ND: torch.Tensor) -> torch.Tensor:
+        """Return [N, D] what goes into the head."""
+        ...
+
+    def scaling(self, layer: int) -> float:
+        """Return the factor of query times key."""
+        ...
+
+
+def blocks_of(model: PreTrainedModel) -> Blocks | None:
+    """Return the blocks of transformers' GPT-2 or Llama, with its head or without, but for rare variants; else None.
+
+    A model in training mode is None, because dropout is left out here; so is one that is hooked into, as what calls its
+    layers one by one would pass the hooks by. transformers' own hooks, which stay behind when hidden states were asked
+    for once, are none that matter.
+    """
+    trunk: Any = model.base_model
+    config = trunk.config
+    if type(model) not in (GPT2LMHeadModel, GPT2Model, LlamaForCausalLM, LlamaModel):
+        return None
+    for module in model.modules():
+        hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+        if module.training or any(getattr(hook, "__module__", None) != CAPTURING for hook in hooks):
+            return None
+    if type(trunk) is GPT2Model:
+        return None if config.reorder_and_upcast_attn or config.add_cross_attention else _GPT2Blocks(trunk)
+    return _LlamaBlocks(trunk) if getattr(config, "pretraining_tp", 1) == 1 else None
+
+
+class _GPT2Blocks:
+    def __init__(self, trunk: Any) -> None:
+        self._trunk, self._layers = trunk, list(trunk.h)
+        self.count = len(self._layers)
+        self.key_value_heads = trunk.config.n_head
+        self.head_width = trunk.config.n_embd // trunk.config.n_head
+
+    def embed(self, ids_N: torch.Tensor, positions_N: torch.Tensor) -> torch.Tensor:
+        return self._trunk.wte(ids_N) + self._trunk.wpe(positions_N)
+
+    def attention_inputs(self, layer: int, x_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        block = self._layers[layer]
+        joint = block.attn.c_attn(block.ln_1(x_ND)).view(len(x_ND), 3, self.key_value_heads, self.head_width)
+        query, key, value = joint.unbind(1)
+        return query, key, value
+
+    def rest(self, layer: int, x_ND: torch.Tensor, attended_ND: torch.Tensor) -> torch.Tensor:
+        block = self._layers[layer]
+        x_ND = x_ND + block.attn.c_proj(attended_ND)
+        mlp = block.mlp
+        return x_ND + mlp.c_proj(mlp.act(mlp.c_fc(block.ln_2(x_ND))))
+
+    def normalized(self, x_ND: torch.Tensor) -> torch.Tensor:
+        return self._trunk.ln_f(x_ND)
+
+    def scaling(self, layer: int) -> float:
+        return self._layers[layer].attn.scaling
+
+
+class _LlamaBlocks:
+    def __init__(self, trunk: Any) -> None:
+        self._trunk, self._layers = trunk, list(trunk.layers)
+        self.count = len(self._layers)
+        self.key_value_heads = trunk.config.num_key_value_heads
+        self.head_width = self._layers[0].self_attn.head_dim
+        self._cos_N1K = self._sin_N1K = torch.empty(0)
+
+    def embed(self, ids_N: torch.Tensor, positions_N: torch.Tensor) -> torch.Tensor:
+        x_ND = self._trunk.embed_tokens(ids_N)
+        cos_1NK, sin_1NK = self._trunk.rotary_emb(x_ND, positions_N[None])
+        self._cos_N1K, self._sin_N1K = cos_1NK[0, :, None], sin_1NK[0, :, None]
+        return x_ND
+
+    def _rotated(self, x_NHK: torch.Tensor) -> torch.Tensor:
+        """Su et al., "RoFormer" (2021), the halves paired as in Llama."""
+        first, second = x_NHK.chunk(2, dim=-1)
+        return x_NHK * self._cos_N1K + torch.cat([-second, first], dim=-1) * self._sin_N1K
+
+    def attention_inputs(self, layer: int, x_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        block = self._layers[layer]
+        attention, h_ND = block.self_attn, block.input_layernorm(x_ND)
+        shape = (len(x_ND), -1, self.head_width)
+        query, key, value = (
+            project(h_ND).view(shape) for project in (attention.q_proj, attention.k_proj, attention.v_proj)
+        )
+        return self._rotated(query), self._rotated(key), value
+
+    def rest(self, layer: int, x_ND: torch.Tensor, attended_ND: torch.Tensor) -> torch.Tensor:
+        block = self._layers[layer]
+        x_ND = x_ND + block.self_attn.o_proj(attended_ND)
+        return x_ND + block.mlp(block.post_attention_layernorm(x_ND))
+
+    def normalized(self, x_ND: torch.Tensor) -> torch.Tensor:
+        return self._trunk.norm(x_ND)
+
+    def scaling(self, layer: int) -> float:
+        return self._layers[layer].self_attn.scaling

@@ -1,0 +1,131 @@
+"""The real tokens of some rows side by side: nothing is computed for padding, and logits are never held.
+
+What a model does to a token depends on that token alone, but in attention. So the tokens go through its blocks as one
+matrix, and only queries, keys and values are laid out by rows. The head sees the positions that predict a response, in
+parts of the vocabulary. For transformers' GPT-2 and Llama; other models go the way through their own ``forward``.
+
+Shape suffixes: B rows, L positions, T response positions, N real tokens, M real response tokens, D width, H heads,
+G key-value heads, K head width.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import PreTrainedModel
+
+from rlhf_core.blocks import Blocks, blocks_of
+from rlhf_core.numerics import is_portable
+from rlhf_kernels import linear_token_logprobs
+
+
+@dataclass(frozen=True)
+class PackedRows:
+    """Rows of left-padded prompts and right-padded responses, without their padding."""
+
+    ids_N: torch.Tensor
+    """Tokens, row after row."""
+    positions_N: torch.Tensor
+    """Each token's place in its row."""
+    rows: int
+    """B."""
+    longest: int
+    """Tokens of the longest row."""
+    places_N: torch.Tensor | None
+    """Where the tokens stand in [B · longest] left-aligned rows; None where those have no padding."""
+    response_length: int
+    """T."""
+    responses_M: torch.Tensor
+    """Where the response tokens stand in [B · T]."""
+    labels_M: torch.Tensor
+    """The response tokens."""
+    predicting_M: torch.Tensor
+    """Which of the N tokens stands before each."""
+
+    def by_rows(self, x_NHK: torch.Tensor) -> torch.Tensor:
+        """Return [B, H, longest, K], zero behind the end of a row."""
+        if self.places_N is not None:
+            x_NHK = x_NHK.new_zeros(self.rows * self.longest, *x_NHK.shape[1:]).index_copy(0, self.places_N, x_NHK)
+        return x_NHK.view(self.rows, self.longest, *x_NHK.shape[1:]).transpose(1, 2)
+
+    def side_by_side(self, x_BHLK: torch.Tensor) -> torch.Tensor:
+        """Return [N, H · K], the inverse of :meth:`by_rows`."""
+        flat = x_BHLK.transpose(1, 2).reshape(self.rows * self.longest, -1)
+        return flat if self.places_N is None else flat[self.places_N]
+
+    def on_responses(self, x_M: torch.Tensor) -> torch.Tensor:
+        """Return [B, T], zero where there is no token."""
+        grid = x_M.new_zeros(self.rows * self.response_length).index_copy(0, self.responses_M, x_M)
+        return grid.view(self.rows, self.response_length)
+
+
+def pack(input_ids_BL: torch.Tensor, attention_mask_BL: torch.Tensor, response_length: int) -> PackedRows:
+    """Return the real tokens of rows whose last ``response_length`` columns are the responses.
+
+    Args:
+        input_ids_BL: [B, L] tokens.
+        attention_mask_BL: [B, L] 1 on real tokens, which stand together; each row begins with one of its prompt.
+        response_length: T.
+    """
+    real_BL = attention_mask_BL.bool()
+    (rows, length), longest = real_BL.shape, int(real_BL.sum(dim=1).max())
+    row_N, column_N = real_BL.nonzero(as_tuple=True)
+    positions_N = (real_BL.cumsum(dim=1) - 1)[row_N, column_N]
+    response_N = column_N - (length - response_length)
+    token_M = (response_N >= 0).nonzero()[:, 0]
+    ids_N = input_ids_BL[row_N, column_N]
+    return PackedRows(
+        ids_N=ids_N,
+        positions_N=positions_N,
+        rows=rows,
+        longest=longest,
+        places_N=None if len(ids_N) == rows * longest else row_N * longest + positions_N,
+        response_length=response_length,
+        responses_M=row_N[token_M] * response_length + response_N[token_M],
+        labels_M=ids_N[token_M],
+        predicting_M=token_M - 1,
+    )
+
+
+def packable(model: PreTrainedModel) -> Blocks | None:
+    """Return the blocks through which a model's tokens can go side by side; None where only its ``forward`` will do.
+
+    Under portable numerics that is so for every model.
+    """
+    head: Any = getattr(model, "lm_head", None)
+    if is_portable() or (head is not None and (not isinstance(head, nn.Linear) or head.bias is not None)):
+        return None
+    return blocks_of(model)
+
+
+def hidden_states(blocks: Blocks, packed: PackedRows) -> torch.Tensor:
+    """Return [N, D] what goes into the head."""
+    x_ND = blocks.embed(packed.ids_N, packed.positions_N)
+    for layer in range(blocks.count):
+        query_NHK, key_NGK, value_NGK = blocks.attention_inputs(layer, x_ND)
+        mixed_BHLK = scaled_dot_product_attention(
+            packed.by_rows(query_NHK.to(value_NGK.dtype)),
+            packed.by_rows(key_NGK.to(value_NGK.dtype)),
+            packed.by_rows(value_NGK),
+            is_causal=True,  # what lies behind the end of a row is seen by nobody in it
+            scale=blocks.scaling(layer),
+            enable_gqa=query_NHK.shape[1] != blocks.key_value_heads,
+        )
+        x_ND = blocks.rest(layer, x_ND, packed.side_by_side(mixed_BHLK))
+    return blocks.normalized(x_ND)
+
+
+def response_logprobs(
+    model: Any, packed: PackedRows, hidden_ND: torch.Tensor, temperature: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return [B, T] log-probs of the response tokens and entropies, from the hidden states of a language model."""
+    hidden_MD, weight_VD = hidden_ND[packed.predicting_M], model.lm_head.weight
+    if torch.is_autocast_enabled(hidden_MD.device.type):
+        dtype = torch.get_autocast_dtype(hidden_MD.device.type)
+        hidden_MD, weight_VD = hidden_MD.to(dtype), weight_VD.to(dtype)
+    logprobs_M, entropies_M = linear_token_logprobs(
+        hidden_MD, weight_VD, packed.labels_M, temperature=temperature, with_entropy=True
+    )
+    return packed.on_responses(logprobs_M), packed.on_responses(entropies_M)
