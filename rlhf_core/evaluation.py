@@ -18,6 +18,7 @@ from rlhf_kernels import token_logprobs
 
 CONFIDENCE = 0.95
 RESAMPLES = 10_000
+PROMPTS_AT_A_TIME = 64
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ def evaluate(
     dtype: str,
     eos_id: int,
     pad_id: int,
-    batch_size: int = 64,
+    batch_size: int = PROMPTS_AT_A_TIME,
     advance: Callable[[int], None] = lambda done: None,
 ) -> Evaluation:
     """Draw a completion for each prompt and judge it.

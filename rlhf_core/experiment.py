@@ -80,7 +80,7 @@ def load_inputs(config: TrainConfig, place: DataPlace) -> Inputs:
     limit = config.model.context if model is None else context_length(model)
     if task.prompts is None or task.held_out_prompts is None:
         if place.kept is None:
-            _prepare_prompts(config, task, limit, place)
+            prepare_prompts(config, task, limit, place)
         return Inputs(task, model, None, None, rewards)
     prompt_ids, held_out_ids = (encode_prompts(task.tokenizer, one) for one in (task.prompts, task.held_out_prompts))
     for ids in (prompt_ids, held_out_ids):
@@ -88,7 +88,12 @@ def load_inputs(config: TrainConfig, place: DataPlace) -> Inputs:
     return Inputs(task, model, prompt_ids, held_out_ids, rewards)
 
 
-def _prepare_prompts(config: TrainConfig, task: Task, limit: int | None, place: DataPlace) -> None:
+def prepare_prompts(config: TrainConfig, task: Task, limit: int | None, place: DataPlace) -> None:
+    """Write the prompts of the task's data, in tokens, where ``place`` has them; ``limit`` is the model's context.
+
+    Raises:
+        FileNotFoundError, ValueError: a row cannot be used, or no prompt fits.
+    """
     longest = (limit or 2**20) - config.sampling.max_new_tokens
     if longest < 1:
         raise ValueError(

@@ -23,6 +23,7 @@ TORCH_FREE = (
     "terminal",
     "numerics",
     "stage_config",
+    "memory_plan",
     "alerting.thresholds",
     "alerting.readers",
     "alerting.watch",

@@ -94,6 +94,15 @@ def make_run(job: Job[C], arguments: list[str]) -> int:
         return _do(job, config, options, None, create, runs)
 
 
+def options_of(job: Job[C], arguments: list[str]) -> Any:
+    """Return the options of a command as a new run of it would have them, or with ``--resume`` the recorded ones."""
+    early = early_options(arguments)
+    file = Path(early["config"]) if early["config"] else None
+    if early["resume"]:
+        file = runlog.find_run(early["name"] or "latest", Path(early["runs"] or "runs")) / runlog.CONFIG_FILE
+    return _parsed(job, arguments, job.defaults(early["data"], file))
+
+
 def _known(job: Job[C], config: C, runs: Path, name: str | None) -> Path | None:
     """Return the run of that name (or of the default one) if it is one of this command, else None."""
     folder = runs / (name or runlog.plain(job.default_name(config)))

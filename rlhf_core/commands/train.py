@@ -10,8 +10,10 @@ import tyro
 from rlhf_core import config as configuration
 from rlhf_core.alerting.thresholds import default_thresholds, read_thresholds
 from rlhf_core.alerting.watch import WatchOptions
-from rlhf_core.commands.running import Job, RunOptions, make_run, source_name
+from rlhf_core.commands.running import Job, RunOptions, make_run, options_of, source_name
 from rlhf_core.config import TrainConfig
+from rlhf_core.memory_plan import parse_size
+from rlhf_core.numerics import apply_environment
 from rlhf_core.reporting.trackers import Destination, require_installed
 
 if TYPE_CHECKING:
@@ -36,6 +38,11 @@ class Options(RunOptions):
     thresholds: Path | None = None
     """A .toml file that changes severities and thresholds of the alerts."""
 
+    explain_memory: bool = False
+    """Train nothing: print the memory that the run will take, by part and stage."""
+    memory_limit: str | None = None
+    """Train nothing: say with which micro-batch the run fits into this, such as 2GiB, or what to change first."""
+
     @property
     def watch(self) -> WatchOptions:
         """What the run is watched by."""
@@ -44,20 +51,31 @@ class Options(RunOptions):
 
 
 def run(arguments: list[str]) -> int:
-    """Train, or continue a run; return the exit code."""
-    return make_run(
-        Job(
-            command="train",
-            options=Options,
-            empty=TrainConfig,
-            defaults=configuration.defaults,
-            load=_load,
-            execute=_execute,
-            default_name=lambda config: f"{source_name(config)}-seed{config.seed}",
-            before=_before,
-        ),
-        arguments,
+    """Train, or continue a run; or say what memory it will take. Return the exit code."""
+    job: Job[TrainConfig] = Job(
+        command="train",
+        options=Options,
+        empty=TrainConfig,
+        defaults=configuration.defaults,
+        load=_load,
+        execute=_execute,
+        default_name=lambda config: f"{source_name(config)}-seed{config.seed}",
+        before=_before,
     )
+    given = {one.partition("=")[0].replace("_", "-") for one in arguments}
+    if {"--explain-memory", "--memory-limit"} & given:
+        return _explain(options_of(job, arguments))
+    return make_run(job, arguments)
+
+
+def _explain(options: Options) -> int:
+    limit = None if options.memory_limit is None else parse_size(options.memory_limit)
+    configuration.check_sources(options.train)
+    apply_environment(options.train.numerics, options.train.resolved_threads)
+    import rlhf_core.training  # noqa: F401 - what a run loads is a part of its memory
+    from rlhf_core.commands.explain_memory import explain
+
+    return explain(options.train, limit, options.runs)
 
 
 def _before(options: Options) -> None:

@@ -5,6 +5,12 @@
 
 FOLDER holds TRL 1.12, the last release with a PPO trainer: `pip install --no-deps --target FOLDER trl==1.12.0`. The two
 trainers then take turns, each in a process of its own, and the ratio of their medians is printed.
+
+    python verification/benchmarks/bench_ppo_step.py --model S --lengths 4-192
+    python verification/benchmarks/bench_ppo_step.py --model S --rollout-only
+
+set the trainer beside its own padded loop on responses of unequal length, and its sampling beside transformers'
+`generate`, in turns in one process.
 """
 
 import argparse
@@ -13,6 +19,8 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +29,65 @@ sys.path.insert(0, str(HERE))
 
 import ppo_workload as workload  # noqa: E402 - a script: its folder is no package
 
+Step = Callable[[int], tuple[int, Any]]
+"""Does the step of a number; returns how many completion tokens it made, and its clock."""
 
-def measure(model: str, steps: int, dtype: str, threads: int, micro_batch: int) -> dict[str, Any]:
+
+def measure(shape: workload.Shape, name: str, steps: int, dtype: str, threads: int, micro_batch: int) -> dict[str, Any]:
     """Run the workload on this kit's trainer and return the figures."""
+    figures = time_steps(shape, steps, dtype, threads, micro_batch)
+    seconds, stages = figures["seconds"], figures["stages"]
+    rate = product_rate(dtype)
+    needed = workload.operations(shape)
+    return figures | {
+        "trainer": "rlhf-systems-kit",
+        "model": name,
+        "dtype": dtype,
+        "threads": threads,
+        "tokens_per_second": workload.BATCH * workload.NEW_TOKENS / seconds,
+        "operations": needed,
+        "product_rate": rate,
+        "share_of_product_rate": {stage: needed[stage] / stages[stage] / rate for stage in needed},
+    }
+
+
+def time_steps(
+    shape: workload.Shape,
+    steps: int,
+    dtype: str = "float32",
+    threads: int = 2,
+    micro_batch: int = workload.MINIBATCH,
+    batch: int = workload.BATCH,
+    new_tokens: int = workload.NEW_TOKENS,
+) -> dict[str, Any]:
+    """Return the median seconds of a step and of its stages, and the largest memory of the process."""
+    do_step = stepper(shape, dtype, threads, micro_batch, batch, new_tokens)
+    from rlhf_core.profiling import peak_memory_bytes
+
+    rows = []
+    for number in range(steps + 1):
+        start = time.perf_counter()
+        tokens, clock = do_step(number)
+        clock.stop(tokens)
+        rows.append((time.perf_counter() - start, clock.stage_seconds()))
+    rows = rows[1:]  # the first one makes what later ones find made
+    return {
+        "seconds": statistics.median(total for total, _ in rows),
+        "stages": {stage: statistics.median(found[stage] for _, found in rows) for stage in rows[0][1]},
+        "peak_memory_bytes": peak_memory_bytes(),
+    }
+
+
+def stepper(
+    shape: workload.Shape,
+    dtype: str,
+    threads: int,
+    micro_batch: int,
+    batch: int = workload.BATCH,
+    new_tokens: int = workload.NEW_TOKENS,
+    eos: int = -1,
+) -> Step:
+    """Return what does one step after the other of a new trainer; token ``eos`` ends a response."""
     from rlhf_core.numerics import apply_environment
 
     apply_environment("native", threads)
@@ -35,58 +99,163 @@ def measure(model: str, steps: int, dtype: str, threads: int, micro_batch: int) 
     from rlhf_core.config import PPOConfig, SamplingConfig, TrainConfig
     from rlhf_core.policy import ActorCritic, Reference
     from rlhf_core.ppo import ppo_step
-    from rlhf_core.profiling import peak_memory_bytes
     from rlhf_core.seeding import set_all_seeds
     from rlhf_core.trainer_state import new_state
 
     torch.set_num_threads(threads)
     set_all_seeds(0)
-    shape = workload.SHAPES[model]
     config = TrainConfig(
         threads=threads,
         dtype=dtype,
-        sampling=SamplingConfig(max_new_tokens=workload.NEW_TOKENS),
+        sampling=SamplingConfig(max_new_tokens=new_tokens),
         ppo=PPOConfig(
-            steps=10_000, batch_size=workload.BATCH, minibatch_size=workload.MINIBATCH, micro_batch_size=micro_batch,
+            steps=10_000, batch_size=batch, minibatch_size=workload.MINIBATCH, micro_batch_size=micro_batch,
             epochs=workload.EPOCHS, learning_rate=workload.RATE, schedule="constant",
         ),
     )  # fmt: skip
-    architecture = shape.configuration()
+    architecture = shape.configuration(context=max(256, workload.PROMPT_TOKENS + new_tokens))
     architecture._attn_implementation = "eager"
     lm = GPT2LMHeadModel(architecture)
     state = new_state(ActorCritic(lm, "separate"), Reference(copy.deepcopy(lm)), config)
-    prompts = workload.prompts()
-    rows = []
-    for number in range(steps + 1):
-        half = number % 2 * workload.BATCH
-        start = time.perf_counter()
-        result = ppo_step(state, prompts[half : half + workload.BATCH], _even, config, eos_id=-1, pad_id=workload.PAD)
-        result.clock.stop(workload.BATCH * workload.NEW_TOKENS)
-        rows.append((time.perf_counter() - start, result.clock.stage_seconds()))
-    rows = rows[1:]  # the first one makes what later ones find made
-    seconds = statistics.median(total for total, _ in rows)
-    stages = {name: statistics.median(found[name] for _, found in rows) for name in rows[0][1]}
-    rate = product_rate(dtype)
-    needed = workload.operations(shape)
-    return {
-        "trainer": "rlhf-systems-kit",
-        "model": model,
-        "dtype": dtype,
-        "threads": threads,
-        "seconds": seconds,
-        "tokens_per_second": workload.BATCH * workload.NEW_TOKENS / seconds,
-        "stages": stages,
-        "operations": needed,
-        "product_rate": rate,
-        "share_of_product_rate": {name: needed[name] / stages[name] / rate for name in needed},
-        "peak_memory_bytes": peak_memory_bytes(),
-    }
+    prompts = workload.prompts(2 * batch)
+
+    def do_step(number: int) -> tuple[int, Any]:
+        half = number % 2 * batch
+        result = ppo_step(state, prompts[half : half + batch], _even, config, eos_id=eos, pad_id=workload.PAD)
+        return int(result.rollout.response_mask_BT.sum()), result.clock
+
+    return do_step
 
 
 def _even(rollout: Any) -> Any:
     import torch
 
     return torch.linspace(-1.0, 1.0, len(rollout.ended_B))
+
+
+def unequal_lengths(
+    model: str, steps: int, dtype: str, threads: int, micro_batch: int, shortest: int, longest: int
+) -> dict[str, Any]:
+    """Let the trainer and its padded loop do the same steps in turns, on responses of drawn lengths."""
+    shape = workload.SHAPES[model]
+    ended = 0  # the token that a uniform of 0 draws
+    trainers = {
+        name: stepper(shape, dtype, threads, micro_batch, new_tokens=longest, eos=ended) for name in ("ours", "padded")
+    }
+    paths = {"ours": nullcontext, "padded": padded_path}
+    rows: dict[str, list[tuple[int, float]]] = {name: [] for name in trainers}
+    with lengths_forced(shortest, longest):
+        for number in range(steps + 1):
+            for name, do_step in trainers.items():
+                with paths[name]():
+                    start = time.perf_counter()
+                    tokens, _ = do_step(number)
+                    rows[name].append((tokens, time.perf_counter() - start))
+    rates = {name: statistics.median(tokens / seconds for tokens, seconds in each[1:]) for name, each in rows.items()}
+    return {
+        "model": model,
+        "dtype": dtype,
+        "threads": threads,
+        "lengths": [shortest, longest],
+        "mean_length": statistics.mean(tokens for tokens, _ in rows["ours"][1:]) / workload.BATCH,
+        "tokens_per_second": rates,
+        "ratio": rates["ours"] / rates["padded"],
+    }
+
+
+@contextmanager
+def padded_path() -> Iterator[None]:
+    """Let every model go through transformers' own forward pass over padded rows, as models of other kinds do."""
+    from rlhf_core import decoding
+
+    blocks_of = decoding.blocks_of
+    decoding.blocks_of = lambda model: None
+    try:
+        yield
+    finally:
+        decoding.blocks_of = blocks_of
+
+
+@contextmanager
+def lengths_forced(shortest: int, longest: int) -> Iterator[None]:
+    """Make each response as long as a draw says, through the uniforms that decide its tokens.
+
+    A uniform of 0 draws token 0, which ends the response. All others are moved to [0.1, 1), where a model that has
+    hardly learned, and so gives token 0 less than a tenth, never draws it.
+    """
+    import numpy as np
+
+    from rlhf_core import ppo
+    from rlhf_core.seeding import CounterUniforms, raw_uniforms
+
+    class Scripted(CounterUniforms):
+        def __init__(self, seed: int, purpose: str, step: int, samples: np.ndarray, length: int) -> None:
+            super().__init__(seed, purpose, step, samples, length)
+            draws = raw_uniforms(seed, "lengths", step, 0, len(samples))
+            lengths = shortest + (draws * (longest - shortest + 1)).astype(int)
+            self._uniforms_BT = 0.1 + 0.9 * self._uniforms_BT
+            self._uniforms_BT[np.arange(len(samples)), lengths - 1] = 0.0
+
+    ppo.CounterUniforms = Scripted
+    try:
+        yield
+    finally:
+        ppo.CounterUniforms = CounterUniforms
+
+
+def rollout_alone(model: str, rounds: int, dtype: str, threads: int) -> dict[str, Any]:
+    """Sample the workload's completions with this kit and with transformers' `generate`, in turns."""
+    from rlhf_core.numerics import apply_environment
+
+    apply_environment("native", threads)
+    import copy
+
+    import numpy as np
+    import torch
+    from transformers import GPT2LMHeadModel
+
+    from rlhf_core.config import SamplingConfig
+    from rlhf_core.policy import as_computed_here, autocast
+    from rlhf_core.rollout import sample
+    from rlhf_core.seeding import CounterUniforms, set_all_seeds
+
+    torch.set_num_threads(threads)
+    set_all_seeds(0)
+    architecture = workload.SHAPES[model].configuration()
+    theirs = GPT2LMHeadModel(architecture).eval()
+    own = copy.deepcopy(theirs)
+    own.set_attn_implementation("eager")
+    as_computed_here(own)
+    prompts = workload.prompts()[: workload.BATCH]
+    ids = torch.tensor(prompts)
+    sampling = SamplingConfig(max_new_tokens=workload.NEW_TOKENS)
+
+    def ours(number: int) -> int:
+        uniforms = CounterUniforms(0, "rollout", number, np.arange(len(prompts)), workload.NEW_TOKENS)
+        return int(sample(own, prompts, uniforms, sampling, eos_id=-1, pad_id=workload.PAD).response_mask_BT.sum())
+
+    def generate(number: int) -> int:
+        out = theirs.generate(
+            ids, attention_mask=torch.ones_like(ids), do_sample=True, top_k=0, max_new_tokens=workload.NEW_TOKENS,
+            min_new_tokens=workload.NEW_TOKENS, eos_token_id=None, pad_token_id=workload.PAD,
+        )  # fmt: skip
+        return out[:, ids.shape[1] :].numel()
+
+    rates: dict[str, list[float]] = {"ours": [], "generate": []}
+    for number in range(rounds + 1):
+        for name, draw in (("ours", ours), ("generate", generate)):
+            start = time.perf_counter()
+            with torch.no_grad(), autocast(ids.device, dtype):
+                tokens = draw(number)
+            rates[name].append(tokens / (time.perf_counter() - start))
+    medians = {name: statistics.median(each[1:]) for name, each in rates.items()}
+    return {
+        "model": model,
+        "dtype": dtype,
+        "threads": threads,
+        "tokens_per_second": medians,
+        "ratio": medians["ours"] / medians["generate"],
+    }
 
 
 def product_rate(dtype: str) -> float:
@@ -173,23 +342,49 @@ def main() -> None:
     parser.add_argument("--micro-batch", type=int, default=workload.MINIBATCH)
     parser.add_argument("--against-trl", type=Path, help="folder with TRL 1.12")
     parser.add_argument("--rounds", type=int, default=3, help="turns of each trainer")
+    parser.add_argument("--lengths", type=_range, help="draw response lengths from LOW-HIGH; beside the padded loop")
+    parser.add_argument("--rollout-only", action="store_true", help="sampling alone, beside transformers' generate")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
+    model, steps, dtype, threads = arguments.model, arguments.steps, arguments.dtype, arguments.threads
+    text = ""
     if arguments.against_trl:
         figures = in_turns(arguments)
-        if not arguments.json:
-            print(
-                f"ours {figures['ours_seconds']:.3f} s a step; TRL 1.12 {figures['trl_seconds']:.3f} s, "
-                f"{figures['trl_seconds_without_gc']:.3f} s without its gc.collect(): "
-                f"{figures['ratio']:.2f} and {figures['ratio_without_gc']:.2f} times as fast"
-            )
-            return
+        text = (
+            f"ours {figures['ours_seconds']:.3f} s a step; TRL 1.12 {figures['trl_seconds']:.3f} s, "
+            f"{figures['trl_seconds_without_gc']:.3f} s without its gc.collect(): "
+            f"{figures['ratio']:.2f} and {figures['ratio_without_gc']:.2f} times as fast"
+        )
+    elif arguments.lengths:
+        figures = unequal_lengths(model, steps, dtype, threads, arguments.micro_batch, *arguments.lengths)
+        rates = figures["tokens_per_second"]
+        text = (
+            f"responses of {figures['lengths'][0]} to {figures['lengths'][1]} tokens, {figures['mean_length']:.0f} on "
+            f"average: ours {rates['ours']:.0f} completion tokens/s, padded {rates['padded']:.0f}: "
+            f"{figures['ratio']:.2f} times as fast"
+        )
+    elif arguments.rollout_only:
+        figures = rollout_alone(model, steps, dtype, threads)
+        rates = figures["tokens_per_second"]
+        text = (
+            f"rollout alone: ours {rates['ours']:.0f} tokens/s, transformers' generate {rates['generate']:.0f}: "
+            f"{figures['ratio']:.2f} times as fast"
+        )
     else:
-        figures = measure(arguments.model, arguments.steps, arguments.dtype, arguments.threads, arguments.micro_batch)
-        if not arguments.json:
-            show(figures)
-            return
-    print(json.dumps(figures, sort_keys=True))
+        figures = measure(workload.SHAPES[model], model, steps, dtype, threads, arguments.micro_batch)
+    if arguments.json:
+        print(json.dumps(figures, sort_keys=True))
+    elif text:
+        print(text)
+    else:
+        show(figures)
+
+
+def _range(text: str) -> tuple[int, int]:
+    low, _, high = text.partition("-")
+    if not (low.isdigit() and high.isdigit() and 0 < int(low) <= int(high)):
+        raise argparse.ArgumentTypeError(f"{text!r} is no range; write it as in 4-192")
+    return int(low), int(high)
 
 
 if __name__ == "__main__":

@@ -25,12 +25,12 @@ class Shape:
         """Weights of the matrices of all blocks."""
         return 12 * self.width**2 * self.layers
 
-    def configuration(self) -> Any:
+    def configuration(self, context: int = 256) -> Any:
         """Return the model's configuration."""
         from transformers import GPT2Config
 
         return GPT2Config(
-            n_layer=self.layers, n_head=self.heads, n_embd=self.width, vocab_size=self.vocabulary, n_positions=256,
+            n_layer=self.layers, n_head=self.heads, n_embd=self.width, vocab_size=self.vocabulary, n_positions=context,
             eos_token_id=EOS, bos_token_id=EOS, pad_token_id=PAD, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
         )  # fmt: skip
 
@@ -38,10 +38,10 @@ class Shape:
 SHAPES = {"S": Shape(2, 4, 128, 258), "M": Shape(6, 6, 384, 50257)}
 
 
-def prompts() -> list[list[int]]:
+def prompts(count: int = PROMPTS) -> list[list[int]]:
     """Return the prompts as bytes."""
     draw = random.Random(0)
-    return [[ord(draw.choice("abcdefghijklmnopqrstuvwxyz ")) for _ in range(PROMPT_TOKENS)] for _ in range(PROMPTS)]
+    return [[ord(draw.choice("abcdefghijklmnopqrstuvwxyz ")) for _ in range(PROMPT_TOKENS)] for _ in range(count)]
 
 
 def operations(shape: Shape, new_tokens: int = NEW_TOKENS, batch: int = BATCH) -> dict[str, float]:

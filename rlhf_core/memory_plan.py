@@ -1,0 +1,374 @@
+"""The memory that a training will take, by part and by stage: pure functions of shapes and sizes, in bytes.
+
+A run's stages follow each other, so its peak is that of its largest stage, and a stage's is the sum of what lives in
+it. What can be counted is counted: weights, gradients, moments, and what a forward pass saves for the backward pass.
+What cannot, because it depends on how a pass is computed or on the allocator, stands in :class:`Costs` alone.
+"""
+
+import dataclasses
+import re
+from dataclasses import dataclass, field
+from typing import Literal
+
+FLOAT = 4
+MIB = 2**20
+Parts = dict[str, int]
+
+PROCESS = "process with libraries"
+POLICY, REFERENCE, VALUE = "policy", "reference", "value model"
+REWARD_MODELS = "reward models"
+GRADIENTS, MOMENTS = "gradients", "Adam's moments"
+ACTIVATIONS, LOGITS = "activations", "logits"
+ATTENTION = "attention in passing"
+ROLLOUT = "cache and rollout"
+TEXTS = "texts in tokens"
+NARROW_WEIGHTS = "weights in bfloat16"
+KEPT = "kept by the allocator"
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What was measured, not counted; ``python verification/benchmarks/memory_runs.py`` sets predictions beside runs.
+
+    Everything that depends on how ``ppo.py``, ``scoring.py``, ``layers.py`` and ``evaluation.py`` compute stands here.
+    """
+
+    parallel_micro_batches: bool = False
+    """Whether micro-batches of a minibatch run in threads, as many at once as there are threads."""
+    extra_gradients: float = 0.0
+    """Further sets of gradients for each micro-batch that runs beside the first."""
+    logits_in_update: float = 3.0
+    """[B, T, V] arrays of a micro-batch at the peak of an update: logits, their gradient, and a copy."""
+    logits_in_scoring: float = 2.0
+    """[B, T, V] arrays of a micro-batch while a rollout is scored."""
+    logits_in_evaluation: float = 2.0
+    """[B, T, V] arrays of a batch of the evaluation: the policy's and the reference's."""
+    logits_in_supervised: float = 4.0
+    """[B, L, V] arrays of a batch in pre-training."""
+    logits_in_sampling: float = 4.0
+    """[B, V] arrays while a token is drawn."""
+    scores_kept: float = 1.0
+    """[B, H, L, L] arrays that eager attention saves for the backward pass, a layer."""
+    scores_in_passing: float = 3.0
+    """[B, H, L, L] arrays that live while one layer's attention is computed."""
+    passing_widths: float = 24.0
+    """[B, L, D] arrays that live while one layer is computed without a gradient."""
+    first_use: int = 60 * MIB
+    """What libraries take when they first compute: code made for the processor, buffers of threads."""
+    code_of_length: int = 5 * MIB
+    """What they take further for texts of each length, whose products have code of their own."""
+    lengths_with_code: int = 24
+    """Lengths after which that grows no more: the code is kept for a limited number of products."""
+    token_in_text: int = 250
+    """Bytes of a token of a text that is read, with its tokenizer's notes."""
+    texts_left: float = 0.6
+    """Share of that which stays when the texts are read no more."""
+    rollout_token: int = 200
+    """Bytes of a position of a rollout: ids, masks, log-probs, values, targets, with the copies made of them."""
+    kept_share: float = 0.85
+    """What the C library's allocator holds beside a micro-batch's activations, because freed pieces lie between: a
+    share of them."""
+    left_share: float = 0.8
+    """What of both stays with the process afterwards."""
+
+
+FITTED = Costs()
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """What decides the memory of a causal language model."""
+
+    family: Literal["gpt2", "llama"]
+    """Whose blocks it has: norms, biases and gates as in GPT-2, or as in Llama."""
+    layers: int
+    width: int
+    inner: int
+    """Width of the MLP."""
+    heads: int
+    key_value_width: int
+    """Key-value heads times head width."""
+    vocabulary: int
+    weights: int
+    """All of them; those that head and token embeddings share count once."""
+    embeddings: int
+    """Of the token embeddings."""
+    head: int
+    """Of the head beside the token embeddings: 0 where they are shared."""
+    eager: bool = True
+    """Whether attention holds its scores."""
+
+    @property
+    def trunk(self) -> int:
+        """Weights without the head."""
+        return self.weights - self.head
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What a run does, in the sizes that memory depends on."""
+
+    process: int
+    """Bytes of the process with its libraries before anything is made."""
+    prompt: int
+    """Tokens of the longest prompt."""
+    response: int
+    """Longest response in tokens."""
+    batch: int
+    minibatch: int
+    micro_batch: int
+    threads: int
+    value: Literal["shared", "separate"] | None
+    bfloat16: bool = False
+    evaluation_rows: int = 0
+    """Prompts that are evaluated at a time; 0 evaluates none."""
+    pretrain_rows: int = 0
+    """Texts of a step of pre-training; 0 where there is none."""
+    classifier_rows: int = 0
+    """Texts of a step of the reward model and the evaluator; 0 where none is trained."""
+    supervised_steps: int = 0
+    """Optimizer steps of these two together."""
+    longest_text: int = 0
+    text_tokens: int = 0
+    """Tokens of all texts that are read."""
+    reward_weights: int = 0
+    """Weights of loaded reward models."""
+
+    @property
+    def length(self) -> int:
+        """Prompt and response together."""
+        return self.prompt + self.response
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of a run and what lives in it."""
+
+    name: str
+    parts: Parts = field(default_factory=dict)
+
+    @property
+    def total(self) -> int:
+        """Bytes of all parts."""
+        return sum(self.parts.values())
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """The stages of a run, in their order."""
+
+    stages: list[Stage]
+
+    @property
+    def peak(self) -> Stage:
+        """The largest stage; of equal ones the first."""
+        return max(self.stages, key=lambda stage: stage.total)
+
+    @property
+    def training_peak(self) -> int:
+        """The largest of the stages up to the last step: what ``peak_mem_bytes`` of its row in timings.jsonl says."""
+        return max(stage.total for stage in self.stages if stage.name != EVALUATION)
+
+
+PRETRAINING, CLASSIFIERS = "pre-training", "reward model and evaluator"
+SAMPLING, SCORING, UPDATE, EVALUATION = "rollout", "reference and value", "update", "evaluation"
+
+
+def saved_floats(shape: ModelShape, rows: int, length: int, costs: Costs, *, bfloat16: bool = False) -> float:
+    """Return the float32 values that one trunk's forward pass keeps for its backward pass.
+
+    A token of a GPT-2 block keeps 8 arrays of the width (two norms' input and output, query, key, value, what attention
+    mixed) and 2 of the MLP's; a token of a Llama block 10 and 4. Eager attention keeps a row of scores a head. Under
+    bfloat16 the products' inputs take half, norms stay float32, and scores are kept in both.
+    """
+    if shape.family == "gpt2":
+        of_norms, of_width, of_inner = 2 * shape.width, 6 * shape.width, 2 * shape.inner
+    else:
+        of_norms, of_width, of_inner = 7 * shape.width, 3 * shape.width, 4 * shape.inner
+    scores = costs.scores_kept * shape.heads * length if shape.eager else 0.0
+    products = of_width + of_inner
+    token = of_norms + (products / 2 + 1.5 * scores if bfloat16 else products + scores)
+    return rows * length * (shape.layers * token + 2 * shape.width)
+
+
+def scores_in_passing(shape: ModelShape, rows: int, length: int, costs: Costs) -> float:
+    """Return the values that live only while one layer's eager attention is computed."""
+    return costs.scores_in_passing * rows * shape.heads * length**2 if shape.eager else 0.0
+
+
+def cache_floats(shape: ModelShape, rows: int, length: int) -> int:
+    """Return the values of a key-value cache."""
+    return 2 * shape.layers * rows * length * shape.key_value_width
+
+
+def trained_weights(shape: ModelShape, value: Literal["shared", "separate"] | None) -> int:
+    """Return the weights that PPO learns: the policy's, and of a separate value model all but token embeddings."""
+    head = shape.width + 1 if value else 0
+    return shape.weights + head + (shape.trunk - shape.embeddings if value == "separate" else 0)
+
+
+def plan_memory(shape: ModelShape, work: Workload, costs: Costs = FITTED) -> MemoryPlan:
+    """Return what each stage of a run will hold."""
+    policy = FLOAT * shape.weights
+    trained = FLOAT * trained_weights(shape, work.value)
+    code = costs.code_of_length * min(work.longest_text, work.supervised_steps, costs.lengths_with_code)
+    process = {PROCESS: work.process + costs.first_use + code}
+    texts = {TEXTS: costs.token_in_text * work.text_tokens}
+    stages = []
+    if work.pretrain_rows:
+        held = process | texts | {POLICY: policy}
+        stages.append(_supervised(PRETRAINING, shape, work, costs, held, work.pretrain_rows, shape.weights, head=True))
+    judges = work.reward_weights
+    if work.classifier_rows:
+        judges += 2 * shape.trunk
+        held = process | texts | {POLICY: policy, REWARD_MODELS: FLOAT * judges}
+        stages.append(_supervised(CLASSIFIERS, shape, work, costs, held, work.classifier_rows, shape.trunk, head=False))
+    models = {POLICY: policy, REFERENCE: policy, VALUE: trained - policy, REWARD_MODELS: FLOAT * judges}
+    between = process | models | {MOMENTS: 2 * trained, TEXTS: int(costs.texts_left * texts[TEXTS])}
+    update = _update(shape, work, costs, trained)
+    # Pieces that earlier stages freed stay with the process, and later ones take theirs from them.
+    earlier = max((_left(stage.parts, costs) for stage in stages), default=0)
+    update[KEPT] = max(update[KEPT], earlier - update[ACTIVATIONS])
+    left = {KEPT: max(_left(update, costs), earlier)}
+    stages.append(Stage(SAMPLING, between | left | _sampling(shape, work, costs, work.batch)))
+    stages.append(
+        Stage(SCORING, between | left | _reading(shape, work, costs, work.micro_batch, costs.logits_in_scoring))
+    )
+    stages.append(Stage(UPDATE, between | update))
+    if work.evaluation_rows:
+        rows = work.evaluation_rows
+        own = _largest(
+            _sampling(shape, work, costs, rows), _reading(shape, work, costs, rows, costs.logits_in_evaluation)
+        )
+        stages.append(Stage(EVALUATION, between | left | own))
+    return MemoryPlan(stages)
+
+
+def _supervised(
+    name: str,
+    shape: ModelShape,
+    work: Workload,
+    costs: Costs,
+    held: Parts,
+    rows: int,
+    weights: int,
+    *,
+    head: bool,
+) -> Stage:
+    """Return a stage that trains ``weights`` of one model on rows of texts."""
+    length = work.longest_text
+    logits = costs.logits_in_supervised * rows * length * shape.vocabulary if head else 0.0
+    own = {
+        GRADIENTS: FLOAT * weights,
+        MOMENTS: 2 * FLOAT * weights,
+        ACTIVATIONS: int(FLOAT * saved_floats(shape, rows, length, costs)),
+        ATTENTION: int(FLOAT * scores_in_passing(shape, rows, length, costs)),
+        LOGITS: int(FLOAT * logits),
+    }
+    own[KEPT] = int(costs.kept_share * own[ACTIVATIONS])
+    return Stage(name, held | own)
+
+
+def _update(shape: ModelShape, work: Workload, costs: Costs, trained: int) -> Parts:
+    """Return what an optimizer step holds beside models and moments."""
+    rows, at_once = work.micro_batch, 1
+    if costs.parallel_micro_batches:
+        at_once = min(work.threads, work.minibatch // work.micro_batch)
+    trunks = 2 if work.value == "separate" else 1
+    saved = saved_floats(shape, rows, work.length, costs, bfloat16=work.bfloat16)
+    activations = int(FLOAT * at_once * trunks * saved)
+    logits = costs.logits_in_update * rows * work.response * shape.vocabulary
+    return {
+        GRADIENTS: int(trained * (1 + costs.extra_gradients * (at_once - 1))),
+        ACTIVATIONS: activations,
+        ATTENTION: int(FLOAT * at_once * scores_in_passing(shape, rows, work.length, costs)),
+        LOGITS: int(FLOAT * at_once * logits),
+        NARROW_WEIGHTS: trained // 2 if work.bfloat16 else 0,
+        KEPT: int(costs.kept_share * activations),
+    }
+
+
+def _sampling(shape: ModelShape, work: Workload, costs: Costs, rows: int) -> Parts:
+    """Return what drawing completions for ``rows`` prompts holds."""
+    cached = cache_floats(shape, rows, work.length) + cache_floats(shape, rows, work.prompt)
+    return {
+        ROLLOUT: FLOAT * cached + costs.rollout_token * rows * work.length,
+        ACTIVATIONS: int(FLOAT * costs.passing_widths * rows * work.prompt * shape.width),
+        ATTENTION: int(FLOAT * scores_in_passing(shape, rows, work.prompt, costs)),
+        LOGITS: int(FLOAT * costs.logits_in_sampling * rows * shape.vocabulary),
+    }
+
+
+def _reading(shape: ModelShape, work: Workload, costs: Costs, rows: int, logits: float) -> Parts:
+    """Return what a forward pass over ``rows`` completions holds that no backward pass follows."""
+    return {
+        ROLLOUT: costs.rollout_token * work.batch * work.length,
+        ACTIVATIONS: int(FLOAT * costs.passing_widths * rows * work.length * shape.width),
+        ATTENTION: int(FLOAT * scores_in_passing(shape, rows, work.length, costs)),
+        LOGITS: int(FLOAT * logits * rows * work.response * shape.vocabulary),
+    }
+
+
+def _left(parts: Parts, costs: Costs) -> int:
+    """Return what stays with the process when a stage with activations is over."""
+    return int(costs.left_share * (parts[ACTIVATIONS] + parts[KEPT]))
+
+
+def _largest(*alternatives: Parts) -> Parts:
+    return max(alternatives, key=lambda parts: sum(parts.values()))
+
+
+def largest_micro_batch(shape: ModelShape, work: Workload, limit: int, costs: Costs = FITTED) -> int | None:
+    """Return the largest divisor of the minibatch with which no stage exceeds ``limit`` bytes; None: not even 1."""
+    for rows in range(work.minibatch, 0, -1):
+        if work.minibatch % rows == 0:
+            plan = plan_memory(shape, dataclasses.replace(work, micro_batch=rows), costs)
+            if plan.peak.total <= limit:
+                return rows
+    return None
+
+
+def remedy(shape: ModelShape, work: Workload, limit: int, costs: Costs = FITTED) -> str:
+    """Return what to change first where no micro-batch fits: what makes the largest part of the peak smaller."""
+    peak = plan_memory(shape, dataclasses.replace(work, micro_batch=1), costs).peak
+    if peak.parts[PROCESS] > limit:
+        return f"the process alone takes {in_mib(peak.parts[PROCESS])}, so no run fits"
+    part = max((name for name in peak.parts if name != PROCESS), key=lambda name: peak.parts[name])
+    return f"at the peak, {peak.name}, {part} take {in_mib(peak.parts[part])}: {_change(part, peak.name, work)}"
+
+
+def _change(part: str, stage: str, work: Workload) -> str:
+    if stage == EVALUATION:
+        return "lower --log.evaluation-prompts (0 leaves the evaluation out)"
+    if stage == PRETRAINING and part in (ACTIVATIONS, ATTENTION, LOGITS):
+        return "lower --pretrain.batch-size"
+    if stage == CLASSIFIERS and part in (ACTIVATIONS, ATTENTION, LOGITS):
+        return "lower --classifier.batch-size"
+    if part == ROLLOUT:
+        return "lower --ppo.batch-size"
+    if part in (ACTIVATIONS, ATTENTION, LOGITS, KEPT):
+        return "lower --sampling.max-new-tokens" if stage != SAMPLING else "lower --ppo.batch-size"
+    if part == TEXTS:
+        return "give fewer texts"
+    if work.value == "separate":
+        return "take --model.value shared, or an --ppo.algorithm without a value model such as rloo"
+    return "take a smaller model"
+
+
+def in_mib(count: int) -> str:
+    """Return bytes as MiB."""
+    return f"{count / MIB:,.0f} MiB"
+
+
+def parse_size(text: str) -> int:
+    """Return the bytes of a size such as ``2GiB``, ``1500MiB``, ``1.5GB``.
+
+    Raises:
+        ValueError: it is no such size.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]i?)B?\s*", text, re.IGNORECASE)
+    if not found or float(found[1]) == 0:
+        raise ValueError(f"--memory-limit {text!r} is no size; write it as in 2GiB or 1500MiB")
+    unit = found[2].upper()
+    base = 1024 if unit.endswith("I") else 1000
+    return int(float(found[1]) * base ** (" KMGT".index(unit[0])))

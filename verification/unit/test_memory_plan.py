@@ -1,0 +1,250 @@
+import dataclasses
+import re
+
+import pytest
+import torch
+
+from rlhf_core.config import ModelConfig, TrainConfig
+from rlhf_core.data.tokenization import word_tokenizer
+from rlhf_core.memory_inputs import planned, shape_of
+from rlhf_core.memory_plan import (
+    ACTIVATIONS,
+    ATTENTION,
+    EVALUATION,
+    GRADIENTS,
+    KEPT,
+    LOGITS,
+    MOMENTS,
+    NARROW_WEIGHTS,
+    POLICY,
+    PROCESS,
+    REFERENCE,
+    REWARD_MODELS,
+    ROLLOUT,
+    TEXTS,
+    VALUE,
+    Costs,
+    ModelShape,
+    Workload,
+    cache_floats,
+    largest_micro_batch,
+    parse_size,
+    plan_memory,
+    remedy,
+    saved_floats,
+    trained_weights,
+)
+from rlhf_core.policy import ForwardArguments, build_model
+from rlhf_core.testing.command import TINY_RUN, run_command
+
+COSTS = Costs(
+    parallel_micro_batches=False, extra_gradients=1.0, logits_in_update=3.0, logits_in_scoring=2.0,
+    logits_in_evaluation=2.0, logits_in_supervised=4.0, logits_in_sampling=4.0, scores_kept=1.0, scores_in_passing=3.0,
+    passing_widths=24.0, first_use=100, code_of_length=10, lengths_with_code=24, token_in_text=7, texts_left=0.5,
+    rollout_token=100, kept_share=0.5, left_share=0.75,
+)  # fmt: skip
+SHAPE = ModelShape(
+    family="gpt2", layers=2, width=4, inner=16, heads=2, key_value_width=4, vocabulary=10, weights=500, embeddings=40,
+    head=0,
+)  # fmt: skip
+LLAMA = dataclasses.replace(SHAPE, family="llama", inner=12)
+WORK = Workload(
+    process=1000, prompt=2, response=3, batch=4, minibatch=4, micro_batch=2, threads=2, value="separate"
+)  # fmt: skip
+
+
+def parts_of(stage, shape=SHAPE, work=WORK, costs=COSTS):
+    found = next(one for one in plan_memory(shape, work, costs).stages if one.name == stage)
+    return {name: size for name, size in found.parts.items() if size}
+
+
+class TestWhatIsCounted:
+    def test_what_a_forward_pass_keeps_for_the_backward_pass(self):
+        # (2·4 norms + 6·4 + 2·16 of the MLP + 2·5 scores) · 2 layers + 2·4 outside, for 15 tokens.
+        assert saved_floats(SHAPE, 3, 5, COSTS) == 2340
+        # (7·4 norms + 3·4 + 4·12 of the MLP + 2·5 scores) · 2 layers + 2·4 outside.
+        assert saved_floats(LLAMA, 3, 5, COSTS) == 3060
+
+    def test_bfloat16_halves_products_and_keeps_scores_in_both(self):
+        assert saved_floats(SHAPE, 3, 5, COSTS, bfloat16=True) == 1650  # (8 + 56/2 + 1.5·10) · 2 + 8, for 15 tokens
+
+    def test_attention_that_is_not_eager_keeps_no_scores(self):
+        assert saved_floats(dataclasses.replace(SHAPE, eager=False), 3, 5, COSTS) == 2040
+
+    @pytest.mark.parametrize("architecture", ["gpt2", "llama"])
+    def test_it_is_what_torch_saves(self, architecture):
+        sizes = ModelConfig(architecture=architecture, layers=2, hidden_size=64, heads=4, context=32)
+        model = build_model(sizes, word_tokenizer(["a", "film"]))
+        own = {one.untyped_storage().data_ptr() for one in (*model.parameters(), *model.buffers())}
+        saved: dict[int, tuple[int, torch.Tensor]] = {}
+
+        def keep(tensor):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in own:
+                saved[storage.data_ptr()] = (storage.nbytes(), tensor)
+            return tensor
+
+        ids = torch.zeros(16, 24, dtype=torch.long)
+        mask = torch.ones_like(ids)
+        positions = ForwardArguments(model).positions(mask)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            model.base_model(input_ids=ids, attention_mask=mask, use_cache=False, **positions)
+        total = sum(size for size, _ in saved.values())
+        assert 4 * saved_floats(shape_of(model, "eager"), 16, 24, COSTS) == pytest.approx(total, rel=0.03)
+
+    def test_the_cache_holds_keys_and_values_of_every_layer(self):
+        assert cache_floats(SHAPE, rows=3, length=5) == 2 * 2 * 3 * 5 * 4
+
+    def test_a_value_model_learns_all_but_its_token_embeddings(self):
+        assert trained_weights(SHAPE, None) == 500
+        assert trained_weights(SHAPE, "shared") == 505
+        assert trained_weights(SHAPE, "separate") == 505 + 460
+
+    def test_a_head_of_its_own_is_no_part_of_the_value_model(self):
+        assert trained_weights(dataclasses.replace(SHAPE, weights=540, head=40), "separate") == 545 + 460
+
+
+class TestTheStages:
+    def test_an_update(self):
+        assert parts_of("update") == {
+            PROCESS: 1100,
+            POLICY: 2000,
+            REFERENCE: 2000,
+            VALUE: 1860,
+            MOMENTS: 7720,
+            GRADIENTS: 3860,
+            ACTIVATIONS: 4 * 2 * 1560,  # two trunks, 10 tokens of 156 values
+            ATTENTION: 4 * 3 * 2 * 2 * 25,
+            LOGITS: 4 * 3 * 2 * 3 * 10,
+            KEPT: 6240,
+        }
+
+    def test_micro_batches_in_parallel_hold_activations_and_gradients_of_their_own(self):
+        one, two = parts_of("update"), parts_of("update", costs=dataclasses.replace(COSTS, parallel_micro_batches=True))
+        for part in (GRADIENTS, ACTIVATIONS, ATTENTION, LOGITS, KEPT):
+            assert two[part] == 2 * one[part]
+        alone = dataclasses.replace(WORK, micro_batch=4)
+        costs = dataclasses.replace(COSTS, parallel_micro_batches=True)
+        assert parts_of("update", work=alone, costs=costs)[GRADIENTS] == one[GRADIENTS]
+
+    def test_bfloat16_keeps_a_narrow_copy_of_the_weights(self):
+        assert parts_of("update", work=dataclasses.replace(WORK, bfloat16=True))[NARROW_WEIGHTS] == 1930
+
+    def test_a_rollout(self):
+        found = parts_of("rollout")
+        assert found[ROLLOUT] == 4 * (2 * 2 * 4 * 5 * 4 + 2 * 2 * 4 * 2 * 4) + 100 * 4 * 5
+        assert found[LOGITS] == 4 * 4 * 4 * 10
+        assert found[KEPT] == 14040  # 0.75 of 12480 activations and 6240 kept
+        assert GRADIENTS not in found
+
+    def test_scoring(self):
+        assert parts_of("reference and value")[LOGITS] == 4 * 2 * 2 * 3 * 10
+
+    def test_an_evaluation_holds_the_logits_of_two_models(self):
+        assert parts_of(EVALUATION, work=dataclasses.replace(WORK, evaluation_rows=6))[LOGITS] == 4 * 2 * 6 * 3 * 10
+        assert EVALUATION not in [stage.name for stage in plan_memory(SHAPE, WORK, COSTS).stages]
+
+    def test_pre_training_and_judges(self):
+        work = dataclasses.replace(
+            WORK, pretrain_rows=3, classifier_rows=3, supervised_steps=4, longest_text=5, text_tokens=20
+        )
+        assert parts_of("pre-training", work=work) == {
+            PROCESS: 1140,  # code for 4 lengths: there are no more steps
+            TEXTS: 140,
+            POLICY: 2000,
+            GRADIENTS: 2000,
+            MOMENTS: 4000,
+            ACTIVATIONS: 4 * 2340,
+            ATTENTION: 4 * 3 * 3 * 2 * 25,
+            LOGITS: 4 * 4 * 3 * 5 * 10,
+            KEPT: 4680,
+        }
+        judges = parts_of("reward model and evaluator", work=work)
+        assert judges[REWARD_MODELS] == 4000
+        assert LOGITS not in judges
+        assert parts_of("update", work=work)[TEXTS] == 70
+
+    def test_what_pre_training_freed_stays(self):
+        work = dataclasses.replace(WORK, pretrain_rows=9, longest_text=5)
+        # 4 · 156 · 45 activations and half of them kept; three quarters of both stay: 31590.
+        assert parts_of("rollout", work=work)[KEPT] == 31590
+        assert parts_of("update", work=work)[KEPT] == 31590 - 12480  # which the update's activations lie in
+
+    def test_the_training_peak_leaves_the_evaluation_out(self):
+        plan = plan_memory(SHAPE, dataclasses.replace(WORK, evaluation_rows=1000), COSTS)
+        assert plan.peak.name == EVALUATION
+        assert plan.training_peak == sum(parts_of("update").values())
+
+
+class TestALimit:
+    def total(self, micro_batch):
+        return plan_memory(SHAPE, dataclasses.replace(WORK, micro_batch=micro_batch), COSTS).peak.total
+
+    @pytest.mark.parametrize("rows", [1, 2, 4])
+    def test_the_largest_micro_batch_that_fits(self, rows):
+        assert largest_micro_batch(SHAPE, WORK, self.total(rows), COSTS) == rows
+        assert largest_micro_batch(SHAPE, WORK, self.total(rows) - 1, COSTS) == {1: None, 2: 1, 4: 2}[rows]
+
+    @pytest.mark.parametrize(
+        ("changes", "limit", "said"),
+        [
+            ({}, 1000, "the process alone takes"),
+            ({"response": 50}, 5000, "update.*lower --sampling.max-new-tokens"),
+            ({"batch": 400}, 5000, "rollout.*lower --ppo.batch-size"),
+            ({"evaluation_rows": 1000}, 5000, "lower --log.evaluation-prompts"),
+            ({"pretrain_rows": 1000, "longest_text": 9}, 5000, "lower --pretrain.batch-size"),
+            ({"classifier_rows": 1000, "longest_text": 9}, 5000, "lower --classifier.batch-size"),
+            ({"prompt": 1, "response": 1}, 5000, "--model.value shared"),
+            ({"prompt": 1, "response": 1, "value": None}, 5000, "a smaller model"),
+        ],
+    )
+    def test_what_to_change_where_none_fits(self, changes, limit, said):
+        work = dataclasses.replace(WORK, **changes)
+        assert largest_micro_batch(SHAPE, work, limit, COSTS) is None
+        assert re.search(said, remedy(SHAPE, work, limit, COSTS))
+
+    @pytest.mark.parametrize(
+        ("text", "size"),
+        [("2GiB", 2**31), ("1500MiB", 1500 * 2**20), ("1.5GB", 1_500_000_000), (" 3 kb", 3000), ("1Ti", 2**40)],
+    )
+    def test_sizes(self, text, size):
+        assert parse_size(text) == size
+
+    @pytest.mark.parametrize("text", ["", "2", "much", "-1GiB", "0GiB", "2 GiB 3"])
+    def test_what_is_no_size_is_named(self, text):
+        with pytest.raises(ValueError, match=re.escape(f"--memory-limit {text!r} is no size; write it as in 2GiB")):
+            parse_size(text)
+
+
+class TestTheCommand:
+    def test_it_says_what_a_run_takes_and_makes_none(self, tmp_path, reviews_drawn_once):
+        outcome = run_command("train", *TINY_RUN, "--runs", tmp_path / "runs", "--explain-memory")
+        assert outcome.code == 0, outcome.err
+        assert re.search(r"peak: [\d,]+ MiB during \S.*, with micro-batches of 2, prompts of \d+ tokens", outcome.out)
+        assert re.search(r"Adam's moments", outcome.out)
+        assert not (tmp_path / "runs").exists()
+
+    def test_a_limit_that_is_far_away(self, tmp_path, reviews_drawn_once):
+        outcome = run_command("train", *TINY_RUN, "--runs", tmp_path, "--memory-limit", "1TiB")
+        assert outcome.code == 0, outcome.err
+        assert (
+            "this run fits into 1,048,576 MiB; the largest micro-batch that fits: --ppo.micro-batch-size 2"
+            in outcome.out
+        )
+
+    def test_a_limit_below_the_process(self, tmp_path, reviews_drawn_once):
+        outcome = run_command("train", *TINY_RUN, "--runs", tmp_path, "--memory-limit=10MiB")
+        assert outcome.code == 1
+        assert re.search(r"no micro-batch fits into 10 MiB: the process alone takes [\d,]+ MiB", outcome.out)
+
+    def test_a_limit_that_cannot_be_read(self):
+        outcome = run_command("train", "--memory-limit", "much")
+        assert outcome.code == 2
+        assert outcome.complaint == "rlhf: --memory-limit 'much' is no size; write it as in 2GiB or 1500MiB"
+
+    def test_the_model_that_is_planned_is_the_model_that_is_built(self, tmp_path, reviews_drawn_once):
+        config = TrainConfig(device="cpu", model=ModelConfig(layers=3, hidden_size=96, heads=4))
+        shape, work = planned(config, 7, tmp_path)
+        # 168 words · 96, and a block: 4 · 96² of attention, 3 · 96 · 256 of the MLP, 2 · 96 of norms; 96 of the last.
+        assert (shape.vocabulary, shape.weights, shape.embeddings) == (168, 168 * 96 + 3 * 110_784 + 96, 168 * 96)
+        assert (work.process, work.response, work.evaluation_rows, work.pretrain_rows) == (7, 20, 64, 32)
