@@ -74,10 +74,17 @@ def load_model(path: str | Path, attention: str) -> PreTrainedModel:
 
     Raises:
         FileNotFoundError: it is neither a folder here nor to be had from the hub, or has no safetensors weights.
-        ValueError: it is not a causal language model that transformers can load, or its weights are damaged, missing
-            or of other shapes than its configuration says: transformers would draw those at random.
+        ValueError: it is not a causal language model that transformers can load, or is a reward model; or its weights
+            are damaged, missing or of other shapes than its configuration says: transformers would draw those at
+            random.
     """
-    return load_pretrained(AutoModelForCausalLM, path, attention)
+    model = load_pretrained(AutoModelForCausalLM, path, attention)
+    classifiers = [name for name in model.config.architectures or [] if name.endswith("ForSequenceClassification")]
+    if classifiers:  # with tied embeddings no weight of a language model is missing in it
+        raise ValueError(
+            f"model {str(path)!r} is a {classifiers[0]}, a reward model; give a language model, as rlhf sft makes one"
+        )
+    return model
 
 
 def load_pretrained(kind: Any, path: str | Path, attention: str, **options: Any) -> PreTrainedModel:

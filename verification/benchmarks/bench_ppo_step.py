@@ -166,14 +166,14 @@ def unequal_lengths(
 @contextmanager
 def padded_path() -> Iterator[None]:
     """Let every model go through transformers' own forward pass over padded rows, as models of other kinds do."""
-    from rlhf_core import decoding
+    from rlhf_core import decoding, packing
 
-    blocks_of = decoding.blocks_of
-    decoding.blocks_of = lambda model: None
+    kept = decoding.blocks_of, packing.blocks_of
+    decoding.blocks_of = packing.blocks_of = lambda model: None
     try:
         yield
     finally:
-        decoding.blocks_of = blocks_of
+        decoding.blocks_of, packing.blocks_of = kept
 
 
 @contextmanager
@@ -339,7 +339,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--micro-batch", type=int, default=workload.MINIBATCH)
+    parser.add_argument("--micro-batch", type=int, help="completions a forward pass; by default half a minibatch for S")
     parser.add_argument("--against-trl", type=Path, help="folder with TRL 1.12")
     parser.add_argument("--rounds", type=int, default=3, help="turns of each trainer")
     parser.add_argument("--lengths", type=_range, help="draw response lengths from LOW-HIGH; beside the padded loop")
@@ -347,6 +347,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     model, steps, dtype, threads = arguments.model, arguments.steps, arguments.dtype, arguments.threads
+    micro_batch = arguments.micro_batch or workload.MICRO_BATCHES[model]
     text = ""
     if arguments.against_trl:
         figures = in_turns(arguments)
@@ -356,7 +357,7 @@ def main() -> None:
             f"{figures['ratio']:.2f} and {figures['ratio_without_gc']:.2f} times as fast"
         )
     elif arguments.lengths:
-        figures = unequal_lengths(model, steps, dtype, threads, arguments.micro_batch, *arguments.lengths)
+        figures = unequal_lengths(model, steps, dtype, threads, micro_batch, *arguments.lengths)
         rates = figures["tokens_per_second"]
         text = (
             f"responses of {figures['lengths'][0]} to {figures['lengths'][1]} tokens, {figures['mean_length']:.0f} on "
@@ -371,7 +372,7 @@ def main() -> None:
             f"{figures['ratio']:.2f} times as fast"
         )
     else:
-        figures = measure(workload.SHAPES[model], model, steps, dtype, threads, arguments.micro_batch)
+        figures = measure(workload.SHAPES[model], model, steps, dtype, threads, micro_batch)
     if arguments.json:
         print(json.dumps(figures, sort_keys=True))
     elif text:

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from rlhf_core.optim import adamw, clip_gradients, gradients, set_learning_rate, total_norm
+from rlhf_core.optim import adamw, add_gradients, clip_gradients, gradients, set_learning_rate, total_norm
 
 
 def adam_by_hand(start, gradient_of_step, rates, beta2, eps, decay):
@@ -63,3 +63,15 @@ def test_gradients_are_the_tensors_themselves_and_leave_out_parameters_without_o
     (a.sum() * 2).backward()
     (only,) = gradients([a, b])
     assert only is a.grad
+
+
+def test_gradients_are_added_in_place_left_out_where_there_is_none_and_written_out_where_they_have_few_rows():
+    one, other, untouched = (torch.nn.Parameter(torch.zeros(3, 2)) for _ in range(3))
+    few_rows = torch.sparse_coo_tensor([[2, 0, 2]], [[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]], (3, 2))
+    add_gradients([one, other, untouched], [torch.ones(3, 2), few_rows, None])
+    place = one.grad
+    add_gradients([one, other, untouched], [torch.ones(3, 2), few_rows, None])
+    assert one.grad is place
+    assert one.grad.tolist() == [[2.0, 2.0]] * 3
+    assert other.grad.tolist() == [[6.0, 8.0], [0.0, 0.0], [12.0, 16.0]]
+    assert untouched.grad is None

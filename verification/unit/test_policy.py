@@ -282,3 +282,12 @@ def test_loading_leaves_the_loudness_of_transformers_as_it_was(saved):
     with pytest.raises(FileNotFoundError):
         load_model(folder, "eager")
     assert transformers.utils.logging.get_verbosity() == before
+
+
+def test_a_reward_model_is_not_taken_for_a_language_model(saved, tmp_path):
+    _, folder = saved
+    transformers.AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1).save_pretrained(
+        tmp_path / "reward"
+    )
+    with pytest.raises(ValueError, match="ForSequenceClassification, a reward model; give a language model"):
+        load_model(tmp_path / "reward", "eager")
