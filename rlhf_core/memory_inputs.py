@@ -13,7 +13,15 @@ from rlhf_core.data.tokenization import encode_prompts, encode_sentences
 from rlhf_core.evaluation import PROMPTS_AT_A_TIME
 from rlhf_core.experiment import prepare_prompts
 from rlhf_core.memory_plan import ModelShape, Workload
-from rlhf_core.policy import build_model, context_length, model_source, quiet_transformers, require_model_source
+from rlhf_core.packing import packable
+from rlhf_core.policy import (
+    as_computed_here,
+    build_model,
+    context_length,
+    model_source,
+    quiet_transformers,
+    require_model_source,
+)
 from rlhf_core.reward_sources import parse_reward
 from rlhf_core.run_setup import DATA_FOLDER, choose_device, data_place
 from rlhf_core.tasks import Task, load_task
@@ -53,7 +61,7 @@ def planned(config: TrainConfig, process: int, runs: Path) -> tuple[ModelShape, 
         batch=ppo.batch_size,
         minibatch=ppo.minibatch_size,
         micro_batch=ppo.micro_batch_size,
-        threads=config.resolved_threads,
+        workers=1 if config.numerics == "portable" else config.resolved_threads,
         value=config.value_model,
         bfloat16=config.dtype == "bfloat16",
         evaluation_rows=min(PROMPTS_AT_A_TIME, config.log.evaluation_prompts, held_out),
@@ -84,6 +92,7 @@ def shape_of(model: Any, attention: str) -> ModelShape:
         embeddings=embeddings.numel(),
         head=0 if head is None or head.weight is embeddings else head.weight.numel(),
         eager=attention == "eager",
+        packed=packable(model) is not None,
     )
 
 
@@ -95,7 +104,7 @@ def _without_weights(config: TrainConfig, task: Task) -> Any:
     with torch.device("meta"):
         if config.model.path is None:
             return build_model(config.model, task.tokenizer)
-        return _from_config(AutoModelForCausalLM, config.model.path)
+        return as_computed_here(_from_config(AutoModelForCausalLM, config.model.path))
 
 
 def _from_config(kind: Any, path: str) -> Any:

@@ -33,14 +33,12 @@ class Costs:
     Everything that depends on how ``ppo.py``, ``scoring.py``, ``layers.py`` and ``evaluation.py`` compute stands here.
     """
 
-    parallel_micro_batches: bool = False
-    """Whether micro-batches of a minibatch run in threads, as many at once as there are threads."""
-    extra_gradients: float = 0.0
-    """Further sets of gradients for each micro-batch that runs beside the first."""
     logits_in_update: float = 3.0
     """[B, T, V] arrays of a micro-batch at the peak of an update: logits, their gradient, and a copy."""
     logits_in_scoring: float = 2.0
     """[B, T, V] arrays of a micro-batch while a rollout is scored."""
+    head_part: tuple[int, int] = (1024, 2048)
+    """Rows and columns of the part of them that a head holds for tokens side by side, instead of all."""
     logits_in_evaluation: float = 2.0
     """[B, T, V] arrays of a batch of the evaluation: the policy's and the reference's."""
     logits_in_supervised: float = 4.0
@@ -96,7 +94,9 @@ class ModelShape:
     head: int
     """Of the head beside the token embeddings: 0 where they are shared."""
     eager: bool = True
-    """Whether attention holds its scores."""
+    """Whether attention holds its scores where the model's own forward pass is used."""
+    packed: bool = False
+    """Whether rollouts are read by their real tokens side by side: no scores and no whole logits are held."""
 
     @property
     def trunk(self) -> int:
@@ -117,7 +117,8 @@ class Workload:
     batch: int
     minibatch: int
     micro_batch: int
-    threads: int
+    workers: int
+    """Micro-batches that are computed at once, where a minibatch has so many."""
     value: Literal["shared", "separate"] | None
     bfloat16: bool = False
     evaluation_rows: int = 0
@@ -175,20 +176,34 @@ SAMPLING, SCORING, UPDATE, EVALUATION = "rollout", "reference and value", "updat
 
 
 def saved_floats(shape: ModelShape, rows: int, length: int, costs: Costs, *, bfloat16: bool = False) -> float:
-    """Return the float32 values that one trunk's forward pass keeps for its backward pass.
+    """Return the float32 values that a trunk's own forward pass keeps for its backward pass.
 
-    A token of a GPT-2 block keeps 8 arrays of the width (two norms' input and output, query, key, value, what attention
-    mixed) and 2 of the MLP's; a token of a Llama block 10 and 4. Eager attention keeps a row of scores a head. Under
-    bfloat16 the products' inputs take half, norms stay float32, and scores are kept in both.
+    Eager attention keeps a row of scores a head and token, under bfloat16 in both precisions.
+    """
+    scores = costs.scores_kept * shape.heads * length if shape.eager else float(shape.heads)
+    token = _block_floats(shape, 0, bfloat16) + (1.5 if bfloat16 and shape.eager else 1.0) * scores
+    return rows * length * (shape.layers * token + 2 * shape.width)
+
+
+def saved_packed_floats(shape: ModelShape, tokens: int, *, bfloat16: bool = False) -> float:
+    """Return what :func:`saved_floats` is for tokens side by side, of rows of unequal length.
+
+    Query, key, value and what attention mixed are kept a second time, laid out by rows; of the scores one sum a head.
+    """
+    return tokens * (shape.layers * (_block_floats(shape, 4, bfloat16) + shape.heads) + 2 * shape.width)
+
+
+def _block_floats(shape: ModelShape, more_widths: int, bfloat16: bool) -> float:
+    """Return what a block keeps of a token, but for scores.
+
+    GPT-2: 8 arrays of the width (two norms' input and output, query, key, value, what attention mixed) and 2 of the
+    MLP's; Llama: 10 and 4. Under bfloat16 the products' inputs take half and norms stay float32.
     """
     if shape.family == "gpt2":
-        of_norms, of_width, of_inner = 2 * shape.width, 6 * shape.width, 2 * shape.inner
+        of_norms, of_products = 2 * shape.width, (6 + more_widths) * shape.width + 2 * shape.inner
     else:
-        of_norms, of_width, of_inner = 7 * shape.width, 3 * shape.width, 4 * shape.inner
-    scores = costs.scores_kept * shape.heads * length if shape.eager else 0.0
-    products = of_width + of_inner
-    token = of_norms + (products / 2 + 1.5 * scores if bfloat16 else products + scores)
-    return rows * length * (shape.layers * token + 2 * shape.width)
+        of_norms, of_products = 7 * shape.width, (3 + more_widths) * shape.width + 4 * shape.inner
+    return of_norms + of_products / (2 if bfloat16 else 1)
 
 
 def scores_in_passing(shape: ModelShape, rows: int, length: int, costs: Costs) -> float:
@@ -231,15 +246,10 @@ def plan_memory(shape: ModelShape, work: Workload, costs: Costs = FITTED) -> Mem
     update[KEPT] = max(update[KEPT], earlier - update[ACTIVATIONS])
     left = {KEPT: max(_left(update, costs), earlier)}
     stages.append(Stage(SAMPLING, between | left | _sampling(shape, work, costs, work.batch)))
-    stages.append(
-        Stage(SCORING, between | left | _reading(shape, work, costs, work.micro_batch, costs.logits_in_scoring))
-    )
+    stages.append(Stage(SCORING, between | left | _scoring(shape, work, costs)))
     stages.append(Stage(UPDATE, between | update))
     if work.evaluation_rows:
-        rows = work.evaluation_rows
-        own = _largest(
-            _sampling(shape, work, costs, rows), _reading(shape, work, costs, rows, costs.logits_in_evaluation)
-        )
+        own = _largest(_sampling(shape, work, costs, work.evaluation_rows), _judging(shape, work, costs))
         stages.append(Stage(EVALUATION, between | left | own))
     return MemoryPlan(stages)
 
@@ -271,21 +281,33 @@ def _supervised(
 
 def _update(shape: ModelShape, work: Workload, costs: Costs, trained: int) -> Parts:
     """Return what an optimizer step holds beside models and moments."""
-    rows, at_once = work.micro_batch, 1
-    if costs.parallel_micro_batches:
-        at_once = min(work.threads, work.minibatch // work.micro_batch)
-    trunks = 2 if work.value == "separate" else 1
-    saved = saved_floats(shape, rows, work.length, costs, bfloat16=work.bfloat16)
-    activations = int(FLOAT * at_once * trunks * saved)
-    logits = costs.logits_in_update * rows * work.response * shape.vocabulary
+    pieces = work.minibatch // work.micro_batch
+    at_once = min(work.workers, pieces)
+    rows = at_once * work.micro_batch
+    tokens = rows * work.length
+    saved = (
+        saved_packed_floats(shape, tokens, bfloat16=work.bfloat16)
+        if shape.packed
+        else saved_floats(shape, rows, work.length, costs, bfloat16=work.bfloat16)
+    )
+    activations = int(FLOAT * (2 if work.value == "separate" else 1) * saved)
     return {
-        GRADIENTS: int(trained * (1 + costs.extra_gradients * (at_once - 1))),
+        # A set of each piece in flight, and the sum of the pieces before.
+        GRADIENTS: trained * (at_once + (pieces > at_once)),
         ACTIVATIONS: activations,
-        ATTENTION: int(FLOAT * at_once * scores_in_passing(shape, rows, work.length, costs)),
-        LOGITS: int(FLOAT * at_once * logits),
-        NARROW_WEIGHTS: trained // 2 if work.bfloat16 else 0,
+        ATTENTION: 0 if shape.packed else int(FLOAT * scores_in_passing(shape, rows, work.length, costs)),
+        LOGITS: at_once * _logits(shape, work, costs, costs.logits_in_update),
+        NARROW_WEIGHTS: at_once * trained // 2 if work.bfloat16 else 0,
         KEPT: int(costs.kept_share * activations),
     }
+
+
+def _logits(shape: ModelShape, work: Workload, costs: Costs, arrays: float) -> int:
+    """Return the logits of a micro-batch, of which there are ``arrays``: whole, or the part that a head holds."""
+    rows, columns = work.micro_batch * work.response, shape.vocabulary
+    if shape.packed:
+        rows, columns = min(rows, costs.head_part[0]), min(columns, costs.head_part[1])
+    return int(FLOAT * arrays * rows * columns)
 
 
 def _sampling(shape: ModelShape, work: Workload, costs: Costs, rows: int) -> Parts:
@@ -299,13 +321,26 @@ def _sampling(shape: ModelShape, work: Workload, costs: Costs, rows: int) -> Par
     }
 
 
-def _reading(shape: ModelShape, work: Workload, costs: Costs, rows: int, logits: float) -> Parts:
-    """Return what a forward pass over ``rows`` completions holds that no backward pass follows."""
+def _scoring(shape: ModelShape, work: Workload, costs: Costs) -> Parts:
+    """Return what the log-probs of a rollout take."""
+    at_once = min(work.workers, work.batch // work.micro_batch)
+    passing = 0 if shape.packed else scores_in_passing(shape, work.micro_batch, work.length, costs)
     return {
         ROLLOUT: costs.rollout_token * work.batch * work.length,
+        ACTIVATIONS: int(FLOAT * at_once * costs.passing_widths * work.micro_batch * work.length * shape.width),
+        ATTENTION: int(FLOAT * at_once * passing),
+        LOGITS: at_once * _logits(shape, work, costs, costs.logits_in_scoring),
+    }
+
+
+def _judging(shape: ModelShape, work: Workload, costs: Costs) -> Parts:
+    """Return what the log-probs of the evaluation's completions take."""
+    rows = work.evaluation_rows
+    return {
+        ROLLOUT: costs.rollout_token * rows * work.length,
         ACTIVATIONS: int(FLOAT * costs.passing_widths * rows * work.length * shape.width),
         ATTENTION: int(FLOAT * scores_in_passing(shape, rows, work.length, costs)),
-        LOGITS: int(FLOAT * logits * rows * work.response * shape.vocabulary),
+        LOGITS: int(FLOAT * costs.logits_in_evaluation * rows * work.response * shape.vocabulary),
     }
 
 

@@ -32,16 +32,18 @@ from rlhf_core.memory_plan import (
     plan_memory,
     remedy,
     saved_floats,
+    saved_packed_floats,
     trained_weights,
 )
+from rlhf_core.packing import hidden_states, pack, packable
 from rlhf_core.policy import ForwardArguments, build_model
 from rlhf_core.testing.command import TINY_RUN, run_command
 
 COSTS = Costs(
-    parallel_micro_batches=False, extra_gradients=1.0, logits_in_update=3.0, logits_in_scoring=2.0,
-    logits_in_evaluation=2.0, logits_in_supervised=4.0, logits_in_sampling=4.0, scores_kept=1.0, scores_in_passing=3.0,
-    passing_widths=24.0, first_use=100, code_of_length=10, lengths_with_code=24, token_in_text=7, texts_left=0.5,
-    rollout_token=100, kept_share=0.5, left_share=0.75,
+    logits_in_update=3.0, logits_in_scoring=2.0, logits_in_evaluation=2.0, head_part=(5, 7), logits_in_supervised=4.0,
+    logits_in_sampling=4.0, scores_kept=1.0, scores_in_passing=3.0, passing_widths=24.0, first_use=100,
+    code_of_length=10, lengths_with_code=24, token_in_text=7, texts_left=0.5, rollout_token=100, kept_share=0.5,
+    left_share=0.75,
 )  # fmt: skip
 SHAPE = ModelShape(
     family="gpt2", layers=2, width=4, inner=16, heads=2, key_value_width=4, vocabulary=10, weights=500, embeddings=40,
@@ -49,13 +51,34 @@ SHAPE = ModelShape(
 )  # fmt: skip
 LLAMA = dataclasses.replace(SHAPE, family="llama", inner=12)
 WORK = Workload(
-    process=1000, prompt=2, response=3, batch=4, minibatch=4, micro_batch=2, threads=2, value="separate"
+    process=1000, prompt=2, response=3, batch=4, minibatch=4, micro_batch=2, workers=1, value="separate"
 )  # fmt: skip
 
 
 def parts_of(stage, shape=SHAPE, work=WORK, costs=COSTS):
     found = next(one for one in plan_memory(shape, work, costs).stages if one.name == stage)
     return {name: size for name, size in found.parts.items() if size}
+
+
+def new_model(architecture):
+    sizes = ModelConfig(architecture=architecture, layers=2, hidden_size=64, heads=4, context=32)
+    return build_model(sizes, word_tokenizer(["a", "film"]))
+
+
+def bytes_saved(model, forward):
+    """What torch keeps of a forward pass for the backward pass, but for the model's own weights."""
+    own = {one.untyped_storage().data_ptr() for one in (*model.parameters(), *model.buffers())}
+    saved = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            saved[storage.data_ptr()] = (storage.nbytes(), tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        forward()
+    return sum(size for size, _ in saved.values())
 
 
 class TestWhatIsCounted:
@@ -68,29 +91,36 @@ class TestWhatIsCounted:
     def test_bfloat16_halves_products_and_keeps_scores_in_both(self):
         assert saved_floats(SHAPE, 3, 5, COSTS, bfloat16=True) == 1650  # (8 + 56/2 + 1.5·10) · 2 + 8, for 15 tokens
 
-    def test_attention_that_is_not_eager_keeps_no_scores(self):
-        assert saved_floats(dataclasses.replace(SHAPE, eager=False), 3, 5, COSTS) == 2040
+    def test_attention_that_is_not_eager_keeps_a_sum_a_head_and_no_scores(self):
+        assert saved_floats(dataclasses.replace(SHAPE, eager=False), 3, 5, COSTS) == 15 * (2 * (64 + 2) + 8)
 
     @pytest.mark.parametrize("architecture", ["gpt2", "llama"])
     def test_it_is_what_torch_saves(self, architecture):
-        sizes = ModelConfig(architecture=architecture, layers=2, hidden_size=64, heads=4, context=32)
-        model = build_model(sizes, word_tokenizer(["a", "film"]))
-        own = {one.untyped_storage().data_ptr() for one in (*model.parameters(), *model.buffers())}
-        saved: dict[int, tuple[int, torch.Tensor]] = {}
-
-        def keep(tensor):
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in own:
-                saved[storage.data_ptr()] = (storage.nbytes(), tensor)
-            return tensor
-
+        model = new_model(architecture)
         ids = torch.zeros(16, 24, dtype=torch.long)
         mask = torch.ones_like(ids)
         positions = ForwardArguments(model).positions(mask)
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            model.base_model(input_ids=ids, attention_mask=mask, use_cache=False, **positions)
-        total = sum(size for size, _ in saved.values())
+        total = bytes_saved(
+            model, lambda: model.base_model(input_ids=ids, attention_mask=mask, use_cache=False, **positions)
+        )
         assert 4 * saved_floats(shape_of(model, "eager"), 16, 24, COSTS) == pytest.approx(total, rel=0.03)
+
+    def test_tokens_side_by_side_keep_what_attention_takes_twice_and_no_scores(self):
+        # (2·4 norms + 10·4 + 2·16 of the MLP + 2 sums) · 2 layers + 2·4 outside, for 15 tokens.
+        assert saved_packed_floats(SHAPE, 15) == 15 * (2 * 82 + 8)
+        assert saved_packed_floats(LLAMA, 15) == 15 * (2 * (28 + 28 + 48 + 2) + 8)
+        assert saved_packed_floats(SHAPE, 15, bfloat16=True) == 15 * (2 * (8 + 36 + 2) + 8)
+
+    @pytest.mark.parametrize("architecture", ["gpt2", "llama"])
+    def test_side_by_side_it_is_what_torch_saves(self, architecture):
+        model = new_model(architecture)
+        ids, mask = torch.zeros(16, 24, dtype=torch.long), torch.ones(16, 24, dtype=torch.long)
+        mask[0, -1] = 0
+        packed = pack(ids, mask, 12)
+        total = bytes_saved(model, lambda: hidden_states(packable(model), packed))
+        shape = shape_of(model, "eager")
+        assert shape.packed
+        assert 4 * saved_packed_floats(shape, 16 * 24) == pytest.approx(total, rel=0.03)
 
     def test_the_cache_holds_keys_and_values_of_every_layer(self):
         assert cache_floats(SHAPE, rows=3, length=5) == 2 * 2 * 3 * 5 * 4
@@ -112,20 +142,30 @@ class TestTheStages:
             REFERENCE: 2000,
             VALUE: 1860,
             MOMENTS: 7720,
-            GRADIENTS: 3860,
+            GRADIENTS: 2 * 3860,
             ACTIVATIONS: 4 * 2 * 1560,  # two trunks, 10 tokens of 156 values
             ATTENTION: 4 * 3 * 2 * 2 * 25,
             LOGITS: 4 * 3 * 2 * 3 * 10,
             KEPT: 6240,
         }
 
-    def test_micro_batches_in_parallel_hold_activations_and_gradients_of_their_own(self):
-        one, two = parts_of("update"), parts_of("update", costs=dataclasses.replace(COSTS, parallel_micro_batches=True))
-        for part in (GRADIENTS, ACTIVATIONS, ATTENTION, LOGITS, KEPT):
+    def test_gradients_are_those_of_the_pieces_in_flight_and_the_sum_of_the_earlier(self):
+        def sets(workers, micro_batch):
+            work = dataclasses.replace(WORK, minibatch=8, workers=workers, micro_batch=micro_batch)
+            return parts_of("update", work=work)[GRADIENTS] / 3860
+
+        assert [sets(1, 8), sets(1, 4), sets(2, 8), sets(2, 4), sets(2, 2)] == [1, 2, 1, 2, 3]
+
+    def test_micro_batches_in_parallel_hold_activations_of_their_own(self):
+        one, two = parts_of("update"), parts_of("update", work=dataclasses.replace(WORK, workers=2))
+        for part in (ACTIVATIONS, ATTENTION, LOGITS, KEPT):
             assert two[part] == 2 * one[part]
-        alone = dataclasses.replace(WORK, micro_batch=4)
-        costs = dataclasses.replace(COSTS, parallel_micro_batches=True)
-        assert parts_of("update", work=alone, costs=costs)[GRADIENTS] == one[GRADIENTS]
+
+    def test_tokens_side_by_side_hold_no_scores_and_a_part_of_the_logits(self):
+        found = parts_of("update", dataclasses.replace(SHAPE, packed=True))
+        assert found[ACTIVATIONS] == 4 * 2 * 10 * (2 * 82 + 8)
+        assert ATTENTION not in found
+        assert found[LOGITS] == 4 * 3 * 5 * 7  # of 6 rows and 10 columns
 
     def test_bfloat16_keeps_a_narrow_copy_of_the_weights(self):
         assert parts_of("update", work=dataclasses.replace(WORK, bfloat16=True))[NARROW_WEIGHTS] == 1930
