@@ -166,14 +166,14 @@ def unequal_lengths(
 @contextmanager
 def padded_path() -> Iterator[None]:
     """Let every model go through transformers' own forward pass over padded rows, as models of other kinds do."""
-    from rlhf_core import decoding
+    from rlhf_core import decoding, scoring
 
-    blocks_of = decoding.blocks_of
-    decoding.blocks_of = lambda model: None
+    own = decoding.blocks_of, scoring.packable
+    decoding.blocks_of = scoring.packable = lambda model: None
     try:
         yield
     finally:
-        decoding.blocks_of = blocks_of
+        decoding.blocks_of, scoring.packable = own
 
 
 @contextmanager
