@@ -166,6 +166,7 @@ def unequal_lengths(
 @contextmanager
 def padded_path() -> Iterator[None]:
     """Let every model go through transformers' own forward pass over padded rows, as models of other kinds do."""
+<<<<<<< HEAD
     from rlhf_core import decoding, packing
 
     kept = decoding.blocks_of, packing.blocks_of
@@ -174,6 +175,16 @@ def padded_path() -> Iterator[None]:
         yield
     finally:
         decoding.blocks_of, packing.blocks_of = kept
+=======
+    from rlhf_core import decoding, scoring
+
+    own = decoding.blocks_of, scoring.packable
+    decoding.blocks_of = scoring.packable = lambda model: None
+    try:
+        yield
+    finally:
+        decoding.blocks_of, scoring.packable = own
+>>>>>>> helper-M
 
 
 @contextmanager
