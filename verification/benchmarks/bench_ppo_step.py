@@ -166,16 +166,6 @@ def unequal_lengths(
 @contextmanager
 def padded_path() -> Iterator[None]:
     """Let every model go through transformers' own forward pass over padded rows, as models of other kinds do."""
-<<<<<<< HEAD
-    from rlhf_core import decoding, packing
-
-    kept = decoding.blocks_of, packing.blocks_of
-    decoding.blocks_of = packing.blocks_of = lambda model: None
-    try:
-        yield
-    finally:
-        decoding.blocks_of, packing.blocks_of = kept
-=======
     from rlhf_core import decoding, scoring
 
     own = decoding.blocks_of, scoring.packable
@@ -184,7 +174,6 @@ def padded_path() -> Iterator[None]:
         yield
     finally:
         decoding.blocks_of, scoring.packable = own
->>>>>>> helper-M
 
 
 @contextmanager
