@@ -10,6 +10,7 @@ def gae(
     tokens: int,
     gamma: float,
     lam: float,
+    stream: bool,
     advantages: int,
     returns: int,
     instruction_set: int,

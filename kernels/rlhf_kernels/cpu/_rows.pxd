@@ -24,11 +24,11 @@ cdef extern from "rows.h":
         void (*gae_float)(
             const float *rewards, const float *values, const uint8_t *mask, int64_t rows, int64_t tokens,
             const float *bootstrap, const float *gammas, const float *lams, double gamma, double lam,
-            float *advantages, float *returns) noexcept nogil
+            int stream, float *advantages, float *returns) noexcept nogil
         void (*gae_double)(
             const double *rewards, const double *values, const uint8_t *mask, int64_t rows, int64_t tokens,
             const double *bootstrap, const double *gammas, const double *lams, double gamma, double lam,
-            double *advantages, double *returns) noexcept nogil
+            int stream, double *advantages, double *returns) noexcept nogil
         void (*sum_float)(
             const float *x, const uint8_t *mask, int64_t n, int64_t *count, double *sum) noexcept nogil
         void (*sum_double)(

@@ -32,6 +32,36 @@ INLINE lanes lanes_max(lanes a, lanes b) {
     return lanes_pair(_mm256_max_ps(a.low, b.low), _mm256_max_ps(a.high, b.high));
 }
 
+INLINE __m256 half_load_quarters(const float *p, int64_t stride) {
+    return _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(p)), _mm_loadu_ps(p + stride), 1);
+}
+/* Four floats from each of p, p + stride, p + 2 stride and p + 3 stride: one a quarter. */
+INLINE lanes lanes_load_quarters(const float *p, int64_t stride) {
+    return lanes_pair(half_load_quarters(p, stride), half_load_quarters(p + 2 * stride, stride));
+}
+/* In each quarter: x[j][i] becomes what x[i][j] was. */
+INLINE void half_turn_quarters(__m256 *a, __m256 *b, __m256 *c, __m256 *d) {
+    const __m256 low_ab = _mm256_unpacklo_ps(*a, *b), high_ab = _mm256_unpackhi_ps(*a, *b);
+    const __m256 low_cd = _mm256_unpacklo_ps(*c, *d), high_cd = _mm256_unpackhi_ps(*c, *d);
+    *a = _mm256_shuffle_ps(low_ab, low_cd, 0x44);
+    *b = _mm256_shuffle_ps(low_ab, low_cd, 0xEE);
+    *c = _mm256_shuffle_ps(high_ab, high_cd, 0x44);
+    *d = _mm256_shuffle_ps(high_ab, high_cd, 0xEE);
+}
+INLINE void lanes_turn_quarters(lanes x[4]) {
+    half_turn_quarters(&x[0].low, &x[1].low, &x[2].low, &x[3].low);
+    half_turn_quarters(&x[0].high, &x[1].high, &x[2].high, &x[3].high);
+}
+
+INLINE __m256 half_where(const uint8_t *mask, __m256 x) {
+    __m256i bytes = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)mask));
+    return _mm256_and_ps(x, _mm256_castsi256_ps(_mm256_cmpgt_epi32(bytes, _mm256_setzero_si256())));
+}
+/* x where a byte of the mask is not 0, and 0 elsewhere. */
+INLINE lanes lanes_where(const uint8_t *mask, lanes x) {
+    return lanes_pair(half_where(mask, x.low), half_where(mask + 8, x.high));
+}
+
 INLINE __m256 half_exponent_from_low_bits(__m256 x) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(x), 23));
 }
@@ -83,10 +113,15 @@ INLINE void wide_store(double *p, wide x) {
     _mm256_storeu_pd(p, x.low);
     _mm256_storeu_pd(p + 4, x.high);
 }
-INLINE void wide_store_float(float *p, wide x) {
-    _mm_storeu_ps(p, _mm256_cvtpd_ps(x.low));
-    _mm_storeu_ps(p + 4, _mm256_cvtpd_ps(x.high));
+INLINE wide half_to_wide(__m256 x) {
+    return wide_pair(_mm256_cvtps_pd(_mm256_castps256_ps128(x)), _mm256_cvtps_pd(_mm256_extractf128_ps(x, 1)));
 }
+INLINE __m256 half_from_wide(wide x) {
+    return _mm256_insertf128_ps(_mm256_castps128_ps256(_mm256_cvtpd_ps(x.low)), _mm256_cvtpd_ps(x.high), 1);
+}
+INLINE wide wide_from_low(lanes x) { return half_to_wide(x.low); }
+INLINE wide wide_from_high(lanes x) { return half_to_wide(x.high); }
+INLINE lanes lanes_from_wide(wide low, wide high) { return lanes_pair(half_from_wide(low), half_from_wide(high)); }
 INLINE wide wide_add(wide a, wide b) { return wide_pair(_mm256_add_pd(a.low, b.low), _mm256_add_pd(a.high, b.high)); }
 INLINE wide wide_sub(wide a, wide b) { return wide_pair(_mm256_sub_pd(a.low, b.low), _mm256_sub_pd(a.high, b.high)); }
 INLINE wide wide_mul(wide a, wide b) { return wide_pair(_mm256_mul_pd(a.low, b.low), _mm256_mul_pd(a.high, b.high)); }

@@ -13,6 +13,29 @@ INLINE lanes lanes_mul(lanes a, lanes b) { return _mm512_mul_ps(a, b); }
 INLINE lanes lanes_fma(lanes a, lanes b, lanes c) { return _mm512_fmadd_ps(a, b, c); }
 INLINE lanes lanes_max(lanes a, lanes b) { return _mm512_max_ps(a, b); }
 
+/* Four floats from each of p, p + stride, p + 2 stride and p + 3 stride: one a quarter. */
+INLINE lanes lanes_load_quarters(const float *p, int64_t stride) {
+    lanes x = _mm512_castps128_ps512(_mm_loadu_ps(p));
+    x = _mm512_mask_broadcast_f32x4(x, 0x00F0, _mm_loadu_ps(p + stride));
+    x = _mm512_mask_broadcast_f32x4(x, 0x0F00, _mm_loadu_ps(p + 2 * stride));
+    return _mm512_mask_broadcast_f32x4(x, 0xF000, _mm_loadu_ps(p + 3 * stride));
+}
+/* In each quarter: x[j][i] becomes what x[i][j] was. */
+INLINE void lanes_turn_quarters(lanes x[4]) {
+    const lanes low_ab = _mm512_unpacklo_ps(x[0], x[1]), high_ab = _mm512_unpackhi_ps(x[0], x[1]);
+    const lanes low_cd = _mm512_unpacklo_ps(x[2], x[3]), high_cd = _mm512_unpackhi_ps(x[2], x[3]);
+    x[0] = _mm512_shuffle_ps(low_ab, low_cd, 0x44);
+    x[1] = _mm512_shuffle_ps(low_ab, low_cd, 0xEE);
+    x[2] = _mm512_shuffle_ps(high_ab, high_cd, 0x44);
+    x[3] = _mm512_shuffle_ps(high_ab, high_cd, 0xEE);
+}
+
+/* x where a byte of the mask is not 0, and 0 elsewhere. */
+INLINE lanes lanes_where(const uint8_t *mask, lanes x) {
+    __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)mask));
+    return _mm512_maskz_mov_ps(_mm512_test_epi32_mask(bytes, bytes), x);
+}
+
 /* The low nine bits of each lane moved up to sign and exponent. */
 INLINE lanes lanes_exponent_from_low_bits(lanes x) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(x), 23));
@@ -65,8 +88,15 @@ typedef __mmask8 wide_mask;
 INLINE wide wide_set(double x) { return _mm512_set1_pd(x); }
 INLINE wide wide_load(const double *p) { return _mm512_loadu_pd(p); }
 INLINE wide wide_load_float(const float *p) { return _mm512_cvtps_pd(_mm256_loadu_ps(p)); }
+INLINE wide wide_from_low(lanes x) { return _mm512_cvtps_pd(_mm512_castps512_ps256(x)); }
+INLINE wide wide_from_high(lanes x) {
+    return _mm512_cvtps_pd(_mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(x), 1)));
+}
+INLINE lanes lanes_from_wide(wide low, wide high) {
+    const __m512d low_half = _mm512_castpd256_pd512(_mm256_castps_pd(_mm512_cvtpd_ps(low)));
+    return _mm512_castpd_ps(_mm512_insertf64x4(low_half, _mm256_castps_pd(_mm512_cvtpd_ps(high)), 1));
+}
 INLINE void wide_store(double *p, wide x) { _mm512_storeu_pd(p, x); }
-INLINE void wide_store_float(float *p, wide x) { _mm256_storeu_ps(p, _mm512_cvtpd_ps(x)); }
 INLINE wide wide_add(wide a, wide b) { return _mm512_add_pd(a, b); }
 INLINE wide wide_sub(wide a, wide b) { return _mm512_sub_pd(a, b); }
 INLINE wide wide_mul(wide a, wide b) { return _mm512_mul_pd(a, b); }

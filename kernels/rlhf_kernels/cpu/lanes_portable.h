@@ -30,6 +30,33 @@ INLINE lanes lanes_add(lanes a, lanes b) { EACH_QUARTER(a.q[i] + b.q[i]); }
 INLINE lanes lanes_sub(lanes a, lanes b) { EACH_QUARTER(a.q[i] - b.q[i]); }
 INLINE lanes lanes_mul(lanes a, lanes b) { EACH_QUARTER(a.q[i] * b.q[i]); }
 
+#if defined(__clang__)
+#define SHUFFLE(a, b, mask_type, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLE(a, b, mask_type, ...) __builtin_shuffle(a, b, (mask_type){__VA_ARGS__})
+#endif
+
+/* Four floats from each of p, p + stride, p + 2 stride and p + 3 stride: one a quarter. */
+INLINE lanes lanes_load_quarters(const float *p, int64_t stride) { EACH_QUARTER(quarter_load(p + i * stride)); }
+/* In each quarter: x[j][i] becomes what x[i][j] was. */
+INLINE void lanes_turn_quarters(lanes x[4]) {
+    for (int i = 0; i < 4; i++) {
+        const quarter a = x[0].q[i], b = x[1].q[i], c = x[2].q[i], d = x[3].q[i];
+        const quarter low_ab = SHUFFLE(a, b, quarter_bits, 0, 4, 1, 5), high_ab = SHUFFLE(a, b, quarter_bits, 2, 6, 3, 7);
+        const quarter low_cd = SHUFFLE(c, d, quarter_bits, 0, 4, 1, 5), high_cd = SHUFFLE(c, d, quarter_bits, 2, 6, 3, 7);
+        x[0].q[i] = SHUFFLE(low_ab, low_cd, quarter_bits, 0, 1, 4, 5);
+        x[1].q[i] = SHUFFLE(low_ab, low_cd, quarter_bits, 2, 3, 6, 7);
+        x[2].q[i] = SHUFFLE(high_ab, high_cd, quarter_bits, 0, 1, 4, 5);
+        x[3].q[i] = SHUFFLE(high_ab, high_cd, quarter_bits, 2, 3, 6, 7);
+    }
+}
+
+/* x where a byte of the mask is not 0, and 0 elsewhere. */
+INLINE lanes lanes_where(const uint8_t *mask, lanes x) {
+    EACH_QUARTER((quarter)((quarter_bits)x.q[i] & ~((quarter_bits){mask[4 * i], mask[4 * i + 1], mask[4 * i + 2],
+                                                                  mask[4 * i + 3]} == 0)));
+}
+
 INLINE quarter quarter_max(quarter a, quarter b) {
     quarter_bits take_a = a > b;
     return (quarter)((take_a & (quarter_bits)a) | (~take_a & (quarter_bits)b));
@@ -154,8 +181,17 @@ INLINE wide wide_set(double x) { EACH_PAIR(wide, ((double_pair){x, x})); }
 INLINE wide wide_load(const double *p) { EACH_PAIR(wide, ((double_pair){p[2 * i], p[2 * i + 1]})); }
 INLINE wide wide_load_float(const float *p) { EACH_PAIR(wide, ((double_pair){p[2 * i], p[2 * i + 1]})); }
 INLINE void wide_store(double *p, wide x) { memcpy(p, &x, sizeof x); }
-INLINE void wide_store_float(float *p, wide x) {
-    for (int i = 0; i < 8; i++) p[i] = (float)x.pair[i / 2][i % 2];
+INLINE wide wide_from_low(lanes x) { EACH_PAIR(wide, ((double_pair){x.q[i / 2][i % 2 * 2], x.q[i / 2][i % 2 * 2 + 1]})); }
+INLINE wide wide_from_high(lanes x) {
+    EACH_PAIR(wide, ((double_pair){x.q[2 + i / 2][i % 2 * 2], x.q[2 + i / 2][i % 2 * 2 + 1]}));
+}
+INLINE lanes lanes_from_wide(wide low, wide high) {
+    lanes x;
+    for (int i = 0; i < 8; i++) {
+        x.q[i / 4][i % 4] = (float)low.pair[i / 2][i % 2];
+        x.q[2 + i / 4][i % 4] = (float)high.pair[i / 2][i % 2];
+    }
+    return x;
 }
 INLINE wide wide_add(wide a, wide b) { EACH_PAIR(wide, a.pair[i] + b.pair[i]); }
 INLINE wide wide_sub(wide a, wide b) { EACH_PAIR(wide, a.pair[i] - b.pair[i]); }

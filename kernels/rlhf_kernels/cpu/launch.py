@@ -18,7 +18,7 @@ INSTRUCTION_SETS = ("sse2", "avx2", "avx512")
 ENVIRONMENT_VARIABLE = "RLHF_KERNELS_ISA"
 
 ELEMENT_TYPE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-# A gradient larger than this leaves the cache anyway: it is written past it.
+# Results larger than this leave the cache anyway: they are written past it.
 _STREAM_FROM_BYTES = 4 << 20
 
 
@@ -152,6 +152,7 @@ def _gae_per_token_cpu(
         rewards.shape[1],
         gamma,
         lam,
+        advantages.nbytes + returns.nbytes >= _STREAM_FROM_BYTES,
         address(advantages),
         address(returns),
         instruction_set(),

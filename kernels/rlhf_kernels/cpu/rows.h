@@ -28,10 +28,10 @@ typedef struct {
     /* At most sixteen rows. bootstrap[rows], gammas[rows, tokens] and lams[rows, tokens], where NULL, are 0, gamma, lam. */
     void (*gae_float)(const float *rewards, const float *values, const uint8_t *mask, int64_t rows, int64_t tokens,
                       const float *bootstrap, const float *gammas, const float *lams, double gamma, double lam,
-                      float *advantages, float *returns);
+                      int stream, float *advantages, float *returns);
     void (*gae_double)(const double *rewards, const double *values, const uint8_t *mask, int64_t rows, int64_t tokens,
                        const double *bootstrap, const double *gammas, const double *lams, double gamma, double lam,
-                       double *advantages, double *returns);
+                       int stream, double *advantages, double *returns);
     /* Sums over the masked elements of a chunk: count and Σ x, then Σ (x - mean)². */
     void (*sum_float)(const float *x, const uint8_t *mask, int64_t n, int64_t *count, double *sum);
     void (*sum_double)(const double *x, const uint8_t *mask, int64_t n, int64_t *count, double *sum);
