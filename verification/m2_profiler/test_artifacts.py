@@ -105,7 +105,7 @@ def test_the_check_prints_a_figure_for_each_of_its_parts(profiled_run):
     outcome = run_command("check-profile", profiled_run)
     assert outcome.code == 0, outcome.out
     lines = outcome.out.splitlines()[1:]
-    assert len(lines) == 11
+    assert len(lines) == 12
     assert all(line.startswith("  yes  ") and any(char.isdigit() for char in line) for line in lines)
 
 
