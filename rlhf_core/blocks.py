@@ -3,7 +3,7 @@
 Shape suffixes: N tokens, D width, H heads, G key-value heads, K head width.
 """
 
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import nn
@@ -35,6 +35,10 @@ class Blocks(Protocol):
         """Return [N, D] what goes into the head."""
         ...
 
+    def head_weight(self) -> torch.Tensor:
+        """Return [V, D] the weight of the language model's head, for the tokens embedded last."""
+        ...
+
     def scaling(self, layer: int) -> float:
         """Return the factor of query times key."""
         ...
@@ -55,32 +59,76 @@ def blocks_of(model: PreTrainedModel) -> Blocks | None:
         hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
         if module.training or any(getattr(hook, "__module__", None) != CAPTURING for hook in hooks):
             return None
-    head, embeddings = getattr(model, "lm_head", None), trunk.get_input_embeddings()
-    tied = head is not None and head.weight is embeddings.weight
+    head = getattr(model, "lm_head", None)
     if type(trunk) is GPT2Model:
-        return None if config.reorder_and_upcast_attn or config.add_cross_attention else _GPT2Blocks(trunk, tied)
-    return _LlamaBlocks(trunk, tied) if getattr(config, "pretraining_tp", 1) == 1 else None
+        return None if config.reorder_and_upcast_attn or config.add_cross_attention else _GPT2Blocks(trunk, head)
+    return _LlamaBlocks(trunk, head) if getattr(config, "pretraining_tp", 1) == 1 else None
 
 
-def _rows_of(embeddings: nn.Embedding, ids_N: torch.Tensor, tied: bool) -> torch.Tensor:
-    """Return [N, D] the embeddings of tokens.
+class _Embeddings:
+    """The embeddings of a trunk, and the weight of its head, which may be the same."""
 
-    Where they are the head's weight too, their gradient has a row a token, which autograd adds to the head's gradient
-    in place: another dense one, nearly all zeros, would take as long to write and to add as the weight is large.
+    def __init__(self, embeddings: Any, head: Any) -> None:
+        self._embeddings, self._head = embeddings, head
+        self._weight = None if head is None else head.weight
+        self._tied = self._weight is embeddings.weight
+
+    def rows(self, ids_N: torch.Tensor) -> torch.Tensor:
+        """Return [N, D] the embeddings of tokens."""
+        if not (self._tied and torch.is_grad_enabled()):
+            return cast("torch.Tensor", self._embeddings(ids_N))
+        x_ND, self._weight = _EmbedAndPass.apply(self._embeddings.weight, ids_N, self._embeddings.padding_idx)
+        return x_ND
+
+    def head_weight(self) -> torch.Tensor:
+        """Return [V, D] the head's weight, for the tokens embedded last."""
+        if self._weight is None:
+            raise TypeError("the model has no language model head")
+        return self._weight
+
+
+class _EmbedAndPass(torch.autograd.Function):
+    """Embeds tokens and passes the weight on to the head, so that both gradients meet here.
+
+    That of the embeddings is added in place to the rows of that of the head. Left to autograd they would be two
+    matrices as large as the weight: to fill, to add, to copy.
     """
-    return nn.functional.embedding(ids_N, embeddings.weight, embeddings.padding_idx, sparse=tied)
+
+    @staticmethod
+    def forward(
+        ctx: Any, weight_VD: torch.Tensor, ids_N: torch.Tensor, padding_id: int | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        ctx.save_for_backward(ids_N)
+        ctx.shape, ctx.padding_id = weight_VD.shape, padding_id
+        ctx.set_materialize_grads(False)
+        return nn.functional.embedding(ids_N, weight_VD), weight_VD.view_as(weight_VD)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(
+        ctx: Any, grad_ND: torch.Tensor | None, grad_VD: torch.Tensor | None
+    ) -> tuple[torch.Tensor | None, None, None]:
+        (ids_N,) = ctx.saved_tensors
+        if grad_ND is None:
+            return grad_VD, None, None
+        if grad_VD is None:
+            grad_VD = grad_ND.new_zeros(ctx.shape)
+        if ctx.padding_id is not None:
+            grad_ND = torch.where((ids_N == ctx.padding_id)[:, None], 0.0, grad_ND)
+        return grad_VD.index_add_(0, ids_N, grad_ND), None, None
 
 
 class _GPT2Blocks:
-    def __init__(self, trunk: Any, tied: bool) -> None:
-        self._tied = tied
+    def __init__(self, trunk: Any, head: Any) -> None:
+        self._embeddings = _Embeddings(trunk.wte, head)
+        self.head_weight = self._embeddings.head_weight
         self._trunk, self._layers = trunk, list(trunk.h)
         self.count = len(self._layers)
         self.key_value_heads = trunk.config.n_head
         self.head_width = trunk.config.n_embd // trunk.config.n_head
 
     def embed(self, ids_N: torch.Tensor, positions_N: torch.Tensor) -> torch.Tensor:
-        return _rows_of(self._trunk.wte, ids_N, self._tied) + self._trunk.wpe(positions_N)
+        return self._embeddings.rows(ids_N) + self._trunk.wpe(positions_N)
 
     def attention_inputs(self, layer: int, x_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         block = self._layers[layer]
@@ -102,8 +150,9 @@ class _GPT2Blocks:
 
 
 class _LlamaBlocks:
-    def __init__(self, trunk: Any, tied: bool) -> None:
-        self._tied = tied
+    def __init__(self, trunk: Any, head: Any) -> None:
+        self._embeddings = _Embeddings(trunk.embed_tokens, head)
+        self.head_weight = self._embeddings.head_weight
         self._trunk, self._layers = trunk, list(trunk.layers)
         self.count = len(self._layers)
         self.key_value_heads = trunk.config.num_key_value_heads
@@ -111,7 +160,7 @@ class _LlamaBlocks:
         self._cos_N1K = self._sin_N1K = torch.empty(0)
 
     def embed(self, ids_N: torch.Tensor, positions_N: torch.Tensor) -> torch.Tensor:
-        x_ND = _rows_of(self._trunk.embed_tokens, ids_N, self._tied)
+        x_ND = self._embeddings.rows(ids_N)
         cos_1NK, sin_1NK = self._trunk.rotary_emb(x_ND, positions_N[None])
         self._cos_N1K, self._sin_N1K = cos_1NK[0, :, None], sin_1NK[0, :, None]
         return x_ND

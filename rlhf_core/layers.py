@@ -9,11 +9,11 @@ from typing import Any, cast
 import torch
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.activations import NewGELUActivation
+from transformers.activations import NewGELUActivation, SiLUActivation
 from transformers.masking_utils import eager_mask
 from transformers.pytorch_utils import Conv1D
 
-from rlhf_kernels import linear
+from rlhf_kernels import gelu, linear, silu
 
 
 class RowwiseLinear(nn.Linear):
@@ -33,11 +33,19 @@ class RowwiseConv1D(Conv1D):
 
 
 class FusedGELU(NewGELUActivation):
-    """GPT-2's approximate GELU in one operator instead of eight (Hendrycks and Gimpel, 2016)."""
+    """GPT-2's approximate GELU in one operator instead of eight."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return ½ x (1 + tanh(√(2/π) (x + 0.044715 x³)))."""
-        return nn.functional.gelu(x, approximate="tanh")
+        return gelu(x)
+
+
+class LanewiseSiLU(SiLUActivation):
+    """Llama's activation, each element of which stands alone."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return x σ(x)."""
+        return silu(x)
 
 
 class RowwiseLayerNorm(nn.LayerNorm):
@@ -127,6 +135,7 @@ EXCHANGES = {
     nn.Linear: RowwiseLinear,
     Conv1D: RowwiseConv1D,
     NewGELUActivation: FusedGELU,
+    SiLUActivation: LanewiseSiLU,
     nn.LayerNorm: RowwiseLayerNorm,
 }
 

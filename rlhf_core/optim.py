@@ -5,6 +5,8 @@ from collections.abc import Iterable
 
 import torch
 
+from rlhf_kernels import sum_of_squares
+
 
 def adamw(
     parameters: Iterable[torch.nn.Parameter], *, lr: float, beta2: float, eps: float, weight_decay: float
@@ -31,32 +33,12 @@ def add_gradients(parameters: Iterable[torch.nn.Parameter], grads: Iterable[torc
     """Add to each parameter's gradient, in place where it has one."""
     for parameter, grad in zip(parameters, grads, strict=True):
         if grad is not None:
-            grad = grad.to_dense() if grad.is_sparse else grad
             parameter.grad = grad if parameter.grad is None else parameter.grad.add_(grad)
 
 
 def total_norm(grads: list[torch.Tensor]) -> float:
     """Return √Σ g² over all gradients; with Python's square root, for the reason given at :func:`adamw`."""
-    if not grads:
-        return 0.0
-    return math.sqrt(math.fsum(torch.stack([squared_norm(grad) for grad in grads]).tolist()))
-
-
-ROW = 1024
-
-
-def squared_norm(x: torch.Tensor) -> torch.Tensor:
-    """Return Σ x² in float64, added up row by row, so that the order does not depend on the number of threads.
-
-    A sum over a whole tensor is split by threads; a sum over the rows of a matrix is not.
-    """
-    flat = x.detach().flatten()
-    whole = len(flat) // ROW * ROW
-    rows, rest = flat[:whole].view(-1, ROW), flat[whole:]
-    total = rest.double().square().sum()
-    for part in rows.split(ROW):
-        total = total + part.square().sum(dim=1).double().sum()
-    return total
+    return math.sqrt(math.fsum(sum_of_squares(grad) for grad in grads))
 
 
 def clip_gradients(grads: list[torch.Tensor], norm: float, max_norm: float) -> None:

@@ -105,23 +105,25 @@ def hidden_states(blocks: Blocks, packed: PackedRows) -> torch.Tensor:
     x_ND = blocks.embed(packed.ids_N, packed.positions_N)
     for layer in range(blocks.count):
         query_NHK, key_NGK, value_NGK = blocks.attention_inputs(layer, x_ND)
-        mixed_BHLK = scaled_dot_product_attention(
-            packed.by_rows(query_NHK.to(value_NGK.dtype)),
-            packed.by_rows(key_NGK.to(value_NGK.dtype)),
-            packed.by_rows(value_NGK),
-            is_causal=True,  # what lies behind the end of a row is seen by nobody in it
-            scale=blocks.scaling(layer),
-            enable_gqa=query_NHK.shape[1] != blocks.key_value_heads,
-        )
-        x_ND = blocks.rest(layer, x_ND, packed.side_by_side(mixed_BHLK))
+        dtype = value_NGK.dtype if value_NGK.device.type != "cpu" else x_ND.dtype
+        with torch.autocast(x_ND.device.type, enabled=False):
+            mixed_BHLK = scaled_dot_product_attention(
+                packed.by_rows(query_NHK.to(dtype)),
+                packed.by_rows(key_NGK.to(dtype)),
+                packed.by_rows(value_NGK.to(dtype)),
+                is_causal=True,  # what lies behind the end of a row is seen by nobody in it
+                scale=blocks.scaling(layer),
+                enable_gqa=query_NHK.shape[1] != blocks.key_value_heads,
+            )
+        x_ND = blocks.rest(layer, x_ND, packed.side_by_side(mixed_BHLK).to(value_NGK.dtype))
     return blocks.normalized(x_ND)
 
 
 def response_logprobs(
-    model: Any, packed: PackedRows, hidden_ND: torch.Tensor, temperature: float
+    blocks: Blocks, packed: PackedRows, hidden_ND: torch.Tensor, temperature: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return [B, T] log-probs of the response tokens and entropies, from the hidden states of a language model."""
-    hidden_MD, weight_VD = hidden_ND[packed.predicting_M], model.lm_head.weight
+    """Return [B, T] log-probs of the response tokens and entropies, from their :func:`hidden_states`."""
+    hidden_MD, weight_VD = hidden_ND[packed.predicting_M], blocks.head_weight()
     if torch.is_autocast_enabled(hidden_MD.device.type):
         dtype = torch.get_autocast_dtype(hidden_MD.device.type)
         hidden_MD, weight_VD = hidden_MD.to(dtype), weight_VD.to(dtype)

@@ -39,7 +39,7 @@ def evaluate_rows(
         if blocks is not None and value_blocks is not None:
             packed = pack(ids_BL, attention_BL, length)
             hidden_ND = hidden_states(blocks, packed)
-            logprobs_BT, entropies_BT = response_logprobs(model.lm, packed, hidden_ND, temperature)
+            logprobs_BT, entropies_BT = response_logprobs(blocks, packed, hidden_ND, temperature)
             if not model.has_value:
                 return logprobs_BT, entropies_BT, None
             if value_blocks is not blocks:
@@ -61,7 +61,7 @@ def evaluate_reference(
     with autocast(ids_BL.device, dtype):
         if blocks is not None:
             packed = pack(ids_BL, attention_BL, length)
-            return response_logprobs(reference.lm, packed, hidden_states(blocks, packed), temperature)[0]
+            return response_logprobs(blocks, packed, hidden_states(blocks, packed), temperature)[0]
         logits_BTV = reference(ids_BL, attention_BL, length)
     return token_logprobs(logits_BTV, rollout.response_ids_BT[rows], temperature=temperature)
 

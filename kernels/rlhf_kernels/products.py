@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from rlhf_kernels.dense import transposed
+
 
 def available() -> bool:
     """Whether this torch has oneDNN's product of float32 matrices."""
@@ -76,5 +78,5 @@ class _Linear(torch.autograd.Function):
 def _weight_gradient(grad: Tensor, x: Tensor, like: Tensor) -> Tensor:
     """Return gradᵀ x [N, K] of matrices [M, N] and [M, K], laid out as the weight is, so that nobody has to copy it."""
     if like.t().is_contiguous():
-        return product(x.t(), grad.t()).t()
-    return product(grad.t(), x.t())
+        return product(transposed(x), grad.t()).t()
+    return product(transposed(grad), x.t())

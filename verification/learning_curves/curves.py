@@ -1,7 +1,7 @@
 """The cells of the learning curves: a task, a method, a seed; each run once and kept under its configuration's hash.
 
-``rlhf train`` runs PPO, GRPO and RLOO. DPO and best-of-n start from the base model, the reward and the prompts of
-PPO's run of the same seed, and may sample as many completions: DPO as pairs to learn from, best-of-n as the candidates
+``rlhf train`` runs PPO, GRPO and RLOO. All start from the base model, the judges and the prompts of PPO's run of the
+same seed, and may sample as many completions: DPO takes them as pairs to learn from, best-of-n as the candidates
 of the held-out prompts. All are judged on the same prompts with the same random numbers.
 
 What is kept lies in ``runs/learning-curves``; CURVES in the environment names another folder. An interrupted cell goes
@@ -13,6 +13,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -89,6 +90,8 @@ def run(cell: Cell, folder: Path) -> None:
         command = [sys.executable, str(Path(__file__)), *map(str, dataclasses.astuple(cell))]
     else:
         arguments = ["train", "--runs", str(folder.parent), "--name", folder.name]
+        if cell.method != "ppo" and not (folder / runlog.CONFIG_FILE).is_file():
+            begin_with_models_of_ppo(cell, folder)
         if (folder / runlog.CONFIG_FILE).is_file():
             arguments.append("--resume")
         else:
@@ -103,6 +106,18 @@ def run(cell: Cell, folder: Path) -> None:
     )
     if outcome.returncode:
         raise RuntimeError(f"{cell}: {outcome.stderr.strip() or outcome.stdout[-2000:]}")
+
+
+def begin_with_models_of_ppo(cell: Cell, folder: Path) -> None:
+    """Make the run's folder with the base model and the judges of PPO's run of that seed: they would be the same."""
+    origin = dataclasses.replace(cell, method="ppo")
+    result(origin)
+    partial = folder.with_suffix(".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.copytree(origin.folder() / "models", partial / "models")
+    shutil.copy(origin.folder() / runlog.ENVIRONMENT_FILE, partial)
+    (partial / runlog.CONFIG_FILE).write_text(to_json(cell.config()), encoding="utf-8")
+    partial.rename(folder)
 
 
 # -- DPO and best-of-n, in the process that is started for them --------------------------------------------------------

@@ -36,7 +36,7 @@ def test_log_probs_are_those_of_each_row_alone_in_float64(architecture):
     model = tiny_lm(architecture, seed=4)
     blocks, packed = packable(model), pack(IDS, MASK, 3)
     with torch.no_grad():
-        logprobs, entropies = response_logprobs(model, packed, hidden_states(blocks, packed), 0.7)
+        logprobs, entropies = response_logprobs(blocks, packed, hidden_states(blocks, packed), 0.7)
     exact = tiny_lm(architecture, seed=4).double()
     for row, (ids, mask) in enumerate(zip(IDS, MASK.bool(), strict=True)):
         alone = ids[mask]
@@ -60,12 +60,31 @@ def test_tied_embeddings_get_the_gradient_that_the_whole_model_has():
     packed_model, whole = tiny_lm("gpt2", seed=4), tiny_lm("gpt2", seed=4)
     full = torch.ones_like(MASK)
     packed = pack(IDS, full, 3)
-    logprobs, _ = response_logprobs(packed_model, packed, hidden_states(packable(packed_model), packed), 1.0)
+    blocks = packable(packed_model)
+    logprobs, _ = response_logprobs(blocks, packed, hidden_states(blocks, packed), 1.0)
     (gradient,) = torch.autograd.grad(logprobs.sum(), [packed_model.lm_head.weight])
     wanted = torch.log_softmax(whole(IDS).logits[:, -4:-1], dim=-1).gather(2, IDS[:, -3:, None])
     (expected,) = torch.autograd.grad(wanted.sum(), [whole.lm_head.weight])
-    assert gradient.layout == torch.strided
     torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_gradient_of_tied_embeddings_alone_leaves_out_the_padding_token():
+    model = tiny_lm("llama")
+    model.lm_head.weight = model.model.embed_tokens.weight
+    padding = model.model.embed_tokens.padding_idx = 3
+    blocks = packable(model)
+    ids = torch.tensor([3, 4, 4, 5])
+    x_ND = blocks.embed(ids, torch.arange(4))
+    (gradient,) = torch.autograd.grad(x_ND.sum(), [model.lm_head.weight])
+    counts = torch.bincount(ids, minlength=len(gradient)).float()
+    counts[padding] = 0.0
+    assert torch.equal(gradient, counts[:, None].expand_as(gradient))
+
+
+def test_a_trunk_without_a_head_has_no_weight_of_one():
+    blocks = packable(tiny_lm("gpt2").base_model)
+    with pytest.raises(TypeError, match="no language model head"):
+        blocks.head_weight()
 
 
 def test_models_in_training_mode_hooked_into_or_under_portable_numerics_go_their_own_way(monkeypatch):

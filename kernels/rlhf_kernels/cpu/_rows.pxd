@@ -41,6 +41,11 @@ cdef extern from "rows.h":
         void (*scale_double)(
             const double *x, const uint8_t *mask, int64_t n, double mean, double scale, double shift,
             double *out) noexcept nogil
+        void (*activation)(
+            const void *x, const void *grad, int64_t n, int type, int kind, void *out) noexcept nogil
+        void (*turn)(
+            const float *x, int64_t rows, int64_t columns, int64_t first, int64_t last, float *out) noexcept nogil
+        double (*sum_of_squares)(const float *x, int64_t n) noexcept nogil
 
 
 cdef const row_kernels *kernels(int instruction_set) noexcept nogil

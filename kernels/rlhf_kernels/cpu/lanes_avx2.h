@@ -25,6 +25,9 @@ INLINE lanes lanes_sub(lanes a, lanes b) {
 INLINE lanes lanes_mul(lanes a, lanes b) {
     return lanes_pair(_mm256_mul_ps(a.low, b.low), _mm256_mul_ps(a.high, b.high));
 }
+INLINE lanes lanes_div(lanes a, lanes b) {
+    return lanes_pair(_mm256_div_ps(a.low, b.low), _mm256_div_ps(a.high, b.high));
+}
 INLINE lanes lanes_fma(lanes a, lanes b, lanes c) {
     return lanes_pair(_mm256_fmadd_ps(a.low, b.low, c.low), _mm256_fmadd_ps(a.high, b.high, c.high));
 }

@@ -10,6 +10,7 @@ INLINE void lanes_stream(float *p, lanes x) { _mm512_stream_ps(p, x); }
 INLINE lanes lanes_add(lanes a, lanes b) { return _mm512_add_ps(a, b); }
 INLINE lanes lanes_sub(lanes a, lanes b) { return _mm512_sub_ps(a, b); }
 INLINE lanes lanes_mul(lanes a, lanes b) { return _mm512_mul_ps(a, b); }
+INLINE lanes lanes_div(lanes a, lanes b) { return _mm512_div_ps(a, b); }
 INLINE lanes lanes_fma(lanes a, lanes b, lanes c) { return _mm512_fmadd_ps(a, b, c); }
 INLINE lanes lanes_max(lanes a, lanes b) { return _mm512_max_ps(a, b); }
 

@@ -29,6 +29,7 @@ INLINE void lanes_stream(float *p, lanes x) { lanes_store(p, x); }
 INLINE lanes lanes_add(lanes a, lanes b) { EACH_QUARTER(a.q[i] + b.q[i]); }
 INLINE lanes lanes_sub(lanes a, lanes b) { EACH_QUARTER(a.q[i] - b.q[i]); }
 INLINE lanes lanes_mul(lanes a, lanes b) { EACH_QUARTER(a.q[i] * b.q[i]); }
+INLINE lanes lanes_div(lanes a, lanes b) { EACH_QUARTER(a.q[i] / b.q[i]); }
 
 #if defined(__clang__)
 #define SHUFFLE(a, b, mask_type, ...) __builtin_shufflevector(a, b, __VA_ARGS__)

@@ -41,6 +41,12 @@ typedef struct {
                         float *out);
     void (*scale_double)(const double *x, const uint8_t *mask, int64_t n, double mean, double scale, double shift,
                          double *out);
+    /* out[n] = x σ(z), or, where grad is not NULL, grad times its derivative; float32 or bfloat16, out may be grad.
+     * `kind` is an enum activation of activation.h. */
+    void (*activation)(const void *x, const void *grad, int64_t n, int type, int kind, void *out);
+    /* out[columns, rows] = x[rows, columns]ᵀ, of columns `first` to `last` of x. */
+    void (*turn)(const float *x, int64_t rows, int64_t columns, int64_t first, int64_t last, float *out);
+    double (*sum_of_squares)(const float *x, int64_t n);
 } row_kernels;
 
 enum instruction_set { PORTABLE = 0, AVX2 = 1, AVX512 = 2 };

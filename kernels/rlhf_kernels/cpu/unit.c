@@ -1,8 +1,10 @@
 /* All row kernels for one instruction set: setup.py compiles this file once for each, with its flags and -DUNIT_KERNELS. */
 #include "rows.h"
 
+#include "activation.h"
 #include "gae.h"
 #include "logprob.h"
+#include "matrix.h"
 #include "sampling.h"
 #include "whiten.h"
 
@@ -21,4 +23,7 @@ const row_kernels UNIT_KERNELS = {
     .squares_double = squares_double,
     .scale_float = scale_float,
     .scale_double = scale_double,
+    .activation = activation,
+    .turn = turn,
+    .sum_of_squares = sum_of_squares,
 };

@@ -18,6 +18,7 @@ if "cython" not in rlhf_kernels.available_backends():
     pytest.skip("the Cython kernels are not built", allow_module_level=True)
 
 from rlhf_kernels.cpu import launch
+from rlhf_kernels.dense import transposed
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -46,6 +47,11 @@ def everything(seed: int, rows: int, vocabulary: int, dtype: torch.dtype, temper
     for options in ({}, {"top_k": 1 + vocabulary // 3}, {"top_p": 0.7}, {"top_k": 1 + vocabulary // 2, "top_p": 0.9}):
         results += rlhf_kernels.sample_tokens(logits[:rows], uniforms, temperature=temperature, **options)
     results += linear_results(generator, rows, min(vocabulary, 2100), dtype)
+    for activation in (rlhf_kernels.gelu, rlhf_kernels.silu):  # native for float32 and bfloat16
+        x = (random * 5).to(torch.float32 if dtype == torch.float16 else dtype).requires_grad_()
+        y = activation(x)
+        results += [y.detach(), *torch.autograd.grad(y.sum(), x)]
+    results += [transposed(random), torch.tensor(rlhf_kernels.sum_of_squares(random))]
     mask = torch.rand(random.shape, generator=generator) < 0.7
     for x in (random, random.double()):
         results += rlhf_kernels.gae(x, x * x, mask, gamma=0.99, lam=0.95, bootstrap=x[:, 0].contiguous())
