@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -13,8 +14,8 @@ from rlhf_core.config import SamplingConfig
 from rlhf_core.policy import ForwardArguments, Reference, autocast, response_logits
 from rlhf_core.reward import Reward
 from rlhf_core.rollout import sample
+from rlhf_core.scoring import response_scores
 from rlhf_core.seeding import CounterUniforms
-from rlhf_kernels import token_logprobs
 
 CONFIDENCE = 0.95
 RESAMPLES = 10_000
@@ -100,7 +101,7 @@ def evaluate(
         advance: hears of prompts done.
     """
     device = next(lm.parameters()).device
-    arguments = ForwardArguments(lm)
+    logits_of = partial(response_logits, lm, ForwardArguments(lm))
     scores: dict[str, list[torch.Tensor]] = {name: [] for name in rewards}
     kls, entropies, response_ids, ended = [], [], [], []
     for start in range(0, len(prompt_ids), batch_size):
@@ -109,13 +110,10 @@ def evaluate(
         uniforms = CounterUniforms(seed, "evaluation", 0, numbers, config.max_new_tokens)
         with autocast(device, dtype):
             rollout = sample(lm, prompts, uniforms, config, eos_id=eos_id, pad_id=pad_id)
-            shape = (rollout.input_ids_BL, rollout.attention_mask_BL, rollout.response_length)
-            logits_BTV, ref_logits_BTV = response_logits(lm, arguments, *shape), reference(*shape)
-        mask_BT, ids_BT = rollout.response_mask_BT, rollout.response_ids_BT
-        logprobs_BT, entropies_BT = token_logprobs(
-            logits_BTV, ids_BT, temperature=config.temperature, with_entropy=True
-        )
-        ref_logprobs_BT = token_logprobs(ref_logits_BTV, ids_BT, temperature=config.temperature)
+            rows = (rollout.input_ids_BL, rollout.attention_mask_BL, rollout.response_length, config.temperature)
+            logprobs_BT, entropies_BT = response_scores(lm, logits_of, *rows)
+            ref_logprobs_BT, _ = response_scores(reference.lm, reference, *rows)
+        mask_BT = rollout.response_mask_BT
         kls.append(torch.where(mask_BT, logprobs_BT - ref_logprobs_BT, 0.0).sum(dim=1))
         entropies.append(entropies_BT[mask_BT])
         response_ids += rollout.response_token_ids()

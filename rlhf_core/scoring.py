@@ -3,15 +3,20 @@
 Shape suffixes: B sequences, T response positions, V vocabulary.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from transformers import PreTrainedModel
 
 from rlhf_core.packing import hidden_states, pack, packable, response_logprobs
 from rlhf_core.parallel import together, workers
 from rlhf_core.policy import ActorCritic, Reference, autocast
 from rlhf_core.rollout import Rollout
 from rlhf_kernels import token_logprobs
+
+LogitsOf = Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]
+"""[B, T, V] the logits that predict the last T tokens, from token ids [B, L], attention mask [B, L] and T."""
 
 Plan = list[list[torch.Tensor]]
 """The minibatches of an epoch, each a list of micro-batches, each the rows of a rollout."""
@@ -52,18 +57,40 @@ def evaluate_rows(
     return logprobs_BT, entropies_BT, values_BT
 
 
+def response_scores(
+    lm: PreTrainedModel,
+    logits_of: LogitsOf,
+    input_ids_BL: torch.Tensor,
+    attention_mask_BL: torch.Tensor,
+    response_length: int,
+    temperature: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return [B, T] log-probs and entropies of the last tokens of some rows, under the autocast of the caller.
+
+    Args:
+        lm: the language model.
+        logits_of: its logits, for a model whose tokens cannot go side by side.
+        input_ids_BL: left-padded prompts and right-padded responses.
+        attention_mask_BL: 1 on real tokens.
+        response_length: T.
+        temperature: divides the logits.
+    """
+    blocks = packable(lm)
+    if blocks is not None:
+        packed = pack(input_ids_BL, attention_mask_BL, response_length)
+        return response_logprobs(blocks, packed, hidden_states(blocks, packed), temperature)
+    logits_BTV = logits_of(input_ids_BL, attention_mask_BL, response_length)
+    labels_BT = input_ids_BL[:, input_ids_BL.shape[1] - response_length :]
+    return token_logprobs(logits_BTV, labels_BT, temperature=temperature, with_entropy=True)
+
+
 def evaluate_reference(
     reference: Reference, rollout: Rollout, rows: torch.Tensor, temperature: float, dtype: str
 ) -> torch.Tensor:
     """Return [b, T] the reference's log-probs of some rows of a rollout."""
     ids_BL, attention_BL, length = rollout.input_ids_BL[rows], rollout.attention_mask_BL[rows], rollout.response_length
-    blocks = packable(reference.lm)
     with autocast(ids_BL.device, dtype):
-        if blocks is not None:
-            packed = pack(ids_BL, attention_BL, length)
-            return response_logprobs(blocks, packed, hidden_states(blocks, packed), temperature)[0]
-        logits_BTV = reference(ids_BL, attention_BL, length)
-    return token_logprobs(logits_BTV, rollout.response_ids_BT[rows], temperature=temperature)
+        return response_scores(reference.lm, reference, ids_BL, attention_BL, length, temperature)[0]
 
 
 @torch.no_grad()

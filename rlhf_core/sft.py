@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,8 @@ from rlhf_core.data.batches import batches, right_pad
 from rlhf_core.data.dataset import Rows
 from rlhf_core.metrics import SFT_METRICS, rounded
 from rlhf_core.optim import adamw, clip_gradients, gradients, set_learning_rate, total_norm
-from rlhf_core.policy import ForwardArguments, autocast
+from rlhf_core.policy import ForwardArguments, autocast, response_logits
+from rlhf_core.scoring import response_scores
 from rlhf_kernels import token_logprobs
 
 Report = Callable[[float], None]
@@ -86,17 +88,16 @@ def train_language_model(
         FloatingPointError: the loss or its gradient is not finite.
     """
     device = next(model.parameters()).device
-    arguments = ForwardArguments(model)
+    logits_of = partial(response_logits, model, ForwardArguments(model))
     usable = [sequence for sequence in sequences if len(sequence) > 1]
     if not usable:
         raise ValueError(f"none of the {len(sequences)} sequences has two tokens, so there is nothing to predict")
 
     def loss_of_rows(rows: list[int]) -> torch.Tensor:
         ids_BL, mask_BL = (x.to(device) for x in right_pad([usable[row] for row in rows], pad_id))
-        output = model(input_ids=ids_BL, attention_mask=mask_BL, use_cache=False, **arguments.positions(mask_BL))
-        logprobs = token_logprobs(output.logits[:, :-1], ids_BL[:, 1:])
-        counted = mask_BL[:, 1:].bool()
-        return -torch.where(counted, logprobs, 0.0).sum() / counted.sum()
+        logprobs_BT, _ = response_scores(model, logits_of, ids_BL, mask_BL, ids_BL.shape[1] - 1, temperature=1.0)
+        counted_BT = mask_BL[:, 1:].bool()
+        return -torch.where(counted_BT, logprobs_BT, 0.0).sum() / counted_BT.sum()
 
     order = batches([len(sequence) for sequence in usable], config.batch_size, seed, "pretrain")
     train_supervised(model, loss_of_rows, order, steps=steps, learning_rate=config.learning_rate, report=report)
