@@ -197,13 +197,13 @@ def _block_floats(shape: ModelShape, more_widths: int, bfloat16: bool) -> float:
     """Return what a block keeps of a token, but for scores.
 
     GPT-2: 8 arrays of the width (two norms' input and output, query, key, value, what attention mixed) and 2 of the
-    MLP's; Llama: 10 and 4. Under bfloat16 the products' inputs take half and norms stay float32.
+    MLP's; Llama: 10 and 4. Under bfloat16 the products' inputs take half; norms, and what attention takes, stay float32.
     """
     if shape.family == "gpt2":
-        of_norms, of_products = 2 * shape.width, (6 + more_widths) * shape.width + 2 * shape.inner
+        of_norms, of_products = 2 * shape.width, 6 * shape.width + 2 * shape.inner
     else:
-        of_norms, of_products = 7 * shape.width, (3 + more_widths) * shape.width + 4 * shape.inner
-    return of_norms + of_products / (2 if bfloat16 else 1)
+        of_norms, of_products = 7 * shape.width, 3 * shape.width + 4 * shape.inner
+    return more_widths * shape.width + of_norms + of_products / (2 if bfloat16 else 1)
 
 
 def scores_in_passing(shape: ModelShape, rows: int, length: int, costs: Costs) -> float:
@@ -267,13 +267,15 @@ def _supervised(
 ) -> Stage:
     """Return a stage that trains ``weights`` of one model on rows of texts."""
     length = work.longest_text
-    logits = costs.logits_in_supervised * rows * length * shape.vocabulary if head else 0.0
+    packed = shape.packed and head
+    saved = saved_packed_floats(shape, rows * length) if packed else saved_floats(shape, rows, length, costs)
+    arrays = costs.logits_in_update if packed else costs.logits_in_supervised
     own = {
         GRADIENTS: FLOAT * weights,
         MOMENTS: 2 * FLOAT * weights,
-        ACTIVATIONS: int(FLOAT * saved_floats(shape, rows, length, costs)),
-        ATTENTION: int(FLOAT * scores_in_passing(shape, rows, length, costs)),
-        LOGITS: int(FLOAT * logits),
+        ACTIVATIONS: int(FLOAT * saved),
+        ATTENTION: 0 if packed else int(FLOAT * scores_in_passing(shape, rows, length, costs)),
+        LOGITS: _logits(shape, rows * length, costs, arrays) if head else 0,
     }
     own[KEPT] = int(costs.kept_share * own[ACTIVATIONS])
     return Stage(name, held | own)
@@ -296,15 +298,15 @@ def _update(shape: ModelShape, work: Workload, costs: Costs, trained: int) -> Pa
         GRADIENTS: trained * (at_once + (pieces > at_once)),
         ACTIVATIONS: activations,
         ATTENTION: 0 if shape.packed else int(FLOAT * scores_in_passing(shape, rows, work.length, costs)),
-        LOGITS: at_once * _logits(shape, work, costs, costs.logits_in_update),
+        LOGITS: at_once * _logits(shape, work.micro_batch * work.response, costs, costs.logits_in_update),
         NARROW_WEIGHTS: at_once * trained // 2 if work.bfloat16 else 0,
         KEPT: int(costs.kept_share * activations),
     }
 
 
-def _logits(shape: ModelShape, work: Workload, costs: Costs, arrays: float) -> int:
-    """Return the logits of a micro-batch, of which there are ``arrays``: whole, or the part that a head holds."""
-    rows, columns = work.micro_batch * work.response, shape.vocabulary
+def _logits(shape: ModelShape, rows: int, costs: Costs, arrays: float) -> int:
+    """Return ``arrays`` times the logits of some tokens: whole, or the part that a head holds."""
+    columns = shape.vocabulary
     if shape.packed:
         rows, columns = min(rows, costs.head_part[0]), min(columns, costs.head_part[1])
     return int(FLOAT * arrays * rows * columns)
@@ -329,7 +331,7 @@ def _scoring(shape: ModelShape, work: Workload, costs: Costs) -> Parts:
         ROLLOUT: costs.rollout_token * work.batch * work.length,
         ACTIVATIONS: int(FLOAT * at_once * costs.passing_widths * work.micro_batch * work.length * shape.width),
         ATTENTION: int(FLOAT * at_once * passing),
-        LOGITS: at_once * _logits(shape, work, costs, costs.logits_in_scoring),
+        LOGITS: at_once * _logits(shape, work.micro_batch * work.response, costs, costs.logits_in_scoring),
     }
 
 
@@ -339,8 +341,8 @@ def _judging(shape: ModelShape, work: Workload, costs: Costs) -> Parts:
     return {
         ROLLOUT: costs.rollout_token * rows * work.length,
         ACTIVATIONS: int(FLOAT * costs.passing_widths * rows * work.length * shape.width),
-        ATTENTION: int(FLOAT * scores_in_passing(shape, rows, work.length, costs)),
-        LOGITS: int(FLOAT * costs.logits_in_evaluation * rows * work.response * shape.vocabulary),
+        ATTENTION: 0 if shape.packed else int(FLOAT * scores_in_passing(shape, rows, work.length, costs)),
+        LOGITS: _logits(shape, rows * work.response, costs, costs.logits_in_evaluation),
     }
 
 

@@ -17,6 +17,7 @@ from rlhf_core.memory_plan import (
     MOMENTS,
     NARROW_WEIGHTS,
     POLICY,
+    PRETRAINING,
     PROCESS,
     REFERENCE,
     REWARD_MODELS,
@@ -109,7 +110,7 @@ class TestWhatIsCounted:
         # (2·4 norms + 10·4 + 2·16 of the MLP + 2 sums) · 2 layers + 2·4 outside, for 15 tokens.
         assert saved_packed_floats(SHAPE, 15) == 15 * (2 * 82 + 8)
         assert saved_packed_floats(LLAMA, 15) == 15 * (2 * (28 + 28 + 48 + 2) + 8)
-        assert saved_packed_floats(SHAPE, 15, bfloat16=True) == 15 * (2 * (8 + 36 + 2) + 8)
+        assert saved_packed_floats(SHAPE, 15, bfloat16=True) == 15 * (2 * (8 + 16 + 28 + 2) + 8)
 
     @pytest.mark.parametrize("architecture", ["gpt2", "llama"])
     def test_side_by_side_it_is_what_torch_saves(self, architecture):
@@ -166,6 +167,15 @@ class TestTheStages:
         assert found[ACTIVATIONS] == 4 * 2 * 10 * (2 * 82 + 8)
         assert ATTENTION not in found
         assert found[LOGITS] == 4 * 3 * 5 * 7  # of 6 rows and 10 columns
+
+    def test_tokens_side_by_side_hold_that_part_in_pretraining_and_evaluation_too(self):
+        packed = dataclasses.replace(SHAPE, packed=True)
+        work = dataclasses.replace(WORK, pretrain_rows=3, longest_text=4, evaluation_rows=5)
+        pretraining, evaluation = (parts_of(stage, packed, work) for stage in (PRETRAINING, EVALUATION))
+        assert pretraining[ACTIVATIONS] == 4 * 3 * 4 * (2 * 82 + 8)
+        assert pretraining[LOGITS] == 4 * 3 * 5 * 7
+        assert evaluation[LOGITS] == 4 * 2 * 5 * 7
+        assert ATTENTION not in pretraining | evaluation
 
     def test_bfloat16_keeps_a_narrow_copy_of_the_weights(self):
         assert parts_of("update", work=dataclasses.replace(WORK, bfloat16=True))[NARROW_WEIGHTS] == 1930
