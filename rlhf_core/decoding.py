@@ -10,7 +10,7 @@ vocabulary.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -18,7 +18,9 @@ from transformers import DynamicCache, PreTrainedModel
 
 from rlhf_core.blocks import Blocks, blocks_of
 from rlhf_core.numerics import is_portable
+from rlhf_core.packing import hidden_states, pack
 from rlhf_core.policy import ForwardArguments, position_ids
+from rlhf_kernels.attention import Cache, attends
 
 
 class Decoder(Protocol):
@@ -60,7 +62,11 @@ def threads_for_decoding(model: PreTrainedModel, rows: int) -> Iterator[None]:
 def decoder_for(model: PreTrainedModel, max_new_tokens: int) -> Decoder:
     """Return the fastest decoder for a model; under portable numerics the model's own forward pass."""
     blocks = None if is_portable() else blocks_of(model)
-    return ModelDecoder(model) if blocks is None else BlockDecoder(model, blocks, max_new_tokens)
+    if blocks is None:
+        return ModelDecoder(model)
+    if attends(next(model.parameters())):
+        return RowDecoder(model, blocks, max_new_tokens)
+    return BlockDecoder(model, blocks, max_new_tokens)
 
 
 class ModelDecoder:
@@ -164,3 +170,48 @@ class BlockDecoder:
         self._keys = [keys[rows] for keys in self._keys]
         self._values = [values[rows] for values in self._values]
         self._positions_B, self._mask_B11S = self._positions_B[rows], self._mask_B11S[rows]
+
+
+class RowDecoder:
+    """Decodes block by block, each row over a cache of its own length: what :mod:`rlhf_core.packing` does, bit for bit.
+
+    A token goes through the same layers there and here, and its attention depends on its row alone.
+    """
+
+    def __init__(self, model: PreTrainedModel, blocks: Blocks, max_new_tokens: int) -> None:
+        self._model: Any = model
+        self._blocks = blocks
+        self._room = max_new_tokens
+        self._caches: list[Cache] = []
+        self._lengths_B = torch.empty(0)
+
+    def read_prompts(self, ids_BP: torch.Tensor, attention_BP: torch.Tensor) -> torch.Tensor:
+        """Return [B, V] the logits behind left-padded prompts."""
+        packed = pack(ids_BP, attention_BP, response_length=0)
+        starts = packed.starts[: packed.rows + 1]
+
+        def keep(key_NGK: torch.Tensor, value_NGK: torch.Tensor) -> None:
+            real = slice(packed.real)
+            self._caches.append(Cache(key_NGK[real], value_NGK[real], starts, self._room))
+
+        hidden_ND = hidden_states(self._blocks, packed, keep)
+        self._lengths_B = starts.diff()
+        return cast("torch.Tensor", self._model.lm_head(hidden_ND[starts[1:] - 1]))
+
+    def read_tokens(self, ids_B: torch.Tensor) -> torch.Tensor:
+        """Return [B, V] the logits behind one more token of each row."""
+        blocks = self._blocks
+        x_BD = blocks.embed(ids_B, self._lengths_B)
+        for layer, cache in enumerate(self._caches):
+            query_BHK, key_BGK, value_BGK = blocks.attention_inputs(layer, x_BD)
+            query, key, value = (x.to(x_BD.dtype) for x in (query_BHK, key_BGK, value_BGK))
+            attended_BHK = cache.attend(query, key, value, self._lengths_B, blocks.scaling(layer))
+            x_BD = blocks.rest(layer, x_BD, attended_BHK.flatten(1).to(value_BGK.dtype))
+        self._lengths_B = self._lengths_B + 1
+        return cast("torch.Tensor", self._model.lm_head(blocks.normalized(x_BD)))
+
+    def keep(self, rows: torch.Tensor) -> None:
+        """Go on with these rows alone, in this order."""
+        for cache in self._caches:
+            cache.keep(rows)
+        self._lengths_B = self._lengths_B[rows]

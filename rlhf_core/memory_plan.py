@@ -197,7 +197,7 @@ def _block_floats(shape: ModelShape, more_widths: int, bfloat16: bool) -> float:
     """Return what a block keeps of a token, but for scores.
 
     GPT-2: 8 arrays of the width (two norms' input and output, query, key, value, what attention mixed) and 2 of the
-    MLP's; Llama: 10 and 4. Under bfloat16 the products' inputs take half; norms, and what attention takes, stay float32.
+    MLP's; Llama: 10 and 4. Under bfloat16 the products' inputs take half; norms and what attention takes stay float32.
     """
     if shape.family == "gpt2":
         of_norms, of_products = 2 * shape.width, 6 * shape.width + 2 * shape.inner

@@ -8,6 +8,7 @@ Shape suffixes: B rows, L positions, T response positions, N real tokens, M real
 G key-value heads, K head width.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,22 +20,31 @@ from transformers import PreTrainedModel
 from rlhf_core.blocks import Blocks, blocks_of
 from rlhf_core.numerics import is_portable
 from rlhf_kernels import linear_token_logprobs
+from rlhf_kernels.attention import attend, attends
 
 
 @dataclass(frozen=True)
 class PackedRows:
-    """Rows of left-padded prompts and right-padded responses, without their padding."""
+    """Rows of left-padded prompts and right-padded responses, without their padding.
+
+    Behind them stands a row of its own that fills N up to a multiple (:func:`filling`): what prepares a product for a
+    number of rows costs time and memory, so there shall be few such numbers.
+    """
 
     ids_N: torch.Tensor
     """Tokens, row after row."""
     positions_N: torch.Tensor
     """Each token's place in its row."""
+    starts: torch.Tensor
+    """[B + 1] or, where something was filled, [B + 2]: where each row begins, and N."""
+    real: int
+    """Tokens before what was filled."""
     rows: int
     """B."""
     longest: int
     """Tokens of the longest row."""
     places_N: torch.Tensor | None
-    """Where the tokens stand in [B · longest] left-aligned rows; None where those have no padding."""
+    """Where the real tokens stand in [B · longest] left-aligned rows; None where those have no padding."""
     response_length: int
     """T."""
     responses_M: torch.Tensor
@@ -46,19 +56,26 @@ class PackedRows:
 
     def by_rows(self, x_NHK: torch.Tensor) -> torch.Tensor:
         """Return [B, H, longest, K], zero behind the end of a row."""
+        x_NHK = x_NHK[: self.real]
         if self.places_N is not None:
             x_NHK = x_NHK.new_zeros(self.rows * self.longest, *x_NHK.shape[1:]).index_copy(0, self.places_N, x_NHK)
         return x_NHK.view(self.rows, self.longest, *x_NHK.shape[1:]).transpose(1, 2)
 
     def side_by_side(self, x_BHLK: torch.Tensor) -> torch.Tensor:
-        """Return [N, H · K], the inverse of :meth:`by_rows`."""
+        """Return [N, H · K], the inverse of :meth:`by_rows`; zero in what was filled."""
         flat = x_BHLK.transpose(1, 2).reshape(self.rows * self.longest, -1)
-        return flat if self.places_N is None else flat[self.places_N]
+        flat = flat if self.places_N is None else flat[self.places_N]
+        return nn.functional.pad(flat, (0, 0, 0, len(self.ids_N) - self.real))
 
     def on_responses(self, x_M: torch.Tensor) -> torch.Tensor:
         """Return [B, T], zero where there is no token."""
         grid = x_M.new_zeros(self.rows * self.response_length).index_copy(0, self.responses_M, x_M)
         return grid.view(self.rows, self.response_length)
+
+
+def filling(tokens: int) -> int:
+    """Return how many tokens are missing to a multiple of 64, or of 16 while they are few."""
+    return -tokens % (64 if tokens > 256 else 16)
 
 
 def pack(input_ids_BL: torch.Tensor, attention_mask_BL: torch.Tensor, response_length: int) -> PackedRows:
@@ -70,18 +87,24 @@ def pack(input_ids_BL: torch.Tensor, attention_mask_BL: torch.Tensor, response_l
         response_length: T.
     """
     real_BL = attention_mask_BL.bool()
-    (rows, length), longest = real_BL.shape, int(real_BL.sum(dim=1).max())
+    rows, length = real_BL.shape
+    lengths_B = real_BL.sum(dim=1)
     row_N, column_N = real_BL.nonzero(as_tuple=True)
     positions_N = (real_BL.cumsum(dim=1) - 1)[row_N, column_N]
     response_N = column_N - (length - response_length)
     token_M = (response_N >= 0).nonzero()[:, 0]
     ids_N = input_ids_BL[row_N, column_N]
+    real, longest = len(ids_N), int(lengths_B.max())
+    filled = filling(real)
+    ends = lengths_B.cumsum(0)
     return PackedRows(
-        ids_N=ids_N,
-        positions_N=positions_N,
+        ids_N=nn.functional.pad(ids_N, (0, filled), value=int(ids_N[0])),
+        positions_N=torch.cat([positions_N, torch.arange(filled, device=ids_N.device)]),
+        starts=torch.cat([ends.new_zeros(1), ends, ends.new_full((int(filled > 0),), real + filled)]),
+        real=real,
         rows=rows,
         longest=longest,
-        places_N=None if len(ids_N) == rows * longest else row_N * longest + positions_N,
+        places_N=None if real == rows * longest else row_N * longest + positions_N,
         response_length=response_length,
         responses_M=row_N[token_M] * response_length + response_N[token_M],
         labels_M=ids_N[token_M],
@@ -100,23 +123,40 @@ def packable(model: PreTrainedModel) -> Blocks | None:
     return blocks_of(model)
 
 
-def hidden_states(blocks: Blocks, packed: PackedRows) -> torch.Tensor:
+Keep = Callable[[torch.Tensor, torch.Tensor], None]
+"""Hears of a layer's keys and values [N, G, K], the layers in order."""
+
+
+def hidden_states(blocks: Blocks, packed: PackedRows, keep: Keep = lambda key, value: None) -> torch.Tensor:
     """Return [N, D] what goes into the head."""
     x_ND = blocks.embed(packed.ids_N, packed.positions_N)
     for layer in range(blocks.count):
         query_NHK, key_NGK, value_NGK = blocks.attention_inputs(layer, x_ND)
+        # On the CPU attention is float32 also under bfloat16: there its backward pass is the faster one.
         dtype = value_NGK.dtype if value_NGK.device.type != "cpu" else x_ND.dtype
-        with torch.autocast(x_ND.device.type, enabled=False):
-            mixed_BHLK = scaled_dot_product_attention(
-                packed.by_rows(query_NHK.to(dtype)),
-                packed.by_rows(key_NGK.to(dtype)),
-                packed.by_rows(value_NGK.to(dtype)),
-                is_causal=True,  # what lies behind the end of a row is seen by nobody in it
-                scale=blocks.scaling(layer),
-                enable_gqa=query_NHK.shape[1] != blocks.key_value_heads,
-            )
-        x_ND = blocks.rest(layer, x_ND, packed.side_by_side(mixed_BHLK).to(value_NGK.dtype))
+        query_NHK, key_NGK, value_NGK, narrow = *(x.to(dtype) for x in (query_NHK, key_NGK, value_NGK)), value_NGK.dtype
+        keep(key_NGK, value_NGK)
+        attended_ND = _attended(packed, query_NHK, key_NGK, value_NGK, blocks.scaling(layer))
+        x_ND = blocks.rest(layer, x_ND, attended_ND.to(narrow))
     return blocks.normalized(x_ND)
+
+
+def _attended(
+    packed: PackedRows, query_NHK: torch.Tensor, key_NGK: torch.Tensor, value_NGK: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """Return [N, H · K] what each query attends to."""
+    if attends(query_NHK):
+        return attend(query_NHK, key_NGK, value_NGK, packed.starts, scale).flatten(1)
+    with torch.autocast(query_NHK.device.type, enabled=False):
+        mixed_BHLK = scaled_dot_product_attention(
+            packed.by_rows(query_NHK),
+            packed.by_rows(key_NGK),
+            packed.by_rows(value_NGK),
+            is_causal=True,  # what lies behind the end of a row is seen by nobody in it
+            scale=scale,
+            enable_gqa=query_NHK.shape[1] != key_NGK.shape[1],
+        )
+    return packed.side_by_side(mixed_BHLK)
 
 
 def response_logprobs(

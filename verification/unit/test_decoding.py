@@ -4,7 +4,14 @@ from tiny_models import ARCHITECTURES, EOS, PAD, PROMPTS, tiny_lm
 
 from rlhf_core import decoding
 from rlhf_core.config import SamplingConfig
-from rlhf_core.decoding import BlockDecoder, ModelDecoder, blocks_of, decoder_for, threads_for_decoding
+from rlhf_core.decoding import (
+    BlockDecoder,
+    ModelDecoder,
+    RowDecoder,
+    blocks_of,
+    decoder_for,
+    threads_for_decoding,
+)
 from rlhf_core.layers import exchange_layers
 from rlhf_core.rollout import left_pad, sample
 
@@ -32,20 +39,21 @@ def decoded(decoder, steps, keep=None):
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("keep", [None, [6, 0, 3]])
-def test_block_by_block_gives_the_logits_of_the_models_own_forward(architecture, keep):
+@pytest.mark.parametrize("kind", [BlockDecoder, RowDecoder])
+def test_block_by_block_gives_the_logits_of_the_models_own_forward(architecture, keep, kind):
     model = language_model(architecture)
     blocks, kept = blocks_of(model), None if keep is None else torch.tensor(keep)
-    ours = decoded(BlockDecoder(model, blocks, 5), 5, kept)
+    ours = decoded(kind(model, blocks, 5), 5, kept)
     theirs = decoded(ModelDecoder(model), 5, kept)
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("kind", ["blocks", "model"])
+@pytest.mark.parametrize("kind", [RowDecoder, BlockDecoder, ModelDecoder])
 def test_the_logits_are_those_of_one_pass_over_the_whole_sequence(architecture, kind):
     model = language_model(architecture)
-    decoder = BlockDecoder(model, blocks_of(model), 4) if kind == "blocks" else ModelDecoder(model)
+    decoder = ModelDecoder(model) if kind is ModelDecoder else kind(model, blocks_of(model), 4)
     with torch.no_grad():
         decoder.read_prompts(torch.tensor([[5, 6, 7]]), torch.ones(1, 3, dtype=torch.int64))
         for token in (8, 2, 9):
@@ -56,7 +64,7 @@ def test_the_logits_are_those_of_one_pass_over_the_whole_sequence(architecture, 
 
 def test_a_model_that_is_neither_is_decoded_by_its_own_forward():
     model = language_model("gpt2")
-    assert isinstance(decoder_for(model, 3), BlockDecoder)
+    assert isinstance(decoder_for(model, 3), RowDecoder)
     model.config.reorder_and_upcast_attn = True
     assert isinstance(decoder_for(model, 3), ModelDecoder)
     model.config.reorder_and_upcast_attn = False
@@ -72,7 +80,7 @@ def test_having_asked_for_hidden_states_once_changes_nothing():
     model = language_model("gpt2")
     model(input_ids=torch.tensor([[2, 3]]), output_hidden_states=True)
     assert any(module._forward_hooks for module in model.modules())
-    assert isinstance(decoder_for(model, 3), BlockDecoder)
+    assert isinstance(decoder_for(model, 3), RowDecoder)
 
 
 def test_hooks_on_a_model_are_not_passed_by():

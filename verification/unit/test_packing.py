@@ -3,7 +3,7 @@ import torch
 from tiny_models import ARCHITECTURES, tiny_lm
 
 from rlhf_core import packing
-from rlhf_core.packing import hidden_states, pack, packable, response_logprobs
+from rlhf_core.packing import filling, hidden_states, pack, packable, response_logprobs
 
 IDS = torch.tensor([[9, 1, 2, 3, 4], [5, 6, 7, 9, 9], [1, 2, 3, 4, 5]])
 MASK = torch.tensor([[0, 1, 1, 1, 1], [1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
@@ -12,12 +12,21 @@ MASK = torch.tensor([[0, 1, 1, 1, 1], [1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
 
 def test_only_real_tokens_are_kept_and_know_their_places():
     packed = pack(IDS, MASK, 3)
-    assert packed.ids_N.tolist() == [1, 2, 3, 4, 5, 6, 7, 1, 2, 3, 4, 5]
-    assert packed.positions_N.tolist() == [0, 1, 2, 3, 0, 1, 2, 0, 1, 2, 3, 4]
+    assert packed.ids_N[: packed.real].tolist() == [1, 2, 3, 4, 5, 6, 7, 1, 2, 3, 4, 5]
+    assert packed.positions_N[: packed.real].tolist() == [0, 1, 2, 3, 0, 1, 2, 0, 1, 2, 3, 4]
     assert packed.places_N.tolist() == [0, 1, 2, 3, 5, 6, 7, 10, 11, 12, 13, 14]
     assert packed.labels_M.tolist() == [2, 3, 4, 7, 3, 4, 5]
     assert packed.ids_N[packed.predicting_M].tolist() == [1, 2, 3, 6, 2, 3, 4]
     assert packed.on_responses(torch.arange(1.0, 8.0)).tolist() == [[1, 2, 3], [4, 0, 0], [5, 6, 7]]
+
+
+def test_a_row_of_its_own_fills_the_tokens_up_to_a_multiple():
+    packed = pack(IDS, MASK, 3)
+    assert packed.starts.tolist() == [0, 4, 7, 12, 16]
+    assert packed.positions_N[packed.real :].tolist() == [0, 1, 2, 3]
+    assert pack(IDS[:, :4], torch.ones(3, 4), 2).starts.tolist() == [0, 4, 8, 12, 16]
+    assert pack(IDS[:2, :4].repeat(2, 1), torch.ones(4, 4), 2).starts.tolist() == [0, 4, 8, 12, 16]
+    assert [filling(tokens) for tokens in (1, 16, 255, 256, 257, 320, 1000)] == [15, 0, 1, 0, 63, 0, 24]
 
 
 def test_rows_without_padding_need_no_places():
@@ -28,7 +37,9 @@ def test_rows_without_padding_need_no_places():
 def test_laying_out_by_rows_and_back_changes_nothing(mask):
     packed = pack(IDS, mask, 3)
     x = torch.randn(len(packed.ids_N), 2, 4)
-    assert torch.equal(packed.side_by_side(packed.by_rows(x)), x.reshape(len(x), -1))
+    there_and_back = packed.side_by_side(packed.by_rows(x))
+    assert torch.equal(there_and_back[: packed.real], x.reshape(len(x), -1)[: packed.real])
+    assert not there_and_back[packed.real :].any()
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -47,6 +58,18 @@ def test_log_probs_are_those_of_each_row_alone_in_float64(architecture):
         torch.testing.assert_close(logprobs[row, :count].double(), taken, rtol=0, atol=2e-6)
         torch.testing.assert_close(entropies[row, :count].double(), -(wanted.exp() * wanted).sum(1), rtol=0, atol=2e-6)
         assert logprobs[row, count:].tolist() == [0.0] * (3 - count)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_float64_goes_through_torchs_attention_to_the_same_log_probs(architecture):
+    narrow, wide = tiny_lm(architecture, seed=4), tiny_lm(architecture, seed=4).double()
+    found = []
+    for model in (narrow, wide):
+        blocks, packed = packable(model), pack(IDS, MASK, 3)
+        logprobs, _ = response_logprobs(blocks, packed, hidden_states(blocks, packed), 0.7)
+        (gradient,) = torch.autograd.grad(logprobs.sum(), [model.base_model.get_input_embeddings().weight])
+        found.append((logprobs.detach().double(), gradient.double()))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-5)
 
 
 def test_what_stands_in_padding_is_never_read():

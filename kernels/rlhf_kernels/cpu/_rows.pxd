@@ -46,6 +46,9 @@ cdef extern from "rows.h":
         void (*turn)(
             const float *x, int64_t rows, int64_t columns, int64_t first, int64_t last, float *out) noexcept nogil
         double (*sum_of_squares)(const float *x, int64_t n) noexcept nogil
+        void (*attend)(
+            const float *query, int64_t width, const float *keys, const float *values, int64_t value_stride,
+            int64_t count, double scale, float *scratch, float *out, float *log_sum) noexcept nogil
 
 
 cdef const row_kernels *kernels(int instruction_set) noexcept nogil

@@ -58,6 +58,12 @@ def _rowwise(matrix: Tensor) -> bool:
     return matrix.dtype == torch.float32 and available()
 
 
+def _filled(hidden_NH: Tensor) -> Tensor:
+    """Rows of zeros behind, up to a multiple: oneDNN makes and keeps code for every number of rows that it meets."""
+    n = hidden_NH.shape[0]
+    return torch.nn.functional.pad(hidden_NH, (0, 0, 0, -n % (64 if n > 256 else 16)))
+
+
 def _selected(flags_N: Tensor) -> Tensor | None:
     """Where the flags are set; None where all are, which spares a copy of the hidden states."""
     return None if bool(flags_N.all()) else flags_N.nonzero().squeeze(1)
@@ -86,7 +92,7 @@ def _linear_token_logprobs_cpu(
 ) -> tuple[Tensor, Tensor, Tensor]:
     require_labels_in_range(labels, weight.shape[0], ignore_index)
     kept = None if ignore_index is None else _selected(labels.reshape(-1) != ignore_index)
-    hidden_NH, label_N = _rows(hidden, labels.dim(), kept), _rows(labels, labels.dim(), kept)
+    hidden_NH, label_N = _filled(_rows(hidden, labels.dim(), kept)), _rows(labels, labels.dim(), kept)
     n = label_N.numel()
     states_N4 = torch.tensor([-torch.inf, 0.0, 0.0, 0.0], dtype=torch.float64).repeat(n, 1)
     with torch.autocast("cpu", enabled=False):
@@ -95,7 +101,7 @@ def _linear_token_logprobs_cpu(
                 address(part.logits),
                 ELEMENT_TYPE[part.logits.dtype],
                 part.logits.element_size(),
-                part.logits.shape[0],
+                label_N[part.rows].shape[0],
                 part.logits.shape[1],
                 part.columns.start,
                 address(label_N[part.rows]),
@@ -148,6 +154,7 @@ def _linear_token_logprobs_backward_cpu(
         for t in (None if grad_entropy is None else entropy, grad_logp, grad_entropy)
     )
     n, weight_VH = label_N.numel(), weight.detach()
+    hidden_NH = _filled(hidden_NH)
     need_hidden, need_weight, need_bias = needs_gradient
     grad_hidden_NH = torch.zeros(hidden_NH.shape if need_hidden else (0,))
     grad_weight_VH = (weight.new_empty if n else weight.new_zeros)(weight.shape if need_weight else (0,))
@@ -155,11 +162,13 @@ def _linear_token_logprobs_backward_cpu(
     with torch.autocast("cpu", enabled=False):
         for part in _parts(hidden_NH, weight_VH, None if bias is None else bias.detach()):
             rows, columns, gradient = part  # the kernel turns the logits into their gradient in place
+            counted = label_N[rows].shape[0]
+            gradient[counted:] = 0.0
             _logprob.backward(
                 address(gradient),
                 ELEMENT_TYPE[gradient.dtype],
                 gradient.element_size(),
-                gradient.shape[0],
+                counted,
                 1,
                 gradient.shape[1],
                 0,
@@ -186,12 +195,12 @@ def _linear_token_logprobs_backward_cpu(
                 if rows.start == 0:
                     total_CH = _sums_for(grad_weight_VH[columns])
                 _add_product(total_CH, gradient.T, hidden_NH[rows], first=rows.start == 0)
-                if rows.stop == n and total_CH.dtype != weight.dtype:
+                if rows.stop == len(hidden_NH) and total_CH.dtype != weight.dtype:
                     grad_weight_VH[columns] = total_CH
             if need_bias:
                 grad_bias_V[columns] += gradient.sum(0, dtype=torch.float32)
     if need_hidden:
-        grad_hidden_NH = _spread(grad_hidden_NH.to(hidden.dtype), active, labels.numel()).view(hidden.shape)
+        grad_hidden_NH = _spread(grad_hidden_NH[:n].to(hidden.dtype), active, labels.numel()).view(hidden.shape)
     return grad_hidden_NH, grad_weight_VH, grad_bias_V.to(weight.dtype)
 
 

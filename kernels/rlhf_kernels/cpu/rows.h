@@ -47,6 +47,9 @@ typedef struct {
     /* out[columns, rows] = x[rows, columns]ᵀ, of columns `first` to `last` of x. */
     void (*turn)(const float *x, int64_t rows, int64_t columns, int64_t first, int64_t last, float *out);
     double (*sum_of_squares)(const float *x, int64_t n);
+    /* Attention of one query: see attention.h. */
+    void (*attend)(const float *query, int64_t width, const float *keys, const float *values, int64_t value_stride,
+                   int64_t count, double scale, float *scratch, float *out, float *log_sum);
 } row_kernels;
 
 enum instruction_set { PORTABLE = 0, AVX2 = 1, AVX512 = 2 };

@@ -2,6 +2,7 @@
 #include "rows.h"
 
 #include "activation.h"
+#include "attention.h"
 #include "gae.h"
 #include "logprob.h"
 #include "matrix.h"
@@ -26,4 +27,5 @@ const row_kernels UNIT_KERNELS = {
     .activation = activation,
     .turn = turn,
     .sum_of_squares = sum_of_squares,
+    .attend = attend,
 };

@@ -1,0 +1,141 @@
+"""Causal attention whose results for a query depend on its row alone: on no other row, no padding and no threads.
+
+So a token that is drawn over a cache, and the same token in a whole row, give the same bits. Float32 on the CPU, native
+code only. Vaswani et al., "Attention Is All You Need" (2017), eq. 1; heads may share keys and values in groups
+(Ainslie et al., "GQA", 2023).
+
+Shape suffixes: N tokens of all rows side by side, B rows, H heads, G key-value heads, K head width, S places of a
+cache.
+"""
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+_native: Any
+try:
+    from rlhf_kernels.cpu import _attention as _native
+    from rlhf_kernels.cpu import launch
+except ImportError:  # not built
+    _native = None
+
+LANES = 16
+
+
+def attends(x: Tensor) -> bool:
+    """Whether this module's functions serve tensors like this one."""
+    return _native is not None and x.device.type == "cpu" and x.dtype == torch.float32
+
+
+def attend(query_NHK: Tensor, key_NGK: Tensor, value_NGK: Tensor, starts: Tensor, scale: float) -> Tensor:
+    """Return softmax(scale Q Kᵀ) V of rows that lie side by side, each query over its row up to itself.
+
+    Args:
+        query_NHK: [N, H, K] float32, as the others.
+        key_NGK: [N, G, K], G a divisor of H.
+        value_NGK: [N, G, K].
+        starts: [B + 1] int64, where each row begins, and N.
+        scale: of the scores.
+
+    Returns:
+        [N, H, K], differentiable once.
+    """
+    return cast("Tensor", _Attend.apply(query_NHK, key_NGK, value_NGK, starts, scale))
+
+
+class Cache:
+    """Keys and values of the tokens so far, row by row, each row with a length of its own."""
+
+    def __init__(self, key_NGK: Tensor, value_NGK: Tensor, starts: Tensor, more: int) -> None:
+        """Hold those of rows that lie side by side, with room for ``more`` tokens each."""
+        lengths_B = starts.diff()
+        rows, (_, shared, width) = len(lengths_B), key_NGK.shape
+        room = -(-(int(lengths_B.max()) + more) // LANES) * LANES
+        row_N = torch.repeat_interleave(torch.arange(rows), lengths_B)
+        place_N = torch.arange(len(key_NGK)) - starts[row_N]
+        # Sixteen keys side by side in a block, each in a column of it.
+        self.keys = key_NGK.new_zeros(rows, shared, room // LANES, width, LANES)
+        self.keys.permute(0, 2, 4, 1, 3)[row_N, place_N // LANES, place_N % LANES] = key_NGK
+        self.values_BGSK = value_NGK.new_zeros(rows, shared, room, width)
+        self.values_BGSK.transpose(1, 2)[row_N, place_N] = value_NGK
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with these rows alone, in this order."""
+        self.keys, self.values_BGSK = self.keys[rows], self.values_BGSK[rows]
+
+    def attend(self, query_BHK: Tensor, key_BGK: Tensor, value_BGK: Tensor, lengths_B: Tensor, scale: float) -> Tensor:
+        """Put a token behind each row and return [B, H, K] what its query attends to; ``lengths_B`` are from before."""
+        rows, heads, width = query_BHK.shape
+        shared, room = self.values_BGSK.shape[1:3]
+        query_BHK, key_BGK, value_BGK = (_heads_side_by_side(x) for x in (query_BHK, key_BGK, value_BGK))
+        out_BHK = query_BHK.new_empty(rows, heads, width)
+        longest = int(lengths_B.max()) + 1 if rows else 0
+        if longest > room:
+            raise ValueError(f"the cache has room for {room} tokens a row, and a row has {longest}")
+        _native.attend_cached(
+            query_BHK.data_ptr(), key_BGK.data_ptr(), value_BGK.data_ptr(), launch.address(self.keys),
+            launch.address(self.values_BGSK), launch.address(lengths_B), rows, longest, room, query_BHK.stride(0),
+            key_BGK.stride(0), value_BGK.stride(0), heads, heads // shared, width, scale, launch.address(out_BHK),
+            launch.instruction_set(), launch.threads(),
+        )  # fmt: skip
+        return out_BHK
+
+
+def _heads_side_by_side(x_NHK: Tensor) -> Tensor:
+    """The heads of a token without gaps; tokens may have some between them."""
+    width = x_NHK.shape[2]
+    return x_NHK if x_NHK.stride(2) == 1 and x_NHK.stride(1) == width else x_NHK.contiguous()
+
+
+class _Attend(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, query_NHK: Tensor, key_NGK: Tensor, value_NGK: Tensor, starts: Tensor, scale: float
+    ) -> Tensor:
+        query_NHK, key_NGK, value_NGK = (_heads_side_by_side(x) for x in (query_NHK, key_NGK, value_NGK))
+        (tokens, heads, width), shared = query_NHK.shape, key_NGK.shape[1]
+        out_NHK, log_sums_NH = query_NHK.new_empty(tokens, heads, width), query_NHK.new_empty(tokens, heads)
+        _native.attend_rows(
+            query_NHK.data_ptr(), key_NGK.data_ptr(), value_NGK.data_ptr(), launch.address(starts), len(starts) - 1,
+            int(starts.diff().max()) if len(starts) > 1 else 0, query_NHK.stride(0), key_NGK.stride(0),
+            value_NGK.stride(0), heads, heads // shared, width, scale, launch.address(out_NHK),
+            launch.address(log_sums_NH), launch.instruction_set(), launch.threads(),
+        )  # fmt: skip
+        ctx.scale = scale
+        ctx.save_for_backward(query_NHK, key_NGK, value_NGK, starts, out_NHK, log_sums_NH)
+        return out_NHK
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_NHK: Tensor) -> tuple[Tensor | None, ...]:
+        query_NHK, key_NGK, value_NGK, starts, out_NHK, log_sums_NH = ctx.saved_tensors
+        heads, shared = query_NHK.shape[1], key_NGK.shape[1]
+        lengths_B = starts.diff()
+        rows, longest = len(lengths_B), int(lengths_B.max())
+        places_N = None
+        if rows * longest != len(query_NHK):
+            row_N = torch.repeat_interleave(torch.arange(rows), lengths_B)
+            places_N = torch.arange(len(query_NHK)) + (row_N * longest - starts[row_N])
+
+        def by_rows(x_N: Tensor) -> Tensor:
+            if places_N is not None:
+                x_N = x_N.new_zeros(rows * longest, *x_N.shape[1:]).index_copy(0, places_N, x_N)
+            return x_N.view(rows, longest, *x_N.shape[1:]).transpose(1, 2)
+
+        def side_by_side(x_BHLK: Tensor) -> Tensor:
+            flat = x_BHLK.transpose(1, 2).reshape(rows * longest, *x_BHLK.shape[1:2], x_BHLK.shape[3])
+            return flat if places_N is None else flat[places_N]
+
+        if heads != shared:
+            key_NGK, value_NGK = (x.repeat_interleave(heads // shared, dim=1) for x in (key_NGK, value_NGK))
+        gradients = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            by_rows(grad_NHK.contiguous()), by_rows(query_NHK), by_rows(key_NGK), by_rows(value_NGK),
+            by_rows(out_NHK), by_rows(log_sums_NH), 0.0, True, scale=ctx.scale,
+        )  # fmt: skip
+        grad_query, grad_key, grad_value = (side_by_side(gradient) for gradient in gradients)
+        if heads != shared:
+            grad_key, grad_value = (
+                x.view(len(x), shared, heads // shared, -1).sum(dim=2) for x in (grad_key, grad_value)
+            )
+        return grad_query, grad_key, grad_value, None, None
