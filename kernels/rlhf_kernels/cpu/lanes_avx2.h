@@ -113,6 +113,10 @@ INLINE void wide_store(double *p, wide x) {
     _mm256_storeu_pd(p, x.low);
     _mm256_storeu_pd(p + 4, x.high);
 }
+INLINE void wide_store_float(float *p, wide x) {
+    _mm_storeu_ps(p, _mm256_cvtpd_ps(x.low));
+    _mm_storeu_ps(p + 4, _mm256_cvtpd_ps(x.high));
+}
 INLINE wide half_to_wide(__m256 x) {
     return wide_pair(_mm256_cvtps_pd(_mm256_castps256_ps128(x)), _mm256_cvtps_pd(_mm256_extractf128_ps(x, 1)));
 }

@@ -97,6 +97,7 @@ INLINE lanes lanes_from_wide(wide low, wide high) {
     return _mm512_castpd_ps(_mm512_insertf64x4(low_half, _mm256_castps_pd(_mm512_cvtpd_ps(high)), 1));
 }
 INLINE void wide_store(double *p, wide x) { _mm512_storeu_pd(p, x); }
+INLINE void wide_store_float(float *p, wide x) { _mm256_storeu_ps(p, _mm512_cvtpd_ps(x)); }
 INLINE wide wide_add(wide a, wide b) { return _mm512_add_pd(a, b); }
 INLINE wide wide_sub(wide a, wide b) { return _mm512_sub_pd(a, b); }
 INLINE wide wide_mul(wide a, wide b) { return _mm512_mul_pd(a, b); }

@@ -181,6 +181,9 @@ INLINE wide wide_set(double x) { EACH_PAIR(wide, ((double_pair){x, x})); }
 INLINE wide wide_load(const double *p) { EACH_PAIR(wide, ((double_pair){p[2 * i], p[2 * i + 1]})); }
 INLINE wide wide_load_float(const float *p) { EACH_PAIR(wide, ((double_pair){p[2 * i], p[2 * i + 1]})); }
 INLINE void wide_store(double *p, wide x) { memcpy(p, &x, sizeof x); }
+INLINE void wide_store_float(float *p, wide x) {
+    for (int i = 0; i < 8; i++) p[i] = (float)x.pair[i / 2][i % 2];
+}
 INLINE wide wide_from_low(lanes x) { EACH_PAIR(wide, ((double_pair){x.q[i / 2][i % 2 * 2], x.q[i / 2][i % 2 * 2 + 1]})); }
 INLINE wide wide_from_high(lanes x) {
     EACH_PAIR(wide, ((double_pair){x.q[2 + i / 2][i % 2 * 2], x.q[2 + i / 2][i % 2 * 2 + 1]}));
