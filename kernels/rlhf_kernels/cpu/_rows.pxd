@@ -1,6 +1,6 @@
 """The row kernels of rows.h, for the other extension modules."""
 
-from libc.stdint cimport int64_t, uint8_t, uint32_t
+from libc.stdint cimport int64_t, uint8_t, uint32_t, uintptr_t
 
 
 cdef extern from "rows.h":
@@ -47,3 +47,7 @@ cdef const row_kernels *kernels(int instruction_set) noexcept nogil
 cdef uint32_t enter_rounding() noexcept nogil
 cdef void leave_rounding(uint32_t saved) noexcept nogil
 cdef int threads_for(int64_t rows, int64_t elements, int threads) noexcept nogil
+
+# Whether an output has pages that are not there yet; and how a thread brings those that it is about to write, all at once.
+cdef bint untouched(uintptr_t start, int64_t bytes) noexcept nogil
+cdef void bring(uintptr_t start, int64_t bytes) noexcept nogil
