@@ -4,10 +4,17 @@ from libc.stdint cimport int64_t, uint8_t, uint32_t, uintptr_t
 
 
 cdef extern from "rows.h":
+    enum:
+        SHORT
+        SHORT_ROWS
+
     ctypedef struct row_kernels:
         void (*logprob_forward)(
             const void *logits, int64_t vocabulary, int type, int64_t label, double inverse_temperature,
             float *logp, float *entropy, float *statistics) noexcept nogil
+        void (*logprob_forward_short)(
+            const void *const *logits, int64_t rows, int64_t vocabulary, int type, const int64_t *labels,
+            double inverse_temperature, float *logp, float *entropy, float *statistics) noexcept nogil
         void (*logprob_read)(
             const void *logits, int64_t n, int type, int64_t label, double inverse_temperature, int with_entropy,
             double *state) noexcept nogil

@@ -10,12 +10,6 @@
 /* Outside of the mask 0 counts, which changes no sum: a sum that began at +0 is never -0. */
 INLINE wide wide_inside(const uint8_t *mask, wide x) { return wide_choose(wide_load_mask(mask), x, wide_set(0.0)); }
 
-INLINE double wide_sum(wide x) {
-    double d[WIDE];
-    wide_store(d, x);
-    return ((d[0] + d[4]) + (d[2] + d[6])) + ((d[1] + d[5]) + (d[3] + d[7]));
-}
-
 /* How many of eight bytes are not 0. */
 INLINE int64_t count_inside(const uint8_t *mask) {
     uint64_t bytes;
