@@ -178,6 +178,7 @@ def _linear(dtype: torch.dtype, passes: str, who: str) -> Callable[[], object]:
                 torch.mm(logits.T, hidden, out=grad_weight)
 
         return products
+
     def in_chunks_by_trl(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         logp, entropy, *_ = trl_function(hidden, weight, None, labels, 1.0, _TRL_COLUMNS, None, 1.0, ("entropy",))
         return logp, entropy

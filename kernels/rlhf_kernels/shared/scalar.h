@@ -50,8 +50,12 @@ SHARED double double_log2(double x) {
     return (double)k + 2.0 * s * series * LOG2_E;
 }
 
-/* What t = (x - largest) * scale is a power of 2 of: exp((x - largest) / temperature) = 2^t. */
-SHARED float scale_from(double inverse_temperature) { return (float)(LOG2_E * inverse_temperature); }
+/* What t = (x - largest) * scale is a power of 2 of: exp((x - largest) / temperature) = 2^t. Never 0, which would make NaN
+ * of -inf: no finite x notices. */
+SHARED float scale_from(double inverse_temperature) {
+    const float scale = (float)(LOG2_E * inverse_temperature);
+    return scale > 0.0f ? scale : 0x1p-149f;
+}
 
 /* What the exponentials of a row are relative to. Before the first number above -inf any reference will do: -inf adds 0,
  * and NaN adds NaN. */
