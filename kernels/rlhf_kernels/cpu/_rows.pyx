@@ -44,9 +44,9 @@ cdef void bring(uintptr_t start, int64_t bytes) noexcept nogil:
     bring_pages(start, bytes)
 
 
-def expect_writes(uintptr_t start, int64_t bytes) -> None:
+def expect_writes(uintptr_t start, int64_t byte_count) -> None:
     """Let the operating system add memory that is about to be written as a whole in large pieces."""
-    ask_for_huge_pages(start, bytes)
+    ask_for_huge_pages(start, byte_count)
 
 
 def best() -> int:
