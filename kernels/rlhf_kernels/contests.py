@@ -178,7 +178,14 @@ def _linear(dtype: torch.dtype, passes: str, who: str) -> Callable[[], object]:
                 torch.mm(logits.T, hidden, out=grad_weight)
 
         return products
-    function = ours if who == OURS else full_logits
+
+    def in_chunks_by_trl(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        logp, entropy, *_ = trl_function(hidden, weight, None, labels, 1.0, _TRL_COLUMNS, None, 1.0, ("entropy",))
+        return logp, entropy
+
+    if who == _TRL_CHUNKED:
+        trl_function = peer("trl.kernels", "ChunkedLogProbFunction").apply
+    function = {OURS: ours, _TRL_CHUNKED: in_chunks_by_trl}.get(who, full_logits)
 
     def forward_and_backward() -> object:
         logp, entropy = function(hidden_leaf, weight_leaf)
@@ -216,11 +223,12 @@ def _whiten(who: str) -> Callable[[], object]:
 
 
 _TRL_PAIR = "TRL selective_log_softmax + entropy_from_logits"
+_TRL_CHUNKED, _TRL_COLUMNS = "TRL ChunkedLogProbFunction", 32768  # TRL's own width of a chunk
 _LOGPROBS = (OURS, "TRL selective_log_softmax", "torch log_softmax.gather", "torch cross_entropy", "limit: read once")
 _ENTROPY = (OURS, "ours bfloat16", "ours float16", _TRL_PAIR, "torch log_softmax", "limit: read once")
 _GAE = (OURS, "numba loop", "torchrl vectorised", "python loop in torch", "limit: copy the bytes")
 _SAMPLE = (OURS, "torch softmax, multinomial, log_softmax", "limit: read once")
-_LINEAR = (OURS, "torch, all logits", "limit: the bare products")
+_LINEAR = (OURS, _TRL_CHUNKED, "torch, all logits", "limit: the bare products")
 
 
 def _contests() -> dict[str, tuple[tuple[str, ...], Callable[[str], Callable[[], object]]]]:

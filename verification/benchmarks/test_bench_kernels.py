@@ -21,6 +21,7 @@ LEAST = {
     ("token_logprobs 1024x50257", "torch cross_entropy"): 3.0,
     ("backward 1024x50257", "torch log_softmax"): 1.3,
     ("gae 512x1024", "python loop in torch"): 15.0,
+    ("whiten 512x1024", "torch"): 2.0,
     ("sample 32x50257", "torch softmax, multinomial, log_softmax"): 10.0,
     ("sample 32x50257 top_k=50", "torch softmax, multinomial, log_softmax"): 3.0,
     ("sample 32x50257 top_p=0.9", "torch softmax, multinomial, log_softmax"): 3.0,

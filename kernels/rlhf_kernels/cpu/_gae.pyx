@@ -3,7 +3,7 @@
 from cython.parallel cimport parallel, prange
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uintptr_t
 
-from rlhf_kernels.cpu._rows cimport enter_rounding, kernels, leave_rounding, row_kernels, threads_for
+from rlhf_kernels.cpu._rows cimport bring, enter_rounding, kernels, leave_rounding, row_kernels, threads_for, untouched
 
 cdef int64_t BLOCK_ROWS = 16
 
@@ -28,6 +28,8 @@ def gae(
     cdef int64_t element_bytes = 8 if is_double else 4
     cdef int64_t block, first, n, start
     cdef bint whole_lines = stream and (advantages | returns | <uintptr_t>(tokens * element_bytes)) % 64 == 0
+    cdef int64_t all_bytes = rows * tokens * element_bytes
+    cdef bint new = untouched(advantages, all_bytes) or untouched(returns, all_bytes)
     cdef uint32_t saved = 0
     with nogil, parallel(num_threads=threads_for(blocks, rows * tokens, threads)):
         saved = enter_rounding()
@@ -35,6 +37,9 @@ def gae(
             first = block * BLOCK_ROWS
             n = min(BLOCK_ROWS, rows - first)
             start = first * tokens * element_bytes
+            if new:
+                bring(advantages + start, n * tokens * element_bytes)
+                bring(returns + start, n * tokens * element_bytes)
             if is_double:
                 k.gae_double(
                     <const double *>at(rewards, start), <const double *>at(values, start),

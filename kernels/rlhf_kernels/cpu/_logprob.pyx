@@ -3,7 +3,12 @@
 from cython.parallel cimport parallel, prange
 from libc.stdint cimport int64_t, uint32_t, uintptr_t
 
-from rlhf_kernels.cpu._rows cimport enter_rounding, kernels, leave_rounding, row_kernels, threads_for
+from rlhf_kernels.cpu._rows cimport SHORT, SHORT_ROWS, enter_rounding, kernels, leave_rounding, row_kernels, threads_for
+
+
+cdef inline int64_t row_start(int64_t row, int64_t inner, int64_t outer_stride, int64_t inner_stride) noexcept nogil:
+    """Where a row starts, in elements. A division takes as long as a vector of logits: mostly there is none."""
+    return row * outer_stride if inner == 1 else row // inner * outer_stride + row % inner * inner_stride
 
 
 cdef int64_t first_bad_label(
@@ -13,6 +18,50 @@ cdef int64_t first_bad_label(
         if not 0 <= labels[row] < vocabulary and not (ignoring and labels[row] == ignore_index):
             return row
     return -1
+
+
+cdef void forward_rows(
+    const row_kernels *k, const char *base, int element_type, int element_bytes, int64_t first, int64_t end,
+    int64_t inner, int64_t outer_stride, int64_t inner_stride, int64_t vocabulary, const int64_t *labels, bint ignoring,
+    int64_t ignore_index, double inverse_temperature, float *logp, float *entropy, float *statistics) noexcept nogil:
+    """At most SHORT_ROWS rows, together where they are short."""
+    cdef const void *logits[SHORT_ROWS]
+    cdef int64_t kept[SHORT_ROWS]
+    cdef int64_t kept_labels[SHORT_ROWS]
+    cdef float kept_logp[SHORT_ROWS]
+    cdef float kept_entropy[SHORT_ROWS]
+    cdef float kept_statistics[2 * SHORT_ROWS]
+    cdef int64_t row, i, count = 0
+    logits[0] = NULL
+    kept_labels[0] = 0  # where all are ignored
+    for row in range(first, end):
+        if ignoring and labels[row] == ignore_index:
+            logp[row] = 0.0
+            statistics[2 * row] = 0.0
+            statistics[2 * row + 1] = 0.0
+            if entropy != NULL:
+                entropy[row] = 0.0
+            continue
+        kept[count] = row
+        kept_labels[count] = labels[row]
+        logits[count] = base + row_start(row, inner, outer_stride, inner_stride) * element_bytes
+        count += 1
+    if vocabulary > SHORT:
+        for i in range(count):
+            k.logprob_forward(
+                logits[i], vocabulary, element_type, kept_labels[i], inverse_temperature, logp + kept[i],
+                entropy + kept[i] if entropy != NULL else NULL, statistics + 2 * kept[i])
+        return
+    k.logprob_forward_short(
+        logits, count, vocabulary, element_type, kept_labels, inverse_temperature, kept_logp,
+        kept_entropy if entropy != NULL else NULL, kept_statistics)
+    for i in range(count):
+        row = kept[i]
+        logp[row] = kept_logp[i]
+        statistics[2 * row] = kept_statistics[2 * i]
+        statistics[2 * row + 1] = kept_statistics[2 * i + 1]
+        if entropy != NULL:
+            entropy[row] = kept_entropy[i]
 
 
 def forward(
@@ -32,26 +81,22 @@ def forward(
     cdef float *out_statistics = <float *>statistics
     cdef const row_kernels *k = kernels(instruction_set)
     cdef double inverse_temperature = 1.0 / temperature
-    cdef int64_t row, bad
+    cdef int64_t bad
     cdef uint32_t saved = 0
     with nogil:
         bad = first_bad_label(label, rows, vocabulary, ignoring, ignore_index)
     if bad >= 0:
         return bad
-    with nogil, parallel(num_threads=threads_for(rows, rows * vocabulary, threads)):
+    cdef int64_t group = SHORT_ROWS if vocabulary <= SHORT else 1
+    cdef int64_t groups = (rows + group - 1) // group
+    cdef int64_t g
+    with nogil, parallel(num_threads=threads_for(groups, rows * vocabulary, threads)):
         saved = enter_rounding()
-        for row in prange(rows, schedule="static"):
-            if ignoring and label[row] == ignore_index:
-                out_logp[row] = 0.0
-                out_statistics[2 * row] = 0.0
-                out_statistics[2 * row + 1] = 0.0
-                if out_entropy != NULL:
-                    out_entropy[row] = 0.0
-            else:
-                k.logprob_forward(
-                    base + (row // inner * outer_stride + row % inner * inner_stride) * element_bytes,
-                    vocabulary, element_type, label[row], inverse_temperature, out_logp + row,
-                    out_entropy + row if out_entropy != NULL else NULL, out_statistics + 2 * row)
+        for g in prange(groups, schedule="static"):
+            forward_rows(
+                k, base, element_type, element_bytes, g * group, min((g + 1) * group, rows), inner, outer_stride,
+                inner_stride, vocabulary, label, ignoring, ignore_index, inverse_temperature, out_logp, out_entropy,
+                out_statistics)
         leave_rounding(saved)
     return -1
 
@@ -126,7 +171,7 @@ def backward(
         for row in prange(rows, schedule="static"):
             ignored = ignoring and label[row] == ignore_index
             k.logprob_backward(
-                base + (row // inner * outer_stride + row % inner * inner_stride) * element_bytes,
+                base + row_start(row, inner, outer_stride, inner_stride) * element_bytes,
                 vocabulary, element_type, label[row] - first_column, inverse_temperature, row_statistics + 2 * row,
                 row_entropy[row] if row_grad_entropy != NULL else 0.0,
                 row_grad_logp[row] if row_grad_logp != NULL and not ignored else 0.0,

@@ -1,13 +1,20 @@
 """The row kernels of rows.h, for the other extension modules."""
 
-from libc.stdint cimport int64_t, uint8_t, uint32_t
+from libc.stdint cimport int64_t, uint8_t, uint32_t, uintptr_t
 
 
 cdef extern from "rows.h":
+    enum:
+        SHORT
+        SHORT_ROWS
+
     ctypedef struct row_kernels:
         void (*logprob_forward)(
             const void *logits, int64_t vocabulary, int type, int64_t label, double inverse_temperature,
             float *logp, float *entropy, float *statistics) noexcept nogil
+        void (*logprob_forward_short)(
+            const void *const *logits, int64_t rows, int64_t vocabulary, int type, const int64_t *labels,
+            double inverse_temperature, float *logp, float *entropy, float *statistics) noexcept nogil
         void (*logprob_read)(
             const void *logits, int64_t n, int type, int64_t label, double inverse_temperature, int with_entropy,
             double *state) noexcept nogil
@@ -55,3 +62,7 @@ cdef const row_kernels *kernels(int instruction_set) noexcept nogil
 cdef uint32_t enter_rounding() noexcept nogil
 cdef void leave_rounding(uint32_t saved) noexcept nogil
 cdef int threads_for(int64_t rows, int64_t elements, int threads) noexcept nogil
+
+# Whether an output has pages that are not there yet; and how a thread brings those that it is about to write, all at once.
+cdef bint untouched(uintptr_t start, int64_t bytes) noexcept nogil
+cdef void bring(uintptr_t start, int64_t bytes) noexcept nogil

@@ -5,7 +5,7 @@ from libc.math cimport sqrt
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uintptr_t
 from libc.stdlib cimport free, malloc
 
-from rlhf_kernels.cpu._rows cimport enter_rounding, kernels, leave_rounding, row_kernels, threads_for
+from rlhf_kernels.cpu._rows cimport bring, enter_rounding, kernels, leave_rounding, row_kernels, threads_for, untouched
 
 # Sums are taken chunk by chunk and the chunks added in order, so the number of threads changes no bit.
 cdef int64_t CHUNK = 16384
@@ -24,6 +24,8 @@ def whiten(
     """Fill out[n] from contiguous x[n] and mask[n]."""
     cdef const uint8_t *inside = <const uint8_t *>mask
     cdef const row_kernels *k = kernels(instruction_set)
+    cdef int64_t element_bytes = 8 if is_double else 4
+    cdef bint new = untouched(out, n * element_bytes)
     cdef int64_t chunks = (n + CHUNK - 1) // CHUNK
     cdef int64_t c, start, size, count = 0
     cdef double mean = 0.0, variance = 0.0, scale, shift
@@ -67,6 +69,8 @@ def whiten(
             for c in prange(chunks, schedule="static"):
                 start = c * CHUNK
                 size = min(CHUNK, n - start)
+                if new:
+                    bring(out + start * element_bytes, size * element_bytes)
                 if is_double:
                     k.scale_double(
                         <const double *>x + start, inside + start, size, mean, scale, shift, <double *>out + start)

@@ -88,21 +88,6 @@ INLINE float element_load(const void *from, enum element_type type) {
 }
 
 /* Fixed tree: lane i meets lane i + 8, then i + 4, i + 2, i + 1; float64 from the first step on. */
-INLINE double lanes_sum(lanes x) {
-    float v[LANES];
-    double d[8];
-    lanes_store(v, x);
-    for (int i = 0; i < 8; i++) d[i] = (double)v[i] + (double)v[i + 8];
-    for (int i = 0; i < 4; i++) d[i] += d[i + 4];
-    return (d[0] + d[2]) + (d[1] + d[3]);
-}
-
-INLINE float lanes_largest(lanes x) {
-    float v[LANES];
-    lanes_store(v, x);
-    for (int half = LANES / 2; half > 0; half /= 2)
-        for (int i = 0; i < half; i++) v[i] = v[i] > v[i + half] ? v[i] : v[i + half];
-    return v[0];
-}
+INLINE double lanes_sum(lanes x) { return wide_sum(wide_add(wide_from_low(x), wide_from_high(x))); }
 
 #endif

@@ -35,6 +35,14 @@ INLINE lanes lanes_max(lanes a, lanes b) {
     return lanes_pair(_mm256_max_ps(a.low, b.low), _mm256_max_ps(a.high, b.high));
 }
 
+/* Lane i meets lane i + 8, then i + 4, i + 2, i + 1. */
+INLINE float lanes_largest(lanes x) {
+    const __m256 eight = _mm256_max_ps(x.low, x.high);
+    const __m128 four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_max_ss(two, _mm_shuffle_ps(two, two, 1)));
+}
+
 INLINE __m256 half_load_quarters(const float *p, int64_t stride) {
     return _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(p)), _mm_loadu_ps(p + stride), 1);
 }
@@ -116,6 +124,10 @@ INLINE void wide_store(double *p, wide x) {
     _mm256_storeu_pd(p, x.low);
     _mm256_storeu_pd(p + 4, x.high);
 }
+INLINE void wide_store_float(float *p, wide x) {
+    _mm_storeu_ps(p, _mm256_cvtpd_ps(x.low));
+    _mm_storeu_ps(p + 4, _mm256_cvtpd_ps(x.high));
+}
 INLINE wide half_to_wide(__m256 x) {
     return wide_pair(_mm256_cvtps_pd(_mm256_castps256_ps128(x)), _mm256_cvtps_pd(_mm256_extractf128_ps(x, 1)));
 }
@@ -137,4 +149,10 @@ INLINE __m256d half_load_mask(const uint8_t *p) {
 INLINE wide_mask wide_load_mask(const uint8_t *p) { return wide_pair(half_load_mask(p), half_load_mask(p + 4)); }
 INLINE wide wide_choose(wide_mask mask, wide a, wide b) {
     return wide_pair(_mm256_blendv_pd(b.low, a.low, mask.low), _mm256_blendv_pd(b.high, a.high, mask.high));
+}
+/* Fixed tree: lane i meets lane i + 4, then i + 2, i + 1. */
+INLINE double wide_sum(wide x) {
+    const __m256d four = _mm256_add_pd(x.low, x.high);
+    const __m128d two = _mm_add_pd(_mm256_castpd256_pd128(four), _mm256_extractf128_pd(four, 1));
+    return _mm_cvtsd_f64(_mm_add_sd(two, _mm_unpackhi_pd(two, two)));
 }

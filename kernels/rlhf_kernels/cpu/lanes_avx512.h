@@ -14,6 +14,14 @@ INLINE lanes lanes_div(lanes a, lanes b) { return _mm512_div_ps(a, b); }
 INLINE lanes lanes_fma(lanes a, lanes b, lanes c) { return _mm512_fmadd_ps(a, b, c); }
 INLINE lanes lanes_max(lanes a, lanes b) { return _mm512_max_ps(a, b); }
 
+/* Lane i meets lane i + 8, then i + 4, i + 2, i + 1. */
+INLINE float lanes_largest(lanes x) {
+    const __m256 eight = _mm256_max_ps(_mm512_castps512_ps256(x), _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(x), 1)));
+    const __m128 four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_max_ss(two, _mm_shuffle_ps(two, two, 1)));
+}
+
 /* Four floats from each of p, p + stride, p + 2 stride and p + 3 stride: one a quarter. */
 INLINE lanes lanes_load_quarters(const float *p, int64_t stride) {
     lanes x = _mm512_castps128_ps512(_mm_loadu_ps(p));
@@ -98,6 +106,7 @@ INLINE lanes lanes_from_wide(wide low, wide high) {
     return _mm512_castpd_ps(_mm512_insertf64x4(low_half, _mm256_castps_pd(_mm512_cvtpd_ps(high)), 1));
 }
 INLINE void wide_store(double *p, wide x) { _mm512_storeu_pd(p, x); }
+INLINE void wide_store_float(float *p, wide x) { _mm256_storeu_ps(p, _mm512_cvtpd_ps(x)); }
 INLINE wide wide_add(wide a, wide b) { return _mm512_add_pd(a, b); }
 INLINE wide wide_sub(wide a, wide b) { return _mm512_sub_pd(a, b); }
 INLINE wide wide_mul(wide a, wide b) { return _mm512_mul_pd(a, b); }
@@ -106,3 +115,9 @@ INLINE wide_mask wide_load_mask(const uint8_t *p) {
     return _mm512_test_epi64_mask(bytes, bytes);
 }
 INLINE wide wide_choose(wide_mask mask, wide a, wide b) { return _mm512_mask_blend_pd(mask, b, a); }
+/* Fixed tree: lane i meets lane i + 4, then i + 2, i + 1. */
+INLINE double wide_sum(wide x) {
+    const __m256d four = _mm256_add_pd(_mm512_castpd512_pd256(x), _mm512_extractf64x4_pd(x, 1));
+    const __m128d two = _mm_add_pd(_mm256_castpd256_pd128(four), _mm256_extractf128_pd(four, 1));
+    return _mm_cvtsd_f64(_mm_add_sd(two, _mm_unpackhi_pd(two, two)));
+}

@@ -64,6 +64,13 @@ INLINE quarter quarter_max(quarter a, quarter b) {
 }
 INLINE lanes lanes_max(lanes a, lanes b) { EACH_QUARTER(quarter_max(a.q[i], b.q[i])); }
 
+/* Lane i meets lane i + 8, then i + 4, i + 2, i + 1. */
+INLINE float lanes_largest(lanes x) {
+    const quarter four = quarter_max(quarter_max(x.q[0], x.q[2]), quarter_max(x.q[1], x.q[3]));
+    const float a = four[0] > four[2] ? four[0] : four[2], b = four[1] > four[3] ? four[1] : four[3];
+    return a > b ? a : b;
+}
+
 /* The low nine bits of each lane moved up to sign and exponent. */
 INLINE lanes lanes_exponent_from_low_bits(lanes x) {
     EACH_QUARTER((quarter)(quarter_bits)((quarter_bits)x.q[i] << 23));
@@ -182,6 +189,9 @@ INLINE wide wide_set(double x) { EACH_PAIR(wide, ((double_pair){x, x})); }
 INLINE wide wide_load(const double *p) { EACH_PAIR(wide, ((double_pair){p[2 * i], p[2 * i + 1]})); }
 INLINE wide wide_load_float(const float *p) { EACH_PAIR(wide, ((double_pair){p[2 * i], p[2 * i + 1]})); }
 INLINE void wide_store(double *p, wide x) { memcpy(p, &x, sizeof x); }
+INLINE void wide_store_float(float *p, wide x) {
+    for (int i = 0; i < 8; i++) p[i] = (float)x.pair[i / 2][i % 2];
+}
 INLINE wide wide_from_low(lanes x) { EACH_PAIR(wide, ((double_pair){x.q[i / 2][i % 2 * 2], x.q[i / 2][i % 2 * 2 + 1]})); }
 INLINE wide wide_from_high(lanes x) {
     EACH_PAIR(wide, ((double_pair){x.q[2 + i / 2][i % 2 * 2], x.q[2 + i / 2][i % 2 * 2 + 1]}));
@@ -202,4 +212,9 @@ INLINE wide_mask wide_load_mask(const uint8_t *p) {
 }
 INLINE wide wide_choose(wide_mask mask, wide a, wide b) {
     EACH_PAIR(wide, (double_pair)((mask.pair[i] & (double_bits)a.pair[i]) | (~mask.pair[i] & (double_bits)b.pair[i])));
+}
+/* Fixed tree: lane i meets lane i + 4, then i + 2, i + 1. */
+INLINE double wide_sum(wide x) {
+    const double_pair two = (x.pair[0] + x.pair[2]) + (x.pair[1] + x.pair[3]);
+    return two[0] + two[1];
 }

@@ -68,6 +68,13 @@ def address(tensor: Tensor) -> int:
     return tensor.data_ptr()
 
 
+def output(shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """An empty tensor that is about to be written as a whole."""
+    tensor = torch.empty(shape, dtype=dtype)
+    _rows.expect_writes(tensor.data_ptr(), tensor.nbytes)
+    return tensor
+
+
 class _Rows(NamedTuple):
     """Row r of [..., V] starts (r // inner) * outer_stride + (r % inner) * inner_stride elements after the first."""
 
@@ -136,10 +143,7 @@ def _gae_per_token_cpu(
     rewards, values, mask = rewards.contiguous(), values.contiguous(), mask.contiguous()
     optional = [None if t is None else t.contiguous() for t in (bootstrap, gammas, lams)]
     bootstrap_address, gammas_address, lams_address = (0 if t is None else address(t) for t in optional)
-    advantages, returns = (
-        torch.empty(rewards.shape, dtype=rewards.dtype),
-        torch.empty(rewards.shape, dtype=rewards.dtype),
-    )
+    advantages, returns = output(rewards.shape, rewards.dtype), output(rewards.shape, rewards.dtype)
     _gae.gae(
         address(rewards),
         address(values),
@@ -207,7 +211,7 @@ def _token_logprobs_backward_cpu(
     statistics, entropy = statistics.contiguous(), entropy.contiguous()
     grad_logp = None if grad_logp is None else grad_logp.contiguous()
     grad_entropy = None if grad_entropy is None else grad_entropy.contiguous()
-    grad_logits = torch.empty(logits.shape, dtype=logits.dtype)
+    grad_logits = output(logits.shape, logits.dtype)
     _logprob.backward(
         rows.tensor.data_ptr(),
         ELEMENT_TYPE[logits.dtype],
@@ -270,7 +274,7 @@ def _sample_tokens_cpu(
 
 
 def _whiten_cpu(x: Tensor, mask: Tensor, shift_mean: bool) -> Tensor:
-    out = torch.empty(x.shape, dtype=x.dtype)
+    out = output(x.shape, x.dtype)
     x, mask = x.contiguous(), mask.contiguous()
     _whiten.whiten(
         x.data_ptr(),

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rlhf_kernels.cpu import _logprob
-from rlhf_kernels.cpu.launch import ELEMENT_TYPE, address, instruction_set, require_labels_in_range, threads
+from rlhf_kernels.cpu.launch import ELEMENT_TYPE, address, instruction_set, output, require_labels_in_range, threads
 from rlhf_kernels.ops import register_kernel
 from rlhf_kernels.products import available, product
 
@@ -34,7 +34,7 @@ def _parts(hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None) -> Itera
     """Every part of the logits in turn; all live in one buffer."""
     n, vocabulary = hidden_NH.shape[0], weight_VH.shape[0]
     rowwise = _rowwise(hidden_NH)
-    buffer = hidden_NH.new_empty(0 if rowwise else min(n, ROWS) * min(vocabulary, COLUMNS))
+    buffer = output(torch.Size((0 if rowwise else min(n, ROWS) * min(vocabulary, COLUMNS),)), hidden_NH.dtype)
     for first in range(0, vocabulary, COLUMNS):
         columns = slice(first, min(first + COLUMNS, vocabulary))
         for start in range(0, n, ROWS):
@@ -157,7 +157,8 @@ def _linear_token_logprobs_backward_cpu(
     hidden_NH = _filled(hidden_NH)
     need_hidden, need_weight, need_bias = needs_gradient
     grad_hidden_NH = torch.zeros(hidden_NH.shape if need_hidden else (0,))
-    grad_weight_VH = (weight.new_empty if n else weight.new_zeros)(weight.shape if need_weight else (0,))
+    weight_shape = weight.shape if need_weight else torch.Size((0,))
+    grad_weight_VH = output(weight_shape, weight.dtype) if n else weight.new_zeros(weight_shape)
     grad_bias_V = torch.zeros(weight.shape[:1] if need_bias else (0,))
     with torch.autocast("cpu", enabled=False):
         for part in _parts(hidden_NH, weight_VH, None if bias is None else bias.detach()):

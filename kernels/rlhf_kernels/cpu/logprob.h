@@ -51,6 +51,35 @@ static void logprob_forward(const void *logits, int64_t vocabulary, int type, in
     logprob_finish((const double *)&row, inverse_temperature, logp, entropy, statistics);
 }
 
+INLINE void logprob_forward_short_typed(const void *const *logits, int64_t rows, int64_t vocabulary,
+                                        enum element_type type, const int64_t *labels, double inverse_temperature,
+                                        float *logp, float *entropy, float *statistics) {
+    const float scale = scale_from(inverse_temperature);
+    moments m[SHORT_ROWS];
+    if (entropy) moments_of_short_rows(logits, rows, vocabulary, type, scale, 1, m);
+    else moments_of_short_rows(logits, rows, vocabulary, type, scale, 0, m);
+    for (int64_t r = 0; r < rows; r++) {
+        const double label_logit = (double)element_load(element_at(logits[r], labels[r], type), type);
+        const row_state state = {(double)m[r].largest, m[r].sum, m[r].weighted, label_logit};
+        logprob_finish((const double *)&state, inverse_temperature, logp + r, entropy ? entropy + r : 0,
+                       statistics + 2 * r);
+    }
+}
+
+static void logprob_forward_short(const void *const *logits, int64_t rows, int64_t vocabulary, int type,
+                                  const int64_t *labels, double inverse_temperature, float *logp, float *entropy,
+                                  float *statistics) {
+    if (type == F32)
+        logprob_forward_short_typed(logits, rows, vocabulary, F32, labels, inverse_temperature, logp, entropy,
+                                    statistics);
+    else if (type == BF16)
+        logprob_forward_short_typed(logits, rows, vocabulary, BF16, labels, inverse_temperature, logp, entropy,
+                                    statistics);
+    else
+        logprob_forward_short_typed(logits, rows, vocabulary, F16, labels, inverse_temperature, logp, entropy,
+                                    statistics);
+}
+
 /* grad_j = −p_j (at_zero + slope t_j), t_j = log2 p_j: see gradient_line_of */
 typedef struct {
     lanes largest, scale, minus_log2_sum, at_zero, slope;

@@ -8,10 +8,17 @@
 
 #include <stdint.h>
 
+#define SHORT 1024
+#define SHORT_ROWS 8
+
 typedef struct {
     /* logp[1]; entropy[1] or NULL; statistics[2] = largest logit and log2 of Σ 2^((x - largest) log2(e) / temperature). */
     void (*logprob_forward)(const void *logits, int64_t vocabulary, int type, int64_t label, double inverse_temperature,
                             float *logp, float *entropy, float *statistics);
+    /* The same of at most SHORT_ROWS rows of at most SHORT elements: logits[rows], labels[rows], logp[rows] and so on. */
+    void (*logprob_forward_short)(const void *const *logits, int64_t rows, int64_t vocabulary, int type,
+                                  const int64_t *labels, double inverse_temperature, float *logp, float *entropy,
+                                  float *statistics);
     /* The same with the vocabulary in parts. state[4] starts as {-inf, 0, 0, 0}; the label counts from the part's start. */
     void (*logprob_read)(const void *logits, int64_t n, int type, int64_t label, double inverse_temperature,
                          int with_entropy, double *state);

@@ -12,6 +12,7 @@
 extern const row_kernels UNIT_KERNELS;
 const row_kernels UNIT_KERNELS = {
     .logprob_forward = logprob_forward,
+    .logprob_forward_short = logprob_forward_short,
     .logprob_read = logprob_read,
     .logprob_finish = logprob_finish,
     .logprob_backward = logprob_backward,

@@ -2,57 +2,77 @@
 #ifndef RLHF_WHITEN_H
 #define RLHF_WHITEN_H
 
-#include <stdint.h>
-
 #include "../shared/scalar.h"
 #include "lanes.h"
 
-#define DOUBLE_LANES 8
+#define WIDE 8 /* float64 lanes */
 
-INLINE double tree_sum(const double *d) {
-    return ((d[0] + d[4]) + (d[2] + d[6])) + ((d[1] + d[5]) + (d[3] + d[7]));
+/* Outside of the mask 0 counts, which changes no sum: a sum that began at +0 is never -0. */
+INLINE wide wide_inside(const uint8_t *mask, wide x) { return wide_choose(wide_load_mask(mask), x, wide_set(0.0)); }
+
+/* How many of eight bytes are not 0. */
+INLINE int64_t count_inside(const uint8_t *mask) {
+    uint64_t bytes;
+    memcpy(&bytes, mask, sizeof bytes);
+    const uint64_t low = 0x7F7F7F7F7F7F7F7Full, ones = 0x0101010101010101ull;
+    const uint64_t inside = (((bytes & low) + low) | bytes) >> 7 & ones;
+    return (int64_t)(inside * ones >> 56);
 }
 
-/* `last` is the constant 8 in all steps but a row's final one, so that the compiler makes vectors of them. */
-#define WHITEN_CHUNK(sum_name, squares_name, scale_name, real)                                                          \
-    INLINE void sum_name##_step(const real *x, const uint8_t *mask, int64_t last, double *lane, int64_t *inside) {     \
-        for (int64_t j = 0; j < last; j++) {                                                                           \
-            lane[j] += mask[j] ? (double)x[j] : 0.0;                                                                   \
-            inside[j] += mask[j] != 0;                                                                                 \
-        }                                                                                                              \
-    }                                                                                                                  \
-    static void sum_name(const real *x, const uint8_t *mask, int64_t n, int64_t *count, double *sum) {                 \
-        double lane[DOUBLE_LANES] = {0};                                                                               \
-        int64_t inside[DOUBLE_LANES] = {0}, i = 0;                                                                     \
-        for (; i + DOUBLE_LANES <= n; i += DOUBLE_LANES) sum_name##_step(x + i, mask + i, DOUBLE_LANES, lane, inside); \
-        sum_name##_step(x + i, mask + i, n - i, lane, inside);                                                         \
-        *count = 0;                                                                                                    \
-        for (int64_t j = 0; j < DOUBLE_LANES; j++) *count += inside[j];                                                \
-        *sum = tree_sum(lane);                                                                                         \
-    }                                                                                                                  \
-    INLINE void squares_name##_step(const real *x, const uint8_t *mask, int64_t last, double mean, double *lane) {     \
-        for (int64_t j = 0; j < last; j++) {                                                                           \
-            double deviation = (double)x[j] - mean;                                                                    \
-            deviation = mask[j] ? deviation : 0.0;                                                                     \
-            lane[j] += deviation * deviation;                                                                          \
-        }                                                                                                              \
-    }                                                                                                                  \
-    static double squares_name(const real *x, const uint8_t *mask, int64_t n, double mean) {                           \
-        double lane[DOUBLE_LANES] = {0};                                                                               \
-        int64_t i = 0;                                                                                                 \
-        for (; i + DOUBLE_LANES <= n; i += DOUBLE_LANES) squares_name##_step(x + i, mask + i, DOUBLE_LANES, mean, lane); \
-        squares_name##_step(x + i, mask + i, n - i, mean, lane);                                                       \
-        return tree_sum(lane);                                                                                         \
-    }                                                                                                                  \
-    static void scale_name(const real *x, const uint8_t *mask, int64_t n, double mean, double scale, double shift,     \
-                           real *out) {                                                                                \
-        for (int64_t i = 0; i < n; i++) {                                                                              \
-            real scaled = (real)whitened_of((double)x[i], mean, scale, shift);                                         \
-            out[i] = mask[i] ? scaled : (real)0;                                                                       \
-        }                                                                                                              \
+INLINE wide whitened_wide(wide x, const uint8_t *mask, wide mean, wide scale, wide shift) {
+    return wide_inside(mask, wide_add(wide_mul(wide_sub(x, mean), scale), shift)); /* whitened_of, of eight */
+}
+
+/* Fewer than WIDE elements that are left at the end, followed by some outside of the mask. */
+#define WHITEN_REST(real)                                          \
+    typedef struct {                                               \
+        real x[WIDE];                                              \
+        uint8_t mask[WIDE];                                        \
+    } rest_of_##real;                                              \
+    INLINE rest_of_##real rest_##real(const real *x, const uint8_t *mask, int64_t n) { \
+        rest_of_##real rest = {{0}, {0}};                          \
+        memcpy(rest.x, x, (size_t)n * sizeof(real));               \
+        memcpy(rest.mask, mask, (size_t)n);                        \
+        return rest;                                               \
     }
 
-WHITEN_CHUNK(sum_float, squares_float, scale_float, float)
-WHITEN_CHUNK(sum_double, squares_double, scale_double, double)
+#define WHITEN_CHUNK(real, load, store)                                                                                \
+    WHITEN_REST(real)                                                                                                  \
+    static void sum_##real(const real *x, const uint8_t *mask, int64_t n, int64_t *count, double *sum) {               \
+        const int64_t whole = n / WIDE * WIDE;                                                                         \
+        const rest_of_##real rest = rest_##real(x + whole, mask + whole, n - whole);                                   \
+        wide total = wide_set(0.0);                                                                                    \
+        int64_t inside = 0;                                                                                            \
+        for (int64_t i = 0; i < whole; i += WIDE) {                                                                    \
+            total = wide_add(total, wide_inside(mask + i, load(x + i)));                                               \
+            inside += count_inside(mask + i);                                                                          \
+        }                                                                                                              \
+        *sum = wide_sum(wide_add(total, wide_inside(rest.mask, load(rest.x))));                                        \
+        *count = inside + count_inside(rest.mask);                                                                     \
+    }                                                                                                                  \
+    INLINE wide add_squares_##real(wide total, const real *x, const uint8_t *mask, wide mean) {                        \
+        const wide deviation = wide_inside(mask, wide_sub(load(x), mean));                                             \
+        return wide_add(total, wide_mul(deviation, deviation));                                                        \
+    }                                                                                                                  \
+    static double squares_##real(const real *x, const uint8_t *mask, int64_t n, double mean) {                         \
+        const int64_t whole = n / WIDE * WIDE;                                                                         \
+        const rest_of_##real rest = rest_##real(x + whole, mask + whole, n - whole);                                   \
+        wide total = wide_set(0.0);                                                                                    \
+        for (int64_t i = 0; i < whole; i += WIDE) total = add_squares_##real(total, x + i, mask + i, wide_set(mean));  \
+        return wide_sum(add_squares_##real(total, rest.x, rest.mask, wide_set(mean)));                                 \
+    }                                                                                                                  \
+    static void scale_##real(const real *x, const uint8_t *mask, int64_t n, double mean, double scale, double shift,   \
+                             real *out) {                                                                              \
+        const wide m = wide_set(mean), by = wide_set(scale), back = wide_set(shift);                                   \
+        const int64_t whole = n / WIDE * WIDE;                                                                         \
+        for (int64_t i = 0; i < whole; i += WIDE) store(out + i, whitened_wide(load(x + i), mask + i, m, by, back));   \
+        const rest_of_##real rest = rest_##real(x + whole, mask + whole, n - whole);                                   \
+        real last[WIDE];                                                                                               \
+        store(last, whitened_wide(load(rest.x), rest.mask, m, by, back));                                              \
+        memcpy(out + whole, last, (size_t)(n - whole) * sizeof(real));                                                 \
+    }
+
+WHITEN_CHUNK(float, wide_load_float, wide_store_float)
+WHITEN_CHUNK(double, wide_load, wide_store)
 
 #endif

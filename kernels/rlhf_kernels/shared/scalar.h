@@ -38,10 +38,9 @@ SHARED double double_log2(double x) {
     uint64_t bits = bits_from_double(x);
     int64_t k = (int64_t)(bits >> 52) - 1023;
     double m = double_from_bits((bits & 0xFFFFFFFFFFFFFull) | 0x3FF0000000000000ull);
-    if (m > 0x1.6a09e667f3bcdp+0) {
-        m *= 0.5;
-        k += 1;
-    }
+    const int above = m > 0x1.6a09e667f3bcdp+0; /* no branch: it goes either way as often */
+    m = above ? 0.5 * m : m;
+    k += above;
     double s = (m - 1.0) / (m + 1.0);
     double square = s * s;
     const double reciprocal[11] = {1.0,        1.0 / 3.0,  1.0 / 5.0,  1.0 / 7.0,  1.0 / 9.0, 1.0 / 11.0,
@@ -51,8 +50,12 @@ SHARED double double_log2(double x) {
     return (double)k + 2.0 * s * series * LOG2_E;
 }
 
-/* What t = (x - largest) * scale is a power of 2 of: exp((x - largest) / temperature) = 2^t. */
-SHARED float scale_from(double inverse_temperature) { return (float)(LOG2_E * inverse_temperature); }
+/* What t = (x - largest) * scale is a power of 2 of: exp((x - largest) / temperature) = 2^t. Never 0, which would make NaN
+ * of -inf: no finite x notices. */
+SHARED float scale_from(double inverse_temperature) {
+    const float scale = (float)(LOG2_E * inverse_temperature);
+    return scale > 0.0f ? scale : 0x1p-149f;
+}
 
 /* What the exponentials of a row are relative to. Before the first number above -inf any reference will do: -inf adds 0,
  * and NaN adds NaN. */

@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
-from kernel_oracles import logp_and_entropy, same_bits
+from kernel_oracles import logp_and_entropy, same_bits, whitened
 
-from rlhf_kernels import available_backends, gae, linear_token_logprobs, sample_tokens, token_logprobs
+from rlhf_kernels import available_backends, gae, linear_token_logprobs, sample_tokens, token_logprobs, whiten
 
 NATIVE = [name for name in available_backends() if name not in ("reference", "cuda")]
 
@@ -65,6 +65,86 @@ def test_a_vocabulary_of_one_and_a_single_token(name):
     advantages, returns = gae(one, one * 0.25, one, gamma=0.9, lam=0.9, backend=name)
     assert advantages.tolist() == [[0.75], [0.75]]
     assert returns.tolist() == [[1.0], [1.0]]
+
+
+def test_any_temperature_however_high_gives_the_uniform_distribution(backend):
+    logits = torch.tensor([[1.0, 2.0, -3.0, -math.inf]], requires_grad=True)
+    for temperature in (1e38, 1e45, 1e300):
+        logp, entropy = token_logprobs(
+            logits, torch.tensor([1]), temperature=temperature, with_entropy=True, backend=backend
+        )
+        assert float(logp.detach()) == pytest.approx(-math.log(3), abs=1e-6)
+        assert float(entropy.detach()) == pytest.approx(math.log(3), abs=1e-6)
+        (gradient,) = torch.autograd.grad([logp, entropy], logits, [torch.ones(1)] * 2)
+        assert float(gradient.abs().max()) < 1e-37
+        drawn = sample_tokens(logits, torch.tensor([0.999]), temperature=temperature, backend=backend)
+        assert drawn.ids.tolist() == [2]
+
+
+@pytest.mark.parametrize("name", NATIVE)
+def test_rows_may_lie_more_than_two_to_the_31_elements_apart(name):
+    """The memory between them is never touched, so it is never there."""
+    memory = torch.empty(2**31 + 300, dtype=torch.bfloat16)
+    logits = memory.as_strided((2, 37), (2**31 + 200, 1))
+    logits.copy_(torch.randn(2, 37))
+    dense, labels, uniforms = logits.clone(), torch.tensor([3, 36]), torch.tensor([0.2, 0.9])
+    for options in ({}, {"top_k": 5}, {"top_p": 0.5}):
+        pair = (sample_tokens(x, uniforms, backend=name, **options) for x in (logits, dense))
+        assert all(same_bits(a, b) for a, b in zip(*pair, strict=True))
+    results = []
+    for x in (logits.requires_grad_(), dense.requires_grad_()):
+        logp, entropy = token_logprobs(x, labels, with_entropy=True, backend=name)
+        gradient = torch.ops.rlhf_kernels.token_logprobs_backward(
+            x.detach(), labels, torch.zeros(2, 2), entropy.detach(), torch.ones(2), None, 1.0, None
+        )
+        results.append([logp.detach(), entropy.detach(), gradient])
+    assert all(same_bits(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("name", NATIVE)
+@pytest.mark.parametrize("vocabulary", [1, 15, 16, 33, 1023, 1024, 1025])
+def test_rows_that_are_read_together_are_those_that_are_read_alone(name, vocabulary):
+    logits, labels = torch.randn(19, vocabulary) * 3, torch.randint(0, vocabulary, (19,))
+    logits[4], logits[5, 0], logits[6, -1] = -math.inf, math.nan, math.inf
+    labels[[0, 9, 18]] = -100
+    together = token_logprobs(logits, labels, with_entropy=True, ignore_index=-100, backend=name)
+    for row in range(19):
+        one = slice(row, row + 1)
+        alone = token_logprobs(logits[one], labels[one], with_entropy=True, ignore_index=-100, backend=name)
+        assert all(same_bits(a, b[one]) for a, b in zip(alone, together, strict=True))
+
+
+@pytest.mark.parametrize("name", NATIVE)
+def test_results_that_span_huge_pages_are_those_of_small_ones(name):
+    """`pages.h` asks for their memory in other pieces: nothing beside them may change."""
+    rewards, values = torch.randn(2, 1025, 1030)
+    mask = torch.rand(1025, 1030) < 0.9
+    whole = gae(rewards, values, mask, gamma=0.99, lam=0.95, backend=name)
+    parts = [
+        gae(*(t[i : i + 7] for t in (rewards, values, mask)), gamma=0.99, lam=0.95, backend=name)
+        for i in range(0, 1025, 7)
+    ]
+    assert all(same_bits(a, torch.cat(b)) for a, b in zip(whole, zip(*parts, strict=True), strict=True))
+    white = whiten(rewards, mask, backend=name)
+    torch.testing.assert_close(white.double(), whitened(rewards, mask, shift_mean=True), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NATIVE)
+def test_a_gradient_of_more_than_two_to_the_31_elements(name):
+    row = (torch.randn(1, 131_072) * 3).bfloat16()
+    labels = torch.randint(0, 131_072, (17_000,))
+    upstream = torch.randn(17_000)
+    results = []
+    for rows in (slice(None), slice(-5, None)):
+        x = row.expand(len(labels[rows]), -1).requires_grad_()
+        logp = token_logprobs(x, labels[rows], backend=name)
+        (gradient,) = torch.autograd.grad(logp, x, upstream[rows])  # 4.2 GiB
+        results.append([logp.detach()[-5:], gradient[-5:].clone()])
+        del gradient
+    assert all(same_bits(a, b) for a, b in zip(*results, strict=True))
+    ids = [sample_tokens(row.expand(n, -1), upstream.sigmoid()[-n:], top_p=0.9, backend=name).ids for n in (17_000, 5)]
+    assert same_bits(ids[0][-5:], ids[1])
 
 
 @pytest.mark.slow
