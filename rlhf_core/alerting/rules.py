@@ -81,7 +81,7 @@ RULES = (
     ),
     Rule(
         "kl_controller_off", EXACT, "The KL coefficient moves as no target of the KL can make it.",
-        ("kl_coef", "kl", "kl_target_error"), judges.controller,
+        ("kl_target_error", "kl_coef", "kl"), judges.controller,
         "The controller is turned round, steers by another KL than the logged one, or its target moves.",
         "Check that the coefficient grows while kl lies above kl_target, and falls while it lies below.",
     ),
