@@ -17,6 +17,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_core.config import ModelConfig
+from rlhf_core.hub import require_hub_model
 from rlhf_core.layers import exchange_layers
 from rlhf_core.numerics import is_portable
 
@@ -131,7 +132,7 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def require_model_source(path: str | Path) -> None:
-    """Raise FileNotFoundError unless ``path`` is a folder with a model's ``config.json`` or can be a hub name."""
+    """Raise FileNotFoundError unless ``path`` is a folder with a model's ``config.json`` or a model of the hub."""
     folder = Path(path)
     if folder.is_dir():
         folder = model_folder(folder)
@@ -145,6 +146,7 @@ def require_model_source(path: str | Path) -> None:
         raise FileNotFoundError(
             f"no model folder {str(path)!r}; give a folder written by save_pretrained or a hub name"
         )
+    require_hub_model(str(path))
 
 
 def model_folder(path: str | Path) -> Path:

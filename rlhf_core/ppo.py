@@ -140,9 +140,11 @@ def accumulate_gradients(
     def forward(rows: torch.Tensor) -> MicroBatch:
         return micro_batch_losses(state, rollout, scores, targets, rows.to(device), config)
 
+    def loss(micro: MicroBatch) -> torch.Tensor:
+        return (micro.policy_loss + ppo.value_coef * micro.value_loss) / count
+
     def backward(micro: MicroBatch) -> tuple[torch.Tensor | None, ...]:
-        loss = (micro.policy_loss + ppo.value_coef * micro.value_loss) / count
-        return torch.autograd.grad(loss, parameters, allow_unused=True)
+        return torch.autograd.grad(loss(micro), parameters, allow_unused=True)
 
     for group in (minibatch[at : at + at_once] for at in range(0, len(minibatch), at_once)):
         with clock.stage("forward"):
@@ -152,7 +154,7 @@ def accumulate_gradients(
                 assert micro.values_BT is not None
                 assert targets.returns_BT is not None
                 constants = targets.advantages_BT[micro.rows], targets.returns_BT[micro.rows]
-                probe.watch(micro.rows, micro.logprobs_BT, micro.values_BT, *constants)
+                probe.watch(micro.rows, micro.logprobs_BT, micro.values_BT, *constants, loss(micro))
         with clock.stage("backward"):
             for grads in together(backward, micro_batches, at_once):
                 add_gradients(parameters, grads)

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 
 from rlhf_core.alerting.series import HEAD, Series
 
@@ -173,6 +174,27 @@ def mismatch(series: Series, settings: Settings) -> Verdict:
     median, _ = series.baseline("rollout_logprob_diff")
     own = np.maximum(median * number(settings, "times"), number(settings, "least"))
     return Verdict(series["rollout_logprob_diff"], np.fmin(own, number(settings, "threshold")))
+
+
+def controller(series: Series, settings: Settings) -> Verdict:
+    """The targets that the last 4 changes of the KL coefficient imply differ by at most ``threshold`` of their mean.
+
+    A coefficient that grows says kl > target, so target = kl − |kl − target|; one that falls says target = kl +
+    |kl − target|. A controller that steers the right way implies its one target each time, exactly.
+    """
+    rows = 4
+    change = np.diff(series["kl_coef"])
+    implied = series["kl"][:-1] - np.sign(change) * series["kl_target_error"][:-1]
+    # A log has 8 decimals: of a smaller change they do not tell the sign. Between rows with a gap there are several.
+    told = (np.abs(change) > 1e-7) & (np.diff(series["step"]) == 1)
+    targets = np.concatenate([np.full(rows, np.nan), np.where(told, implied, np.nan)])
+    windows = sliding_window_view(targets, rows)
+    least = np.where(np.isnan(windows), np.inf, windows).min(axis=1)
+    most = np.where(np.isnan(windows), -np.inf, windows).max(axis=1)
+    some = most >= least
+    least, most = np.where(some, least, 1.0), np.where(some, most, 1.0)
+    spread = (most - least) / np.maximum(np.abs(least + most) / 2, 1e-3)
+    return Verdict(spread, np.full(len(series), number(settings, "threshold")))
 
 
 COLLAPSED = 0.05

@@ -52,8 +52,8 @@ RULES = (
     Rule(
         "gradient_off_closed_form", EXACT, "The first minibatch's gradient is not the one of the PPO loss.",
         ("first_gradient_error",), above("first_gradient_error"),
-        "Padding counted in the loss, advantages that are not detached, or a loss term on a wrong scale or sign.",
-        "Compare masks and token counts of both loss terms; detach advantages and returns; check the signs.",
+        "Padding counted in the loss, attached advantages, a term on a wrong scale or sign, or one too many (entropy).",
+        "Compare masks and token counts of both loss terms; detach advantages and returns; check signs and terms.",
     ),
     Rule(
         "targets_off_definition", EXACT, "Advantages or returns are not what rewards, KL penalty and values make them.",
@@ -78,6 +78,12 @@ RULES = (
         above("tokens_after_eos"),
         "The response mask covers padding, or the sampler does not stop at the end-of-sequence token.",
         "Build the mask from the first end-of-sequence token; check that sampler and trainer have the same id for it.",
+    ),
+    Rule(
+        "kl_controller_off", EXACT, "The KL coefficient moves as no target of the KL can make it.",
+        ("kl_target_error", "kl_coef", "kl"), judges.controller,
+        "The controller is turned round, steers by another KL than the logged one, or its target moves.",
+        "Check that the coefficient grows while kl lies above kl_target, and falls while it lies below.",
     ),
     # -- is the policy still close? ------------------------------------------------------------------------------------
     Rule(

@@ -1,8 +1,8 @@
 """A step's metrics computed again in float64, from its tokens and the weights that drew them.
 
 Independent of the trainer: every sequence goes through transformers' models by itself and without padding, log-probs
-come from ``log_softmax``, GAE and AdamW are plain loops. What it shares is the configuration, and the order in which
-the minibatches take the sequences. (Llama's norms compute in float32 inside, whatever the model's type.)
+come from ``log_softmax``, advantages and AdamW are plain loops. What it shares is the configuration, and the order in
+which the minibatches take the sequences. (Llama's norms compute in float32 inside, whatever the model's type.)
 
 Shape suffixes: T response positions of one sequence, V vocabulary.
 """
@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf_core import checkpoint, runlog
+from rlhf_core.checks import targets_again as again
 from rlhf_core.checks.metrics_check import MetricsWrong
 from rlhf_core.config import TrainConfig, read_config_file
 from rlhf_core.data import reviews
@@ -129,11 +130,12 @@ def metrics_again(run: Path, step: int) -> dict[str, float]:
         check_rewards(rows, weights)
     ppo, recipe = config.ppo, config.ppo.recipe
     found = _of_the_rollout(rows, weights, config)
-    if recipe.has_closed_form:
-        _targets(rows, weights.kl_coef, config)
-        found |= _of_the_targets(rows)
-        if config.dtype == "float32":
-            found |= replay(rows, weights, config, step)
+    fill_in_targets(rows, weights.kl_coef, config)
+    found |= _of_the_targets(rows)
+    if recipe.group_size > 1:
+        found["reward_zero_std_frac"] = again.zero_deviation_share(_scores(rows, config), recipe.group_size)
+    if config.dtype == "float32":
+        found |= replay(rows, weights, config, step)
     found["lr"] = ppo.learning_rate * (1.0 - (step - 1) / ppo.steps if ppo.schedule == "linear" else 1.0)
     return found
 
@@ -186,7 +188,7 @@ def _of_the_rollout(rows: list[Row], weights: Weights, config: TrainConfig) -> d
     kl = math.fsum(flat) / n
     rewards = [row.reward for row in rows]
     mean = math.fsum(rewards) / n
-    scores = [row.reward - (0.0 if row.ended else config.ppo.missing_eos_penalty) for row in rows]
+    scores = _scores(rows, config)
     off = sorted(abs(x) for row in rows for x in (row.sampler_logprobs_T - row.logprobs_T).tolist())
     place = 0.99 * (tokens - 1)
     low = off[math.floor(place)]
@@ -210,39 +212,24 @@ def _of_the_rollout(rows: list[Row], weights: Weights, config: TrainConfig) -> d
     }
 
 
-def _targets(rows: list[Row], kl_coef: float, config: TrainConfig) -> None:
-    """Fill in raw advantages and returns: δ_t = r_t + γ V_{t+1} − V_t, A_t = δ_t + γλ A_{t+1}."""
-    ppo = config.ppo
-    rewards = []
-    for row in rows:
-        score = row.reward - (0.0 if row.ended else ppo.missing_eos_penalty)
-        tokens = [-kl_coef * x for x in (row.logprobs_T - row.ref_logprobs_T).tolist()]
-        tokens[-1] += score
-        rewards.append(tokens)
-    if ppo.whiten_rewards:
-        flat = [x for tokens in rewards for x in tokens]
-        mean, variance = _moments(flat)
-        rewards = [[(x - mean) / math.sqrt(variance + 1e-8) + mean for x in tokens] for tokens in rewards]
-    for row, tokens in zip(rows, rewards, strict=True):
-        assert row.values_T is not None
-        values = row.values_T.tolist()
-        advantages, next_value, next_advantage = [0.0] * row.length, 0.0, 0.0
-        for t in reversed(range(row.length)):
-            delta = tokens[t] + ppo.gamma * next_value - values[t]
-            advantages[t] = next_advantage = delta + ppo.gamma * ppo.lam * next_advantage
-            next_value = values[t]
+def _scores(rows: list[Row], config: TrainConfig) -> list[float]:
+    return [row.reward - (0.0 if row.ended else config.ppo.missing_eos_penalty) for row in rows]
+
+
+def fill_in_targets(rows: list[Row], kl_coef: float, config: TrainConfig) -> None:
+    """Give each sequence its advantages before whitening, and with a value model its returns."""
+    scores = _scores(rows, config)
+    log_ratios = [(row.logprobs_T - row.ref_logprobs_T).tolist() for row in rows]
+    values = [row.values_T.tolist() for row in rows if row.values_T is not None] or None
+    rewards = again.token_rewards(scores, log_ratios, kl_coef, config.ppo)
+    for row, advantages in zip(rows, again.advantages(rewards, values, config.ppo), strict=True):
         row.advantages_T = torch.tensor(advantages, dtype=torch.float64)
-        row.returns_T = row.advantages_T + row.values_T
-
-
-def _moments(values: list[float]) -> tuple[float, float]:
-    mean = math.fsum(values) / len(values)
-    return mean, math.fsum((x - mean) ** 2 for x in values) / len(values)
+        row.returns_T = None if row.values_T is None else row.advantages_T + row.values_T
 
 
 def _correlation(x: list[float], y: list[float]) -> float:
     mean_x, mean_y = math.fsum(x) / len(x), math.fsum(y) / len(y)
-    norm = math.sqrt(_moments(x)[1] * _moments(y)[1]) * len(x)
+    norm = math.sqrt(again.moments(x)[1] * again.moments(y)[1]) * len(x)
     return math.fsum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True)) / norm if norm > 1e-12 else 0.0
 
 
@@ -251,13 +238,14 @@ def _flat(tensors: list[Tensor | None]) -> list[float]:
 
 
 def _of_the_targets(rows: list[Row]) -> dict[str, float]:
-    advantages = _flat([row.advantages_T for row in rows])
+    found = {"adv_var": again.moments(_flat([row.advantages_T for row in rows]))[1]}
     values = _flat([row.values_T for row in rows])
+    if not values:
+        return found
     returns = _flat([row.returns_T for row in rows])
-    spread = _moments(returns)[1]
-    left = _moments([a - b for a, b in zip(returns, values, strict=True)])[1]
-    return {
-        "adv_var": _moments(advantages)[1],
+    spread = again.moments(returns)[1]
+    left = again.moments([a - b for a, b in zip(returns, values, strict=True)])[1]
+    return found | {
         "explained_variance": 1.0 - left / spread if spread > 0 else 0.0,
         "value_mean": math.fsum(values) / len(values),
         "return_mean": math.fsum(returns) / len(returns),
@@ -267,44 +255,72 @@ def _of_the_targets(rows: list[Row]) -> dict[str, float]:
 def replay(rows: list[Row], weights: Weights, config: TrainConfig, step: int) -> dict[str, float]:
     """Do the step's updates in float64, and return the metrics that they make."""
     ppo = config.ppo
-    mean, variance = _moments(_flat([row.advantages_T for row in rows]))
-    scale = math.sqrt(variance + 1e-8) if ppo.recipe.whiten_advantages else 1.0
-    shift = mean if ppo.recipe.whiten_advantages else 0.0
+    advantages = [row.advantages_T.tolist() for row in rows if row.advantages_T is not None]
+    if ppo.recipe.whiten_advantages:
+        advantages = again.whitened(advantages)
     adam = Adam(weights, config, step)
-    sums, norms, tokens = [0.0] * 4, [], 0
+    sums, norms, tokens, counted = [0.0] * 4, [], 0, 0
     for epoch in range(ppo.epochs):
         order = permutation(config.seed, "minibatches", ppo.batch_size, step, epoch).tolist()
         for start in range(0, ppo.batch_size, ppo.minibatch_size):
-            minibatch = [rows[index] for index in order[start : start + ppo.minibatch_size]]
-            count = sum(row.length for row in minibatch)
-            for row in minibatch:
-                assert row.advantages_T is not None
-                figures = _loss(row, (row.advantages_T - shift) / scale, weights, config)
+            minibatch = order[start : start + ppo.minibatch_size]
+            count = _count([rows[index] for index in minibatch], config)
+            for index in minibatch:
+                figures = _loss(rows[index], torch.tensor(advantages[index], dtype=torch.float64), weights, config)
                 ((figures[0] + ppo.value_coef * figures[1]) / count).backward()
                 sums = [total + float(figure.detach()) for total, figure in zip(sums, figures, strict=True)]
-            tokens += count
+            tokens += sum(rows[index].length for index in minibatch)
+            counted += count
             norms.append(adam.step())
-    names = ("policy_loss", "value_loss", "approx_kl", "clip_frac")
-    means = {name: total / tokens for name, total in zip(names, sums, strict=True)}
-    return means | {"grad_norm": math.fsum(norms) / len(norms), "grad_norm_max": max(norms)}
+    of_the_rows = {"policy_loss": sums[0] / counted, "approx_kl": sums[2] / tokens, "clip_frac": sums[3] / tokens}
+    value = {"value_loss": sums[1] / counted} if ppo.recipe.has_value_model else {}
+    return of_the_rows | value | {"grad_norm": math.fsum(norms) / len(norms), "grad_norm_max": max(norms)}
+
+
+def _count(minibatch: list[Row], config: TrainConfig) -> int:
+    """Return what the losses of a minibatch are divided by."""
+    match config.ppo.recipe.loss_mean:
+        case "token":
+            return sum(row.length for row in minibatch)
+        case "constant":
+            return len(minibatch) * config.sampling.max_new_tokens
+        case _:
+            return len(minibatch)
 
 
 def _loss(row: Row, advantages_T: Tensor, weights: Weights, config: TrainConfig) -> tuple[Tensor, ...]:
-    """Return a sequence's sums of policy loss, value loss, k3 of new against old, and clipped tokens."""
-    ppo = config.ppo
-    assert row.values_T is not None
-    assert row.returns_T is not None
+    """Return a sequence's policy loss, value loss, k3 of new against old, and number of clipped tokens.
+
+    The losses are summed as their mean wants it.
+    """
+    ppo, recipe = config.ppo, config.ppo.recipe
     log_pi_TV, hidden_TD = weights.distribution(weights.policy, row.ids, row.length)
-    values_T = weights.values(row.ids, row.length, hidden_TD)
-    assert values_T is not None
-    x_T = log_pi_TV.gather(1, row.ids[-row.length :, None])[:, 0] - row.logprobs_T
+    logprobs_T = log_pi_TV.gather(1, row.ids[-row.length :, None])[:, 0]
+    x_T = logprobs_T - row.logprobs_T.detach()
     ratio_T = x_T.exp()
     cut_T = ratio_T.clamp(1.0 - ppo.clip_range, 1.0 + ppo.clip_range)
-    policy = -torch.minimum(ratio_T * advantages_T, cut_T * advantages_T).sum()
-    near_T = row.values_T + (values_T - row.values_T).clamp(-ppo.value_clip_range, ppo.value_clip_range)
-    value = torch.maximum((values_T - row.returns_T) ** 2, (near_T - row.returns_T) ** 2).sum() / 2
+    policy_T = -torch.minimum(ratio_T * advantages_T, cut_T * advantages_T)
+    if recipe.kl_place == "loss":
+        policy_T = policy_T + weights.kl_coef * _kl_loss(logprobs_T - row.ref_logprobs_T, ratio_T, config)
+    value_T = torch.zeros_like(policy_T)
+    if row.values_T is not None and row.returns_T is not None:
+        values_T = weights.values(row.ids, row.length, hidden_TD)
+        assert values_T is not None
+        near_T = row.values_T + (values_T - row.values_T).clamp(-ppo.value_clip_range, ppo.value_clip_range)
+        value_T = torch.maximum((values_T - row.returns_T) ** 2, (near_T - row.returns_T) ** 2) / 2
+    share = 1.0 / row.length if recipe.loss_mean == "sequence" else 1.0
     k3 = (ratio_T - 1.0 - x_T).sum().detach()
-    return policy, value, k3, ((ratio_T - 1.0).abs() > ppo.clip_range).sum().detach()
+    clipped = ((ratio_T - 1.0).abs() > ppo.clip_range).sum().detach()
+    return share * policy_T.sum(), share * value_T.sum(), k3, clipped
+
+
+def _kl_loss(to_ref_T: Tensor, ratio_T: Tensor, config: TrainConfig) -> Tensor:
+    """Return x²/2, e^−x − 1 + x, or that times ρ, of x = log π − log π_ref."""
+    estimator = config.ppo.recipe.kl_estimator
+    if estimator == "k2":
+        return to_ref_T**2 / 2
+    k3_T = (-to_ref_T).exp() - 1.0 + to_ref_T
+    return ratio_T * k3_T if estimator == "k3-weighted" else k3_T
 
 
 class Adam:
@@ -350,9 +366,9 @@ def check_again(run: Path, step: int, row: dict[str, Any]) -> str:
         ValueError: what they are computed from is damaged.
     """
     config = read_config_file(run / runlog.CONFIG_FILE, TrainConfig())
-    largest = {"rollout": 0.0, "updates": 0.0}
-    again = metrics_again(run, step)
-    for name, value in sorted(again.items()):
+    largest: dict[str, float] = {}
+    found = metrics_again(run, step)
+    for name, value in sorted(found.items()):
         kind = "updates" if name in REPLAYED else "rollout"
         tolerance = TOLERANCE if config.dtype == "float32" else BFLOAT16_TOLERANCE
         tolerance = REPLAY_TOLERANCE if kind == "updates" else tolerance
@@ -361,6 +377,6 @@ def check_again(run: Path, step: int, row: dict[str, Any]) -> str:
             raise MetricsWrong(
                 f"step {step}: {name} is {row[name]}; from the tokens it comes to {value:.8f}, off by {off:.1e}"
             )
-        largest[kind] = max(largest[kind], off)
-    figures = ", ".join(f"{kind} within {off:.1e}" for kind, off in largest.items())
-    return f"again: step {step}: {len(again)} metrics from the tokens in float64, {figures}"
+        largest[kind] = max(largest.get(kind, 0.0), off)
+    figures = ", ".join(f"{kind} within {off:.1e}" for kind, off in sorted(largest.items()))
+    return f"again: step {step}: {len(found)} metrics from the tokens in float64, {figures}"

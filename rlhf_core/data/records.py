@@ -150,7 +150,7 @@ class _RowDecoder(json.JSONDecoder):
     """
 
     def __init__(self) -> None:
-        super().__init__(parse_constant=self._constant, object_pairs_hook=self._pairs)
+        super().__init__(parse_constant=self._constant, parse_int=self._integer, object_pairs_hook=self._pairs)
         self.problem: RowError | None = None
 
     def raw_decode(self, s: str, idx: int = 0) -> tuple[Any, int]:
@@ -160,6 +160,13 @@ class _RowDecoder(json.JSONDecoder):
 
     def _constant(self, name: str) -> None:
         self.problem = RowError("NaN or infinity", f"{name} is not JSON")
+
+    def _integer(self, digits: str) -> int:
+        try:
+            return int(digits)
+        except ValueError:  # Python reads no more than 4,300 digits
+            self.problem = RowError("number too long", f"an integer has {len(digits)} digits")
+            return 0
 
     def _pairs(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)

@@ -16,8 +16,8 @@ def healthy(rows: int = 60, seed: int = 0) -> dict[str, np.ndarray]:
     columns = {
         "kl": noisy(4 * t / (1 + t)),
         "kl_k3": noisy(0.4 * t / (1 + t)),
-        "kl_target_error": noisy(2.0 + 0 * t),
-        "kl_coef": 0.1 - 0.02 * t / (1 + t),
+        "kl_target_error": 2.0 + 0 * t,
+        "kl_coef": 0.1 + 0 * t,
         "entropy": noisy(1.7 - 0.6 * t / (1 + t)),
         "reward_mean": 0.6 * t / (1 + t) + 0.1 * rng.standard_normal(rows),
         "reward_var": noisy(0.35 + 0 * t, 0.2),
@@ -49,8 +49,15 @@ def healthy(rows: int = 60, seed: int = 0) -> dict[str, np.ndarray]:
         "tokens_per_second": noisy(1000 + 0 * t),
         "peak_mem_bytes": 1e9 + 1e6 * np.arange(rows),
     }
+    columns |= controlled(columns["kl"])
     assert columns.keys() == {metric.name for metric in (*METRICS, *TIMINGS)} - {"reward_zero_std_frac"}
     return {"step": np.arange(1, rows + 1)} | columns
+
+
+def controlled(kl: np.ndarray, target: float = 6.0, sign: int = 1) -> dict[str, np.ndarray]:
+    """What an adaptive controller of 64 sequences a step makes of a KL; −1 turns it round."""
+    changes = 1 + sign * np.clip(kl / target - 1, -0.2, 0.2) * 64 / 10_000
+    return {"kl_target_error": np.abs(kl - target), "kl_coef": 0.1 * np.cumprod([1.0, *changes[:-1]])}
 
 
 def spoiled(rows: int = 60, seed: int = 0, since: int = 30, **values: float | np.ndarray) -> dict[str, np.ndarray]:

@@ -286,6 +286,38 @@ def rollout_from_the_reference(world: Any) -> None:
     world.patch.setattr(ppo, "sample", lambda lm, *args, **options: right(world.state.reference.lm, *args, **options))
 
 
+def _entropy_bonus(world: Any, coef: float) -> None:
+    entropies: list[torch.Tensor] = []
+    evaluate_rows, policy_loss = ppo.evaluate_rows, ppo.clipped_policy_losses
+
+    def stashing(*args: Any) -> Any:
+        found = evaluate_rows(*args)
+        entropies[:] = [found[1]]
+        return found
+
+    world.patch.setattr(ppo, "evaluate_rows", stashing)
+    world.patch.setattr(
+        ppo, "clipped_policy_losses", lambda *args, **options: policy_loss(*args, **options) - coef * entropies[0]
+    )
+
+
+def entropy_bonus(world: Any) -> None:
+    _entropy_bonus(world, 0.05)
+
+
+def entropy_penalty(world: Any) -> None:
+    _entropy_bonus(world, -0.05)
+
+
+def kl_controller_turned_round(world: Any) -> None:
+    """β falls while the KL lies above its target; a run whose β is fixed has an adaptive one from here on."""
+    right = ppo.adapt_kl_coef
+    world.config = dataclasses.replace(
+        world.config, ppo=dataclasses.replace(world.config.ppo, kl_control="adaptive", kl_horizon=2000)
+    )
+    world.patch.setattr(ppo, "adapt_kl_coef", lambda coef, *args, **options: coef**2 / right(coef, *args, **options))
+
+
 @dataclasses.dataclass(frozen=True)
 class Fault:
     """A fault, and the alerts any of which is a right answer."""
@@ -341,5 +373,8 @@ FAULTS = {
         Fault(rewards_of_other_rows, "scores that land on other sequences", _TARGETS),
         Fault(reference_follows_the_policy, "reference that follows the policy", ("kl_collapse",)),
         Fault(nan_reward, "NaN reward", ("nonfinite",)),
+        Fault(entropy_bonus, "bonus for entropy that nobody asked for", _GRADIENT),
+        Fault(entropy_penalty, "the same with the other sign", _GRADIENT),
+        Fault(kl_controller_turned_round, "KL controller turned round", ("kl_controller_off",)),
     )
 }  # fmt: skip

@@ -32,9 +32,9 @@ LIMITS = """\
   meant, only completions and a judge that PPO never sees can tell.
 - **Gradients clipped too much or not at all**, optimizer settings, data that repeat: they change how fast a run learns,
   and not what is right.
-- **What happens behind the first minibatch**: a bonus for entropy, clipping left out, an optimizer that forgets. The
-  exact rules look at the first gradient of a step. `rlhf check-metrics` computes whole updates again, in float64 and
-  from the weights and moments of a checkpoint, and names the first metric that comes out otherwise.
+- **What happens behind the first minibatch**: clipping left out, an optimizer that forgets. The exact rules look at
+  the first gradient of a step. `rlhf check-metrics` computes whole updates again, in float64 and from the weights and
+  moments of a checkpoint, and names the first metric that comes out otherwise.
 - The exact rules (`gradient_off_closed_form`, `targets_off_definition`, `tokens_after_end`, `not_drawn_from_policy`,
   `value_dominates`) need metrics that only this trainer logs. On the logs of others the same faults show later, through
   what they do to KL, entropy, reward and lengths.

@@ -24,6 +24,7 @@ def metrics_row(step: int, **values: float | None) -> dict[str, Any]:
     row: dict[str, Any] = {metric.name: 0.5 + noise for metric in METRICS}
     row |= {
         "kl": 1.0 + 0.01 * min(step, 100) + noise,
+        "kl_coef": 0.1,
         "kl_k3": 0.1 + noise / 10,
         "approx_kl": 0.01 + noise / 10,
         "clip_frac": 0.1 + noise,

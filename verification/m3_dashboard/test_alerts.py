@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from alert_columns import healthy, spoiled
+from alert_columns import controlled, healthy, spoiled
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -50,6 +50,7 @@ SPOILED = {
     "sampler_trainer_mismatch": {"rollout_logprob_diff_p99": 0.2},
     "not_drawn_from_policy": {"sampling_z": 4.0},
     "tokens_after_end": {"tokens_after_eos": 3.0},
+    "kl_controller_off": {"kl_coef": 0.1 * 1.001 ** np.arange(30)},
     "kl_blow_up": {"kl": 40.0},
     "kl_jump": {"kl": 60.0},
     "kl_collapse": {"kl": 0.0},
@@ -128,6 +129,46 @@ def test_a_policy_that_has_collapsed_is_not_said_to_be_sampled_wrongly():
     """All but rare draws have x = −log π − entropy just below 0, so that z is near −√tokens in every step."""
     assert "not_drawn_from_policy" in found(spoiled(sampling_z=-7.2))
     assert "not_drawn_from_policy" not in found(spoiled(sampling_z=-7.2, entropy=1e-8))
+
+
+KL_AROUND_6 = 6.0 + 0.3 * DATA[:60]
+
+
+def with_controller(since=0, **controller):
+    columns = healthy() | {"kl": KL_AROUND_6}
+    right, other = controlled(KL_AROUND_6), controlled(KL_AROUND_6, **controller)
+    turned = np.diff(np.log(other["kl_coef"]), prepend=np.log(0.1)) * (np.arange(60) > since)
+    coefficient = np.exp(np.log(right["kl_coef"][since]) + np.cumsum(turned))
+    return columns | right | {"kl_coef": np.where(np.arange(60) > since, coefficient, right["kl_coef"])}
+
+
+def controller_alert(columns):
+    return found({name: columns[name] for name in ("step", "kl", "kl_target_error", "kl_coef")}).get(
+        "kl_controller_off"
+    )
+
+
+@pytest.mark.parametrize("since", [0, 30])
+def test_a_controller_that_is_turned_round_is_found_within_four_steps(since):
+    alert = controller_alert(with_controller(since, sign=-1))
+    assert since + 2 <= alert.raised_step <= since + 4
+    assert alert.severity == "critical"
+
+
+def test_a_controller_that_holds_its_target_is_right_on_either_side_and_across_it():
+    for kl in (KL_AROUND_6 - 5, KL_AROUND_6, KL_AROUND_6 + 30):
+        rounded = {name: np.round(column, 8) for name, column in controlled(kl).items()}
+        assert controller_alert({"step": np.arange(60), "kl": np.round(kl, 8)} | rounded) is None
+
+
+def test_a_controller_is_not_judged_by_what_a_log_does_not_tell():
+    fixed = {"kl_target_error": np.abs(KL_AROUND_6 - 6), "kl_coef": np.full(60, 0.1)}
+    columns = {"step": np.arange(60), "kl": KL_AROUND_6}
+    assert controller_alert(columns | fixed) is None
+    turned = columns | controlled(KL_AROUND_6, sign=-1)
+    assert controller_alert(turned | {"step": 10 * np.arange(60)}) is None  # ten changes between two rows
+    tiny = np.round(turned["kl_coef"] * 1e-5, 8)  # whose changes are lost in rounding
+    assert controller_alert(turned | {"kl_coef": tiny}) is None
 
 
 def test_small_batches_cannot_show_that_length_is_paid_for():

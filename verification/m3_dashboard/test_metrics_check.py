@@ -238,15 +238,29 @@ def test_a_run_without_rollouts_says_what_was_not_checked(copied_run):
 
 @pytest.mark.parametrize(
     "options",
-    [("--model.value", "shared", "--model.architecture", "gpt2"), ("--ppo.algorithm", "rloo", "--ppo.group-size", "2")],
-    ids=["gpt2 with a shared value head", "rloo, without a value model"],
+    [
+        ("--model.value", "shared", "--model.architecture", "gpt2"),
+        ("--ppo.algorithm", "grpo", "--ppo.group-size", "2"),
+        ("--ppo.algorithm", "dr-grpo", "--ppo.group-size", "2"),
+        ("--ppo.algorithm", "rloo", "--ppo.group-size", "2"),
+        ("--ppo.algorithm", "reinforce++", "--ppo.whiten-rewards"),
+        ("--ppo.algorithm", "reinforce++-baseline", "--ppo.group-size", "2"),
+        ("--ppo.kl-place", "loss", "--ppo.kl-estimator", "k2", "--ppo.loss-mean", "sequence"),
+    ],
+    ids=lambda options: " ".join(options).replace("--ppo.", "").replace("--model.", ""),
 )
 def test_other_models_and_algorithms_are_computed_again_too(tmp_path, options):
+    """Their updates too: a loss that is off by 0.001 is found out."""
     outcome = run_command("train", *TINY_RUN, "--runs", tmp_path, "--name", "other", *options)
     assert outcome.code == 0, outcome.err
     outcome = run_command("check-metrics", tmp_path / "other")
     assert outcome.code == 0, outcome.out
     assert outcome.out.count("again: step") == 2
+    assert outcome.out.count("updates within") == 2
+    change(tmp_path / "other", "metrics.jsonl", lambda rows: rows[0].update(policy_loss=rows[0]["policy_loss"] + 1e-3))
+    outcome = run_command("check-metrics", tmp_path / "other")
+    assert outcome.code == 1
+    assert "step 1: policy_loss is" in outcome.out
 
 
 def test_the_largest_entropy_is_that_of_a_uniform_choice(finished_run):

@@ -6,7 +6,7 @@ import torch
 from tiny_models import EOS, PAD, PROMPTS, share_of_sevens, tiny_config, tiny_state
 
 from rlhf_core import ppo
-from rlhf_core.checks.gradient_probe import GradientProbe
+from rlhf_core.checks.gradient_probe import GradientProbe, leaves
 from rlhf_core.checks.invariants import target_error, tokens_after_end
 from rlhf_core.losses import clipped_policy_losses, clipped_value_losses, log_ratio, masked_sum
 
@@ -82,14 +82,15 @@ def probed(loss_of, *, attached=False):
         leaves = [old[rows].clone().requires_grad_(), values_before[rows].clone().requires_grad_()]
         logprobs, values = (leaf * 1.0 for leaf in leaves)
         a = advantages[rows] + (0.0 * values if attached else 0.0)
-        probe.watch(rows, logprobs, values, a, returns[rows])
         policy = masked_sum(
             clipped_policy_losses(log_ratio(logprobs, old[rows], mask[rows]), a, mask[rows], clip_range=0.2), mask[rows]
         )
         value = masked_sum(
             clipped_value_losses(values, values_before[rows], returns[rows], mask[rows], clip_range=0.2), mask[rows]
         )
-        (loss_of(policy, value, logprobs, values, advantages[rows]) / tokens).backward()
+        loss = loss_of(policy, value, logprobs, values, advantages[rows]) / tokens
+        probe.watch(rows, logprobs, values, a, returns[rows], loss)
+        loss.backward()
     return probe.metrics(), advantages, values_before - returns
 
 
@@ -123,6 +124,41 @@ def test_a_wrong_loss_has_another_gradient(wrong):
 
 def test_targets_that_carry_a_gradient_show_even_where_it_is_zero():
     assert probed(right, attached=True)[0]["first_gradient_error"] == 1.0
+
+
+def test_a_term_that_goes_past_log_probs_and_values_shows():
+    """Such as the entropy, another result of the very function that gives the log-probs, or a norm of the weights."""
+    weight = torch.ones((), requires_grad=True)
+    assert probed(lambda policy, value, *_: policy + 0.5 * value + 1e-6 * weight)[0]["first_gradient_error"] == 1.0
+
+
+def test_leaves_are_those_of_the_results_and_not_by_way_of_what_is_left_out():
+    a, b = (torch.ones(2, requires_grad=True) for _ in range(2))
+    first, second = (a * b).unbind()
+    assert set(leaves([first + second])) == {a, b}
+    assert set(leaves([first + second], without=[first])) == {a, b}
+    assert set(leaves([2 * first + second], without=[first, second])) == set()
+    assert set(leaves([first + b.sum()], without=[first])) == {b}
+    assert set(leaves([a.sum()], without=[a])) == set()
+
+
+@pytest.mark.parametrize("coef", [0.01, -0.01])
+def test_a_bonus_for_entropy_in_the_trainer_is_no_ppo_loss(coef, monkeypatch):
+    entropies, evaluate_rows, losses = [], ppo.evaluate_rows, ppo.clipped_policy_losses
+
+    def stashing(*args):
+        found = evaluate_rows(*args)
+        entropies[:] = [found[1]]
+        return found
+
+    monkeypatch.setattr(ppo, "evaluate_rows", stashing)
+    monkeypatch.setattr(
+        ppo, "clipped_policy_losses", lambda *args, **options: losses(*args, **options) - coef * entropies[0]
+    )
+    config = tiny_config(kl_coef=0.3)
+    state = tiny_state("llama", "shared", config, reference_seed=1)
+    result = ppo.ppo_step(state, PROMPTS, share_of_sevens, config, eos_id=EOS, pad_id=PAD)
+    assert result.metrics["first_gradient_error"] == 1.0
 
 
 @pytest.mark.parametrize("whiten", [False, True])

@@ -115,6 +115,14 @@ class TestDamage:
         assert values(tmp_path / "a.jsonl")[-1] == values(tmp_path / "a.json")[-1] == {"prompt": "z"}
         assert "prompt stands twice" in str(values(tmp_path / "a.jsonl")[0])
 
+    def test_an_integer_that_python_does_not_read_is_named_and_the_next_row_is_read(self, tmp_path):
+        rows = ['{"prompt": "a", "margin": ' + "1" * 5000 + "}", '{"prompt": "z", "margin": 12}']
+        (tmp_path / "a.jsonl").write_text("\n".join(rows))
+        (tmp_path / "a.json").write_text(f"[{', '.join(rows)}]")
+        for name, where in (("a.jsonl", "a.jsonl:1"), ("a.json", "a.json: row 1")):
+            assert reasons(tmp_path / name) == [(f"{tmp_path / where}", "number too long")]
+            assert values(tmp_path / name)[-1] == {"prompt": "z", "margin": 12}
+
     @pytest.mark.parametrize("behind", ["", '"x, y",d\n', '"two\nlines",d\n'])
     def test_a_quote_that_is_not_closed_costs_its_own_row_and_none_behind_it(self, tmp_path, behind):
         path = tmp_path / "a.csv"
