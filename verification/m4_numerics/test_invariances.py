@@ -115,12 +115,10 @@ def plant_detached_trunk(monkeypatch):
 
 def plant_temperature_forgotten_by_the_reference(monkeypatch):
     """Take the reference's log-probs at temperature 1."""
-    right = scoring.token_logprobs
-
-    def forgetful(logits, labels, *, temperature, with_entropy=False):
-        return right(logits, labels, temperature=temperature if with_entropy else 1.0, with_entropy=with_entropy)
-
-    monkeypatch.setattr(scoring, "token_logprobs", forgetful)
+    right = scoring.response_scores
+    monkeypatch.setattr(
+        scoring, "response_scores", lambda *rows_and_temperature: right(*rows_and_temperature[:-1], 1.0)
+    )
 
 
 @pytest.mark.parametrize(
