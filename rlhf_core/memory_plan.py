@@ -181,29 +181,30 @@ def saved_floats(shape: ModelShape, rows: int, length: int, costs: Costs, *, bfl
     Eager attention keeps a row of scores a head and token, under bfloat16 in both precisions.
     """
     scores = costs.scores_kept * shape.heads * length if shape.eager else float(shape.heads)
-    token = _block_floats(shape, 0, bfloat16) + (1.5 if bfloat16 and shape.eager else 1.0) * scores
+    token = _block_floats(shape, bfloat16) + (1.5 if bfloat16 and shape.eager else 1.0) * scores
     return rows * length * (shape.layers * token + 2 * shape.width)
 
 
 def saved_packed_floats(shape: ModelShape, tokens: int, *, bfloat16: bool = False) -> float:
     """Return what :func:`saved_floats` is for tokens side by side, of rows of unequal length.
 
-    Query, key, value and what attention mixed are kept a second time, laid out by rows; of the scores one sum a head.
+    Of the scores one sum a head is kept. Under bfloat16 attention is float32 all the same; its result is kept in both.
     """
-    return tokens * (shape.layers * (_block_floats(shape, 4, bfloat16) + shape.heads) + 2 * shape.width)
+    wide = 2.5 * shape.width if bfloat16 else 0.0
+    return tokens * (shape.layers * (_block_floats(shape, bfloat16) + wide + shape.heads) + 2 * shape.width)
 
 
-def _block_floats(shape: ModelShape, more_widths: int, bfloat16: bool) -> float:
+def _block_floats(shape: ModelShape, bfloat16: bool) -> float:
     """Return what a block keeps of a token, but for scores.
 
     GPT-2: 8 arrays of the width (two norms' input and output, query, key, value, what attention mixed) and 2 of the
-    MLP's; Llama: 10 and 4. Under bfloat16 the products' inputs take half; norms and what attention takes stay float32.
+    MLP's; Llama: 10 and 4. Under bfloat16 the products' inputs take half and norms stay float32.
     """
     if shape.family == "gpt2":
         of_norms, of_products = 2 * shape.width, 6 * shape.width + 2 * shape.inner
     else:
         of_norms, of_products = 7 * shape.width, 3 * shape.width + 4 * shape.inner
-    return more_widths * shape.width + of_norms + of_products / (2 if bfloat16 else 1)
+    return of_norms + of_products / (2 if bfloat16 else 1)
 
 
 def scores_in_passing(shape: ModelShape, rows: int, length: int, costs: Costs) -> float:

@@ -99,7 +99,7 @@ def pack(input_ids_BL: torch.Tensor, attention_mask_BL: torch.Tensor, response_l
     ends = lengths_B.cumsum(0)
     return PackedRows(
         ids_N=nn.functional.pad(ids_N, (0, filled), value=int(ids_N[0])),
-        positions_N=torch.cat([positions_N, torch.arange(filled, device=ids_N.device)]),
+        positions_N=nn.functional.pad(positions_N, (0, filled)),
         starts=torch.cat([ends.new_zeros(1), ends, ends.new_full((int(filled > 0),), real + filled)]),
         real=real,
         rows=rows,

@@ -23,7 +23,7 @@ def test_only_real_tokens_are_kept_and_know_their_places():
 def test_a_row_of_its_own_fills_the_tokens_up_to_a_multiple():
     packed = pack(IDS, MASK, 3)
     assert packed.starts.tolist() == [0, 4, 7, 12, 16]
-    assert packed.positions_N[packed.real :].tolist() == [0, 1, 2, 3]
+    assert packed.positions_N[packed.real :].tolist() == [0, 0, 0, 0]
     assert pack(IDS[:, :4], torch.ones(3, 4), 2).starts.tolist() == [0, 4, 8, 12, 16]
     assert pack(IDS[:2, :4].repeat(2, 1), torch.ones(4, 4), 2).starts.tolist() == [0, 4, 8, 12, 16]
     assert [filling(tokens) for tokens in (1, 16, 255, 256, 257, 320, 1000)] == [15, 0, 1, 0, 63, 0, 24]
