@@ -69,7 +69,7 @@ class _Embeddings:
     """The embeddings of a trunk, and the weight of its head, which may be the same."""
 
     def __init__(self, embeddings: Any, head: Any) -> None:
-        self._embeddings, self._head = embeddings, head
+        self._embeddings = embeddings
         self._weight = None if head is None else head.weight
         self._tied = self._weight is embeddings.weight
 

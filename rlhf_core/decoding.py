@@ -1,8 +1,9 @@
 """One token after the other from a causal language model: its own forward pass, or a shorter way through its blocks.
 
 A decoding step computes little, so what surrounds it counts: a model's ``forward`` makes masks, positions and cache
-objects anew for each token. :class:`BlockDecoder` calls the same layers one by one over a cache that is allocated
-once, for GPT-2 and for Llama and what is built like it; :class:`ModelDecoder` serves every model.
+objects anew for each token. :class:`RowDecoder` calls the layers of GPT-2 and Llama one by one over a cache that is
+allocated once, and gives the bits that training gives: float32 on a CPU. :class:`BlockDecoder` does so elsewhere, over
+torch's attention; :class:`ModelDecoder` serves every model.
 
 Shape suffixes: B sequences, P prompt positions, S cached positions, H heads, G key-value heads, K head width, V
 vocabulary.

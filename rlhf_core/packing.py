@@ -21,14 +21,14 @@ from rlhf_core.blocks import Blocks, blocks_of
 from rlhf_core.numerics import is_portable
 from rlhf_kernels import linear_token_logprobs
 from rlhf_kernels.attention import attend, attends
+from rlhf_kernels.products import filling
 
 
 @dataclass(frozen=True)
 class PackedRows:
     """Rows of left-padded prompts and right-padded responses, without their padding.
 
-    Behind them stands a row of its own that fills N up to a multiple (:func:`filling`): what prepares a product for a
-    number of rows costs time and memory, so there shall be few such numbers.
+    Behind them stands a row of its own that fills N up to a multiple (:func:`rlhf_kernels.products.filling`).
     """
 
     ids_N: torch.Tensor
@@ -71,11 +71,6 @@ class PackedRows:
         """Return [B, T], zero where there is no token."""
         grid = x_M.new_zeros(self.rows * self.response_length).index_copy(0, self.responses_M, x_M)
         return grid.view(self.rows, self.response_length)
-
-
-def filling(tokens: int) -> int:
-    """Return how many tokens are missing to a multiple of 64, or of 16 while they are few."""
-    return -tokens % (64 if tokens > 256 else 16)
 
 
 def pack(input_ids_BL: torch.Tensor, attention_mask_BL: torch.Tensor, response_length: int) -> PackedRows:

@@ -20,6 +20,14 @@ def available() -> bool:
     return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
+def filling(rows: int) -> int:
+    """Return how many rows are missing to a multiple of 64, or of 16 while they are few.
+
+    oneDNN makes code for every number of rows that it meets, and keeps it: whoever may choose the number fills it up.
+    """
+    return -rows % (64 if rows > 256 else 16)
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return x Wᵀ + b, differentiable once, with rows that stand alone where both are float32 on the CPU.
 

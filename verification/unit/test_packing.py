@@ -3,7 +3,8 @@ import torch
 from tiny_models import ARCHITECTURES, tiny_lm
 
 from rlhf_core import packing
-from rlhf_core.packing import filling, hidden_states, pack, packable, response_logprobs
+from rlhf_core.packing import hidden_states, pack, packable, response_logprobs
+from rlhf_kernels.products import filling
 
 IDS = torch.tensor([[9, 1, 2, 3, 4], [5, 6, 7, 9, 9], [1, 2, 3, 4, 5]])
 MASK = torch.tensor([[0, 1, 1, 1, 1], [1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])

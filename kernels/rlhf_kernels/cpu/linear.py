@@ -16,7 +16,7 @@ from torch import Tensor
 from rlhf_kernels.cpu import _logprob
 from rlhf_kernels.cpu.launch import ELEMENT_TYPE, address, instruction_set, output, require_labels_in_range, threads
 from rlhf_kernels.ops import register_kernel
-from rlhf_kernels.products import available, product
+from rlhf_kernels.products import available, filling, product
 
 ROWS = 1024
 COLUMNS = 2048
@@ -59,9 +59,8 @@ def _rowwise(matrix: Tensor) -> bool:
 
 
 def _filled(hidden_NH: Tensor) -> Tensor:
-    """Rows of zeros behind, up to a multiple: oneDNN makes and keeps code for every number of rows that it meets."""
-    n = hidden_NH.shape[0]
-    return torch.nn.functional.pad(hidden_NH, (0, 0, 0, -n % (64 if n > 256 else 16)))
+    """Rows of zeros behind, so that products see few numbers of rows."""
+    return torch.nn.functional.pad(hidden_NH, (0, 0, 0, filling(hidden_NH.shape[0])))
 
 
 def _selected(flags_N: Tensor) -> Tensor | None:
