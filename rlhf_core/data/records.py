@@ -352,8 +352,9 @@ def _read_parquet(path: Path) -> Iterator[Record]:
 
     number = 0
     try:
-        with pyarrow.parquet.ParquetFile(path, memory_map=True) as file:
-            for batch in file.iter_batches(batch_size=PARQUET_ROWS):
+        # Mapped or buffered beforehand, a row group as large as the file would be in memory at once.
+        with pyarrow.parquet.ParquetFile(path, buffer_size=CHUNK, pre_buffer=False) as file:
+            for batch in file.iter_batches(batch_size=PARQUET_ROWS, use_threads=False):
                 for row in range(batch.num_rows):
                     number += 1
                     yield _attempt(f"{path}: row {number}", _parquet_row, batch, row)
