@@ -60,6 +60,16 @@ class Tail:
         self.offset, self._fingerprint, self._inode = 0, b"", inode
         return True
 
+    def grown(self) -> bool:
+        """Return whether the file has another size than at the last look at it; that was this one, from now on."""
+        file = open_plain(self._run, self._name)
+        if file is None:
+            return False
+        with file:
+            status = os.fstat(file.fileno())
+        before, self.size, self._written = self.size, status.st_size, status.st_mtime
+        return self.size != before
+
     def block(self) -> bytes:
         """Return the next whole lines, about ``BLOCK_BYTES`` of them; nothing when there are none."""
         file = open_plain(self._run, self._name)

@@ -15,8 +15,8 @@ from rlhf_core.alerting.thresholds import default_thresholds
 from rlhf_core.alerts import SEVERITIES, Alert, synthetic_alerts
 from rlhf_core.terminal import printable
 
-POINTS = 500
-"""Points of a curve, each with its minimum and maximum: more than a chart has pixels across."""
+POINTS = 250
+"""Points of a curve, each with its minimum and maximum: two pixels of a chart at most, and a page that is soon drawn."""
 MOST_OPEN = 4
 MOST_ALERTS = 30
 

@@ -24,7 +24,7 @@ MOST_RUNS = 12
 AT_ONCE_BYTES = 1 << 24
 """A log with less than this unread is read while the page waits; a longer one in the background."""
 PREVIEW_ROWS = 400
-HEAD_START_S = 1.0
+HEAD_START_S = 3.0
 """How long the reading in the background waits, so that the page is drawn first."""
 LATE_S = 1.0
 """How long a row waits for its timings, which are written a moment later."""
@@ -86,6 +86,8 @@ class Run:
         """Read what has been added; a long log in the background, with a preview of its whole length meanwhile."""
         with self._lock:
             if self._reader is not None and self._reader.is_alive():
+                if self._previews and self._metrics.grown():
+                    self._make_previews()
                 return
             if self._metrics.restarted() or self._timings.restarted():
                 self._begin()
@@ -115,6 +117,7 @@ class Run:
             time.sleep(0.0005)  # a lock is not fair: let the page have it
 
     def _make_previews(self) -> None:
+        self._previews, self._preview_last = [], {}
         for log in (runlog.METRICS_FILE, runlog.TIMINGS_FILE):
             rows, _ = jsonl.parse(lines) if (lines := jsonl.skim(self.path, log, PREVIEW_ROWS)) else ({}, 0)
             if "step" in rows:

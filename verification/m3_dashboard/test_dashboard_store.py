@@ -323,6 +323,24 @@ def test_a_long_log_is_previewed_at_once_and_read_in_the_background(runs, monkey
     assert found.curve("reward_mean", "step", None, 50).low.min() == -7.0
 
 
+def test_new_rows_of_a_long_log_show_while_it_is_read_in_the_background(runs, monkeypatch):
+    from dashboard import store as module
+
+    monkeypatch.setattr(module, "AT_ONCE_BYTES", 1 << 16)
+    monkeypatch.setattr(module, "HEAD_START_S", 1.0)
+    make_long_log(runs / "long", 3000)
+    store = Store(runs)
+    assert store.run("long").latest()["step"] == 3000
+    append(runs / "long" / "metrics.jsonl", metrics_row(3001, kl=77.0))
+    append(runs / "long" / "timings.jsonl", timing_row(3001))
+    found = store.run("long")
+    assert found.progress().read < 1
+    assert found.latest()["kl"] == 77.0
+    assert found.curve("kl", "step", None, 10**6).x[[0, -1]].tolist() == [1, 3001]
+    found._reader.join()
+    assert steps_of(store.run("long")) == list(range(1, 3002))
+
+
 @pytest.mark.slow
 def test_a_million_steps_are_seen_at_once_read_soon_and_held_in_bounded_memory(runs):
     import resource
