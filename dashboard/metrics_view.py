@@ -16,7 +16,7 @@ from rlhf_core.alerts import SEVERITIES, Alert, synthetic_alerts
 from rlhf_core.terminal import printable
 
 POINTS = 250
-"""Points of a curve, each with its minimum and maximum: two pixels of a chart at most, and a page that is soon drawn."""
+"""Points of a curve, each with its minimum and maximum: two pixels of a chart at most, and soon drawn."""
 MOST_OPEN = 4
 MOST_ALERTS = 30
 

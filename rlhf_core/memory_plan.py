@@ -188,10 +188,10 @@ def saved_floats(shape: ModelShape, rows: int, length: int, costs: Costs, *, bfl
 def saved_packed_floats(shape: ModelShape, tokens: int, *, bfloat16: bool = False) -> float:
     """Return what :func:`saved_floats` is for tokens side by side, of rows of unequal length.
 
-    Of the scores one sum a head is kept. Under bfloat16 attention is float32 all the same; its result is kept in both.
+    Of the scores two numbers a head are kept. Under bfloat16 query, key and value are float32 all the same.
     """
-    wide = 2.5 * shape.width if bfloat16 else 0.0
-    return tokens * (shape.layers * (_block_floats(shape, bfloat16) + wide + shape.heads) + 2 * shape.width)
+    wide = 1.5 * shape.width if bfloat16 else 0.0
+    return tokens * (shape.layers * (_block_floats(shape, bfloat16) + wide + 2 * shape.heads) + 2 * shape.width)
 
 
 def _block_floats(shape: ModelShape, bfloat16: bool) -> float:

@@ -5,6 +5,7 @@ on all processors, one thread. ``native`` uses the processor's widest instructio
 belong to one kind of processor, and there too two runs agree.
 """
 
+import ctypes
 import os
 import platform
 import sys
@@ -55,6 +56,19 @@ def apply_environment(numerics: Numerics, threads: int) -> None:
                 f"numerics 'portable' must be chosen before torch is imported; start the process with {settings}"
             )
     os.environ.update(wanted)
+    _keep_freed_memory()
+
+
+MALLOC_SETTINGS = {-3: 32 << 20, -1: 256 << 20}
+"""M_MMAP_THRESHOLD and M_TRIM_THRESHOLD of glibc's malloc.h, in bytes."""
+
+
+def _keep_freed_memory() -> None:
+    """Let malloc keep up to 256 MiB of what was freed, for the next tensor; the system would clear each page again."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None and platform.libc_ver()[0] == "glibc":
+        for parameter, size in MALLOC_SETTINGS.items():
+            mallopt(parameter, size)
 
 
 def is_portable() -> bool:

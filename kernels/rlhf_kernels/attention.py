@@ -95,47 +95,29 @@ class _Attend(torch.autograd.Function):
     ) -> Tensor:
         query_NHK, key_NGK, value_NGK = (_heads_side_by_side(x) for x in (query_NHK, key_NGK, value_NGK))
         (tokens, heads, width), shared = query_NHK.shape, key_NGK.shape[1]
-        out_NHK, log_sums_NH = query_NHK.new_empty(tokens, heads, width), query_NHK.new_empty(tokens, heads)
+        out_NHK, softmax_NH2 = query_NHK.new_empty(tokens, heads, width), query_NHK.new_empty(tokens, heads, 2)
+        longest = int(starts.diff().max()) if len(starts) > 1 else 0
         _native.attend_rows(
             query_NHK.data_ptr(), key_NGK.data_ptr(), value_NGK.data_ptr(), launch.address(starts), len(starts) - 1,
-            int(starts.diff().max()) if len(starts) > 1 else 0, query_NHK.stride(0), key_NGK.stride(0),
-            value_NGK.stride(0), heads, heads // shared, width, scale, launch.address(out_NHK),
-            launch.address(log_sums_NH), launch.instruction_set(), launch.threads(),
+            longest, query_NHK.stride(0), key_NGK.stride(0), value_NGK.stride(0), heads, heads // shared, width, scale,
+            launch.address(out_NHK), launch.address(softmax_NH2), launch.instruction_set(), launch.threads(),
         )  # fmt: skip
-        ctx.scale = scale
-        ctx.save_for_backward(query_NHK, key_NGK, value_NGK, starts, out_NHK, log_sums_NH)
+        ctx.scale, ctx.longest = scale, longest
+        ctx.save_for_backward(query_NHK, key_NGK, value_NGK, starts, softmax_NH2)
         return out_NHK
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_NHK: Tensor) -> tuple[Tensor | None, ...]:
-        query_NHK, key_NGK, value_NGK, starts, out_NHK, log_sums_NH = ctx.saved_tensors
-        heads, shared = query_NHK.shape[1], key_NGK.shape[1]
-        lengths_B = starts.diff()
-        rows, longest = len(lengths_B), int(lengths_B.max())
-        places_N = None
-        if rows * longest != len(query_NHK):
-            row_N = torch.repeat_interleave(torch.arange(rows), lengths_B)
-            places_N = torch.arange(len(query_NHK)) + (row_N * longest - starts[row_N])
-
-        def by_rows(x_N: Tensor) -> Tensor:
-            if places_N is not None:
-                x_N = x_N.new_zeros(rows * longest, *x_N.shape[1:]).index_copy(0, places_N, x_N)
-            return x_N.view(rows, longest, *x_N.shape[1:]).transpose(1, 2)
-
-        def side_by_side(x_BHLK: Tensor) -> Tensor:
-            flat = x_BHLK.transpose(1, 2).reshape(rows * longest, *x_BHLK.shape[1:2], x_BHLK.shape[3])
-            return flat if places_N is None else flat[places_N]
-
-        if heads != shared:
-            key_NGK, value_NGK = (x.repeat_interleave(heads // shared, dim=1) for x in (key_NGK, value_NGK))
-        gradients = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            by_rows(grad_NHK.contiguous()), by_rows(query_NHK), by_rows(key_NGK), by_rows(value_NGK),
-            by_rows(out_NHK), by_rows(log_sums_NH), 0.0, True, scale=ctx.scale,
+        query_NHK, key_NGK, value_NGK, starts, softmax_NH2 = ctx.saved_tensors
+        heads, (shared, width) = query_NHK.shape[1], key_NGK.shape[1:]
+        grad_query, grad_key, grad_value = (x.new_empty(x.shape) for x in (query_NHK, key_NGK, value_NGK))
+        grad_NHK = grad_NHK.contiguous()
+        _native.attend_rows_backward(
+            query_NHK.data_ptr(), key_NGK.data_ptr(), value_NGK.data_ptr(), grad_NHK.data_ptr(),
+            launch.address(softmax_NH2), launch.address(starts), len(starts) - 1, ctx.longest, query_NHK.stride(0),
+            key_NGK.stride(0), value_NGK.stride(0), heads, heads // shared, width, ctx.scale,
+            launch.address(grad_query), launch.address(grad_key), launch.address(grad_value),
+            launch.instruction_set(), launch.threads(),
         )  # fmt: skip
-        grad_query, grad_key, grad_value = (side_by_side(gradient) for gradient in gradients)
-        if heads != shared:
-            grad_key, grad_value = (
-                x.view(len(x), shared, heads // shared, -1).sum(dim=2) for x in (grad_key, grad_value)
-            )
         return grad_query, grad_key, grad_value, None, None

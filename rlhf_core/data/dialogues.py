@@ -1,5 +1,6 @@
 """Dialogues as prompt and answer: the Human/Assistant text of HH-RLHF, and lists of messages under a chat template."""
 
+import re
 from typing import Any
 
 from jinja2 import TemplateError
@@ -7,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf_core.data.records import RowError
 
-ASSISTANT = "\n\nAssistant:"
+ASSISTANT = re.compile(r"\n\r?\nAssistant:")
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 Message = dict[str, str]
@@ -24,14 +25,13 @@ def split_dialogues(chosen: str, rejected: str) -> tuple[str, str, str]:
     """
     same = (place for place, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b)
     common = chosen[: next(same, min(len(chosen), len(rejected)))]
-    at = common.rfind(ASSISTANT)
-    if at < 0:
+    turns = [turn.end() for turn in ASSISTANT.finditer(common)]
+    if not turns:
         raise RowError(
             "no common prompt",
             r"chosen and rejected have no '\n\nAssistant:' in their common beginning; give a key prompt",
         )
-    end = at + len(ASSISTANT)
-    return chosen[:end], chosen[end:], rejected[end:]
+    return chosen[: turns[-1]], chosen[turns[-1] :], rejected[turns[-1] :]
 
 
 def messages_of(value: Any, key: str) -> list[Message]:

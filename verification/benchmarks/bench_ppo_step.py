@@ -309,7 +309,8 @@ def show(figures: dict[str, Any]) -> None:
 def in_turns(arguments: argparse.Namespace) -> dict[str, Any]:
     """Let both trainers run in turns, and return the medians of their medians."""
     common = ["--model", arguments.model, "--steps", str(arguments.steps), "--threads", str(arguments.threads)]
-    ours = [sys.executable, __file__, *common, "--dtype", arguments.dtype, "--json"]
+    own = ["--dtype", arguments.dtype, "--micro-batch", str(arguments.micro_batch)]
+    ours = [sys.executable, __file__, *common, *own, "--json"]
     theirs = [sys.executable, str(HERE / "peer_trl_ppo.py"), *common, "--trl", str(arguments.against_trl)]
     found: dict[str, list[dict[str, Any]]] = {"ours": [], "trl": []}
     for _ in range(arguments.rounds):
@@ -339,7 +340,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--micro-batch", type=int, help="completions a forward pass; by default half a minibatch for S")
+    parser.add_argument("--micro-batch", type=int, default=workload.MINIBATCH, help="completions a forward pass")
     parser.add_argument("--against-trl", type=Path, help="folder with TRL 1.12")
     parser.add_argument("--rounds", type=int, default=3, help="turns of each trainer")
     parser.add_argument("--lengths", type=_range, help="draw response lengths from LOW-HIGH; beside the padded loop")
@@ -347,7 +348,6 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     model, steps, dtype, threads = arguments.model, arguments.steps, arguments.dtype, arguments.threads
-    micro_batch = arguments.micro_batch or workload.MICRO_BATCHES[model]
     text = ""
     if arguments.against_trl:
         figures = in_turns(arguments)
@@ -357,7 +357,7 @@ def main() -> None:
             f"{figures['ratio']:.2f} and {figures['ratio_without_gc']:.2f} times as fast"
         )
     elif arguments.lengths:
-        figures = unequal_lengths(model, steps, dtype, threads, micro_batch, *arguments.lengths)
+        figures = unequal_lengths(model, steps, dtype, threads, arguments.micro_batch, *arguments.lengths)
         rates = figures["tokens_per_second"]
         text = (
             f"responses of {figures['lengths'][0]} to {figures['lengths'][1]} tokens, {figures['mean_length']:.0f} on "
@@ -372,7 +372,7 @@ def main() -> None:
             f"{figures['ratio']:.2f} times as fast"
         )
     else:
-        figures = measure(workload.SHAPES[model], model, steps, dtype, threads, micro_batch)
+        figures = measure(workload.SHAPES[model], model, steps, dtype, threads, arguments.micro_batch)
     if arguments.json:
         print(json.dumps(figures, sort_keys=True))
     elif text:

@@ -36,8 +36,6 @@ class Shape:
 
 
 SHAPES = {"S": Shape(2, 4, 128, 258), "M": Shape(6, 6, 384, 50257)}
-MICRO_BATCHES = {"S": MINIBATCH // 2, "M": MINIBATCH}
-"""Small operators gain by a micro-batch on each of two threads, large ones by being split."""
 
 
 def prompts(count: int = PROMPTS) -> list[list[int]]:

@@ -3,10 +3,12 @@
 from cython.parallel cimport parallel, prange, threadid
 from libc.stdint cimport int64_t, uint32_t, uintptr_t
 from libc.stdlib cimport free, malloc
+from libc.string cimport memcpy, memset
 
 from rlhf_kernels.cpu._rows cimport enter_rounding, kernels, leave_rounding, row_kernels
 
 cdef int64_t LANES = 16
+cdef int64_t QUERIES = 4  # of attention.h
 # Below this many products a second thread costs more than it saves.
 cdef int64_t PRODUCTS_A_THREAD = 262144
 
@@ -27,31 +29,37 @@ cdef void put_key(const float *key, int64_t width, float *keys, int64_t at) noex
         block[d * LANES] = key[d]
 
 
+cdef void turn_rows(const float *rows, int64_t tokens, int64_t stride, int64_t width, float *turned) noexcept nogil:
+    """Make each row a column of its block of sixteen, zero behind the last."""
+    cdef int64_t i, d
+    for i in range(tokens):
+        put_key(rows + i * stride, width, turned, i)
+    for i in range(tokens, room_for(tokens)):
+        for d in range(width):
+            turned[(i // LANES * width + d) * LANES + i % LANES] = 0.0
+
+
 cdef void row_of_queries(
     const row_kernels *k, const float *queries, const float *keys, const float *values, int64_t tokens,
     int64_t query_stride, int64_t key_stride, int64_t value_stride, int64_t heads, int64_t group, int64_t width,
-    double scale, float *turned, float *scratch, float *out, float *log_sums,
+    double scale, float *turned, float *scratch, float *out, float *softmax,
 ) noexcept nogil:
     """Causal attention of one row and one key-value head, by the ``group`` heads that share it."""
-    cdef int64_t room = room_for(tokens), i, d, h
-    for i in range(tokens):
-        put_key(keys + i * key_stride, width, turned, i)
-    for i in range(tokens, room):
-        for d in range(width):
-            turned[(i // LANES * width + d) * LANES + i % LANES] = 0.0
+    cdef int64_t i, h
+    turn_rows(keys, tokens, key_stride, width, turned)
     for h in range(group):
         for i in range(tokens):
             k.attend(
                 queries + i * query_stride + h * width, width, turned, values, value_stride, i + 1, scale,
-                scratch, out + (i * heads + h) * width, log_sums + i * heads + h)
+                scratch, out + (i * heads + h) * width, softmax + 2 * (i * heads + h))
 
 
 def attend_rows(
     uintptr_t queries, uintptr_t keys, uintptr_t values, uintptr_t starts, int64_t rows, int64_t longest,
     int64_t query_stride, int64_t key_stride, int64_t value_stride, int64_t heads, int64_t group, int64_t width,
-    double scale, uintptr_t out, uintptr_t log_sums, int instruction_set, int threads,
+    double scale, uintptr_t out, uintptr_t softmax, int instruction_set, int threads,
 ) -> None:
-    """Fill out[N, heads, width] and log_sums[N, heads]; row r has the tokens starts[r] ... starts[r + 1]."""
+    """Fill out[N, heads, width] and softmax[N, heads, 2]; row r has the tokens starts[r] ... starts[r + 1]."""
     cdef const row_kernels *k = kernels(instruction_set)
     cdef const int64_t *start = <const int64_t *>starts
     cdef int64_t shared = heads // group, pieces = rows * shared, room = room_for(longest), p, first, g
@@ -73,7 +81,90 @@ def attend_rows(
                     <const float *>values + first * value_stride + g * width,
                     start[p // shared + 1] - first, query_stride, key_stride, value_stride, heads, group, width, scale,
                     memory + threadid() * size, memory + threadid() * size + width * room,
-                    <float *>out + (first * heads + g * group) * width, <float *>log_sums + first * heads + g * group)
+                    <float *>out + (first * heads + g * group) * width, <float *>softmax + 2 * (first * heads + g * group))
+            leave_rounding(saved)
+        free(memory)
+
+
+cdef void copy_rows(
+    const float *rows, int64_t count, int64_t stride, int64_t width, float *out, int64_t out_stride,
+) noexcept nogil:
+    cdef int64_t i
+    for i in range(count):
+        memcpy(out + i * out_stride, rows + i * stride, <size_t>width * sizeof(float))
+
+
+cdef void gradients_of_row(
+    const row_kernels *k, const float *queries, const float *keys, const float *values, const float *grads,
+    const float *softmax, int64_t tokens, int64_t query_stride, int64_t key_stride, int64_t value_stride, int64_t heads,
+    int64_t group, int64_t width, double scale, float *memory, float *grad_queries, float *grad_keys,
+    float *grad_values,
+) noexcept nogil:
+    """Gradients of :func:`row_of_queries`; ``memory`` has room for all that stands in it below."""
+    cdef int64_t room = room_for(tokens), padded = room_for(width), h, i, n
+    cdef float *padded_keys = memory
+    cdef float *to_keys = padded_keys + room * padded
+    cdef float *to_values = to_keys + room * padded
+    cdef float *some_queries = to_values + room * padded
+    cdef float *some_grads = some_queries + QUERIES * padded
+    cdef float *to_queries = some_grads + QUERIES * padded
+    cdef float *turned_keys = to_queries + QUERIES * padded
+    cdef float *turned_values = turned_keys + room * width
+    cdef float *weights = turned_values + room * width
+    cdef float *slopes = weights + QUERIES * room
+    memset(memory, 0, <size_t>((3 * room + 3 * QUERIES) * padded) * sizeof(float))
+    copy_rows(keys, tokens, key_stride, width, padded_keys, padded)
+    turn_rows(keys, tokens, key_stride, width, turned_keys)
+    turn_rows(values, tokens, value_stride, width, turned_values)
+    for h in range(group):
+        i = 0
+        while i < tokens:
+            n = min(QUERIES, tokens - i)
+            if n < QUERIES:
+                memset(some_queries, 0, <size_t>(2 * QUERIES * padded) * sizeof(float))
+            copy_rows(queries + i * query_stride + h * width, n, query_stride, width, some_queries, padded)
+            copy_rows(grads + (i * heads + h) * width, n, heads * width, width, some_grads, padded)
+            k.attend_backward(
+                some_queries, some_grads, softmax + 2 * (i * heads + h), 2 * heads, n, i, width, padded, turned_keys,
+                turned_values, padded_keys, scale, room, weights, slopes, to_queries, to_keys, to_values)
+            copy_rows(to_queries, n, padded, width, grad_queries + (i * heads + h) * width, heads * width)
+            i += QUERIES
+    copy_rows(to_keys, tokens, padded, width, grad_keys, heads // group * width)
+    copy_rows(to_values, tokens, padded, width, grad_values, heads // group * width)
+
+
+def attend_rows_backward(
+    uintptr_t queries, uintptr_t keys, uintptr_t values, uintptr_t grads, uintptr_t softmax, uintptr_t starts,
+    int64_t rows, int64_t longest, int64_t query_stride, int64_t key_stride, int64_t value_stride, int64_t heads,
+    int64_t group, int64_t width, double scale, uintptr_t grad_queries, uintptr_t grad_keys, uintptr_t grad_values,
+    int instruction_set, int threads,
+) -> None:
+    """Fill the gradients of attend_rows, [N, heads, width] and twice [N, shared, width], from grads[N, heads, width]."""
+    cdef const row_kernels *k = kernels(instruction_set)
+    cdef const int64_t *start = <const int64_t *>starts
+    cdef int64_t shared = heads // group, pieces = rows * shared, room = room_for(longest), p, first, g
+    cdef int64_t size = 3 * (room + QUERIES) * room_for(width) + 2 * room * (width + QUERIES)
+    cdef uint32_t saved = 0
+    cdef int workers = threads_for(pieces, 3 * rows * heads * longest * longest * width, threads)
+    cdef float *memory = <float *>malloc(<size_t>(workers * size) * sizeof(float))
+    if memory == NULL and pieces > 0:
+        raise MemoryError(f"no memory for {workers} times {room} keys of {width}")
+    with nogil:
+        with parallel(num_threads=workers):
+            saved = enter_rounding()
+            for p in prange(pieces, schedule="static"):
+                first = start[p // shared]
+                g = p % shared
+                gradients_of_row(
+                    k, <const float *>queries + first * query_stride + g * group * width,
+                    <const float *>keys + first * key_stride + g * width,
+                    <const float *>values + first * value_stride + g * width,
+                    <const float *>grads + (first * heads + g * group) * width,
+                    <const float *>softmax + 2 * (first * heads + g * group), start[p // shared + 1] - first,
+                    query_stride, key_stride, value_stride, heads, group, width, scale, memory + threadid() * size,
+                    <float *>grad_queries + (first * heads + g * group) * width,
+                    <float *>grad_keys + (first * shared + g) * width,
+                    <float *>grad_values + (first * shared + g) * width)
             leave_rounding(saved)
         free(memory)
 

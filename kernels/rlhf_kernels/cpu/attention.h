@@ -1,7 +1,8 @@
-/* Attention of one query, in one order whatever stands beside it: over a cache and over a whole row alike.
+/* Attention of one query, in one order whatever stands beside it: over a cache and over a whole row alike; and its
+ * gradients, in the order of the queries of a row.
  *
  * Vaswani et al. (2017), eq. 1. Lanes are keys for the scores and elements of a value for the mean, so nothing is added
- * across lanes but the sixteen parts of the denominator.
+ * across lanes but the sixteen parts of the denominator and, in the gradients, of a query's mean slope.
  */
 #ifndef RLHF_ATTENTION_H
 #define RLHF_ATTENTION_H
@@ -46,15 +47,27 @@ NOT_INLINE void mean_of_some(const float *weights, int64_t count, const float *v
     memcpy(out, padded, (size_t)some * sizeof(float));
 }
 
+/* scores[0 ... count), and on to a multiple of sixteen, of keys[blocks, width, 16]. */
+INLINE void all_scores_of(const float *query, int64_t width, const float *keys, int64_t count, float *scores) {
+    int64_t j = 0;
+    for (; j + TURNED_KEYS * LANES <= count; j += TURNED_KEYS * LANES)
+        scores_of(query, width, keys + j * width, TURNED_KEYS, scores + j);
+    for (; j < count; j += LANES) scores_of(query, width, keys + j * width, 1, scores + j);
+}
+
+/* exp(scale (score - largest)), but for the 1 / Σ that makes it a weight. */
+INLINE lanes unscaled_weight(const float *score, lanes largest, lanes scale_2) {
+    return lanes_exp2(lanes_clamp_exponent(lanes_mul(lanes_sub(lanes_load(score), largest), scale_2)));
+}
+
 /* keys[blocks, width, 16] have sixteen keys a block, each in a column, and anything finite behind the last; values of
- * `width` lie value_stride apart; scratch[16 blocks]. log_sum, where not NULL, becomes ln Σ exp(scale score). */
+ * `width` lie value_stride apart; scratch[16 blocks]. softmax[2], where not NULL, becomes the largest score and 1 / Σ of
+ * the unscaled weights. */
 static void attend(const float *query, int64_t width, const float *keys, const float *values, int64_t value_stride,
-                   int64_t count, double scale, float *scratch, float *out, float *log_sum) {
-    int64_t j = 0, d = 0;
+                   int64_t count, double scale, float *scratch, float *out, float *softmax) {
+    int64_t j, d = 0;
     const int64_t end = (count + LANES - 1) / LANES * LANES;
-    for (; j + TURNED_KEYS * LANES <= end; j += TURNED_KEYS * LANES)
-        scores_of(query, width, keys + j * width, TURNED_KEYS, scratch + j);
-    for (; j < end; j += LANES) scores_of(query, width, keys + j * width, 1, scratch + j);
+    all_scores_of(query, width, keys, count, scratch);
     for (j = count; j < end; j++) scratch[j] = -__builtin_inff();
 
     lanes most = lanes_load(scratch);
@@ -63,18 +76,86 @@ static void attend(const float *query, int64_t width, const float *keys, const f
     const lanes scale_2 = lanes_set((float)(scale * LOG2_E)), shift = lanes_set(largest);
     lanes sums = lanes_set(0.0f);
     for (j = 0; j < end; j += LANES) {
-        lanes t = lanes_mul(lanes_sub(lanes_load(scratch + j), shift), scale_2);
-        lanes p = lanes_exp2(lanes_clamp_exponent(t));
+        const lanes p = unscaled_weight(scratch + j, shift, scale_2);
         lanes_store(scratch + j, p);
         sums = lanes_add(sums, p);
     }
-    const double sum = lanes_sum(sums);
-    const float one_over_sum = (float)(1.0 / sum);
+    const float one_over_sum = (float)(1.0 / lanes_sum(sums));
     for (; d + TURNED_KEYS * LANES <= width; d += TURNED_KEYS * LANES)
         mean_of(scratch, count, values + d, value_stride, TURNED_KEYS, one_over_sum, out + d);
     for (; d + LANES <= width; d += LANES) mean_of(scratch, count, values + d, value_stride, 1, one_over_sum, out + d);
     if (d < width) mean_of_some(scratch, count, values + d, value_stride, width - d, one_over_sum, out + d);
-    if (log_sum) *log_sum = (float)((double)largest * scale + double_log2(sum) * LN_2);
+    if (softmax) softmax[0] = largest, softmax[1] = one_over_sum;
+}
+
+#define QUERIES 4 /* whose gradients are computed side by side: a key's gradient is read and written once for them */
+
+/* Weights of a query over its row up to itself, and the slopes of the loss in its scores, zero from there to `end`:
+ * slope = scale weight (grad · value - Σ weight (grad · value)), Dao, "FlashAttention-2" (2023), section 3.1.2. */
+INLINE void slopes_of(const float *query, const float *grad, const float *softmax, int64_t width, const float *turned_keys,
+                      const float *turned_values, int64_t count, int64_t end, double scale, float *weights,
+                      float *slopes) {
+    const lanes largest = lanes_set(softmax[0]), one_over_sum = lanes_set(softmax[1]);
+    const lanes scale_2 = lanes_set((float)(scale * LOG2_E));
+    const int64_t own = (count + LANES - 1) / LANES * LANES;
+    all_scores_of(query, width, turned_keys, count, weights);
+    all_scores_of(grad, width, turned_values, count, slopes);
+    for (int64_t j = 0; j < own; j += LANES)
+        lanes_store(weights + j, lanes_mul(unscaled_weight(weights + j, largest, scale_2), one_over_sum));
+    for (int64_t j = count; j < end; j++) weights[j] = slopes[j] = 0.0f;
+    lanes sums = lanes_set(0.0f);
+    for (int64_t j = 0; j < own; j += LANES)
+        sums = lanes_fma(lanes_load(weights + j), lanes_load(slopes + j), sums);
+    const lanes mean = lanes_set((float)lanes_sum(sums)), factor = lanes_set((float)scale);
+    for (int64_t j = 0; j < own; j += LANES) {
+        const lanes p = lanes_load(weights + j);
+        lanes_store(slopes + j, lanes_mul(lanes_mul(p, lanes_sub(lanes_load(slopes + j), mean)), factor));
+    }
+}
+
+/* Gradients of up to four queries that stand at `first` and on in their row. Rows of queries, grads, keys and of all
+ * gradients are `padded` apart, a multiple of sixteen, and zero behind `width`; queries and grads are zero where there are
+ * fewer than four. softmax[4] as attend() gave them; weights[4, room] and slopes[4, room] are scratch. What the four add
+ * to keys' and values' gradients is added in their order. */
+static void attend_backward(const float *queries, const float *grads, const float *softmax, int64_t softmax_stride,
+                            int64_t count, int64_t first,
+                            int64_t width, int64_t padded, const float *turned_keys, const float *turned_values,
+                            const float *keys, double scale, int64_t room, float *weights, float *slopes,
+                            float *grad_queries, float *grad_keys, float *grad_values) {
+    const int64_t seen = first + count, end = (seen + LANES - 1) / LANES * LANES;
+    for (int64_t i = 0; i < QUERIES; i++) {
+        if (i < count)
+            slopes_of(queries + i * padded, grads + i * padded, softmax + i * softmax_stride, width, turned_keys, turned_values,
+                      first + i + 1, end, scale, weights + i * room, slopes + i * room);
+        else
+            for (int64_t j = 0; j < seen; j++) weights[i * room + j] = slopes[i * room + j] = 0.0f;
+    }
+    for (int64_t d = 0; d < padded; d += LANES) {
+        lanes query[QUERIES], grad[QUERIES], sum[QUERIES];
+        for (int i = 0; i < QUERIES; i++) {
+            query[i] = lanes_load(queries + i * padded + d);
+            sum[i] = lanes_set(0.0f);
+        }
+        for (int64_t j = 0; j < seen; j++) {
+            const lanes key = lanes_load(keys + j * padded + d);
+            lanes to_key = lanes_load(grad_keys + j * padded + d);
+            for (int i = 0; i < QUERIES; i++) {
+                const lanes slope = lanes_set(slopes[i * room + j]);
+                sum[i] = lanes_fma(slope, key, sum[i]);
+                to_key = lanes_fma(slope, query[i], to_key);
+            }
+            lanes_store(grad_keys + j * padded + d, to_key);
+        }
+        for (int i = 0; i < QUERIES; i++) {
+            lanes_store(grad_queries + i * padded + d, sum[i]);
+            grad[i] = lanes_load(grads + i * padded + d);
+        }
+        for (int64_t j = 0; j < seen; j++) {
+            lanes to_value = lanes_load(grad_values + j * padded + d);
+            for (int i = 0; i < QUERIES; i++) to_value = lanes_fma(lanes_set(weights[i * room + j]), grad[i], to_value);
+            lanes_store(grad_values + j * padded + d, to_value);
+        }
+    }
 }
 
 #endif

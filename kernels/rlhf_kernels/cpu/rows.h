@@ -54,9 +54,13 @@ typedef struct {
     /* out[columns, rows] = x[rows, columns]ᵀ, of columns `first` to `last` of x. */
     void (*turn)(const float *x, int64_t rows, int64_t columns, int64_t first, int64_t last, float *out);
     double (*sum_of_squares)(const float *x, int64_t n);
-    /* Attention of one query: see attention.h. */
+    /* Attention of one query, and the gradients of up to four: see attention.h. */
     void (*attend)(const float *query, int64_t width, const float *keys, const float *values, int64_t value_stride,
-                   int64_t count, double scale, float *scratch, float *out, float *log_sum);
+                   int64_t count, double scale, float *scratch, float *out, float *softmax);
+    void (*attend_backward)(const float *queries, const float *grads, const float *softmax, int64_t softmax_stride, int64_t count, int64_t first,
+                            int64_t width, int64_t padded, const float *turned_keys, const float *turned_values,
+                            const float *keys, double scale, int64_t room, float *weights, float *slopes,
+                            float *grad_queries, float *grad_keys, float *grad_values);
 } row_kernels;
 
 enum instruction_set { PORTABLE = 0, AVX2 = 1, AVX512 = 2 };

@@ -29,4 +29,5 @@ const row_kernels UNIT_KERNELS = {
     .turn = turn,
     .sum_of_squares = sum_of_squares,
     .attend = attend,
+    .attend_backward = attend_backward,
 };

@@ -55,6 +55,9 @@ def test_dialogues_share_what_stands_before_the_last_assistant_that_both_have():
     assert split_dialogues("\n\nHuman: a\n\nAssistant: x", "\n\nHuman: a\n\nAssistant: y") == (
         "\n\nHuman: a\n\nAssistant:", " x", " y",
     )  # fmt: skip
+    assert split_dialogues("\r\n\r\nHuman: a\r\n\r\nAssistant: x", "\r\n\r\nHuman: a\r\n\r\nAssistant: y") == (
+        "\r\n\r\nHuman: a\r\n\r\nAssistant:", " x", " y",
+    )  # fmt: skip
 
 
 class TestMessages:

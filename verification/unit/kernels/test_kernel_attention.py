@@ -68,19 +68,45 @@ def test_a_token_over_a_cache_has_the_bits_of_the_token_in_its_row(lengths, head
             rows, begun = rows[1:2], begun[1:2]
 
 
+def with_gradients(query, key, value, starts, scale, upstream):
+    """The attention and its three gradients."""
+    parts = [x.detach().requires_grad_() for x in (query, key, value)]
+    out = attend(*parts, starts, scale)
+    return [out.detach(), *torch.autograd.grad(out, parts, upstream)]
+
+
 def test_every_instruction_set_and_number_of_threads_gives_the_same_bits():
-    (query, key, value), starts = inputs([90, 1, 200], 4, 2, 40)
+    parts, starts = inputs([90, 1, 200], 4, 2, 40)
+    upstream = torch.randn(291, 4, 40, generator=torch.Generator().manual_seed(1))
     found, threads = [], torch.get_num_threads()
     try:
         for name in launch.usable_instruction_sets():
             for count in (1, 3):
                 launch.use_instruction_set(name)
                 torch.set_num_threads(count)
-                found.append(attend(query, key, value, starts, 0.2))
+                found.append(with_gradients(*parts, starts, 0.2, upstream))
     finally:
         launch.use_instruction_set(None)
         torch.set_num_threads(threads)
-    assert all(torch.equal(found[0], other) for other in found[1:])
+    assert all(torch.equal(first, x) for other in found[1:] for first, x in zip(found[0], other, strict=True))
+
+
+def test_a_row_and_its_gradients_have_the_same_bits_alone():
+    parts, starts = inputs([21, 50, 9], 4, 2, 24)
+    upstream = torch.randn(80, 4, 24, generator=torch.Generator().manual_seed(1))
+    beside = with_gradients(*parts, starts, 0.2, upstream)
+    alone = with_gradients(*(x[21:71] for x in parts), torch.tensor([0, 50]), 0.2, upstream[21:71])
+    assert all(torch.equal(x[21:71], y) for x, y in zip(beside, alone, strict=True))
+
+
+def test_what_comes_later_in_a_row_changes_no_gradient():
+    (query, key, value), starts = inputs([30], 2, 1, 16)
+    upstream = torch.randn(30, 2, 16, generator=torch.Generator().manual_seed(1))
+    upstream[20:] = 0.0
+    spoiled = [torch.cat([x[:20], 1e6 * x[20:]]) for x in (query, key, value)]
+    right, found = (with_gradients(*x, starts, 0.2, upstream) for x in ((query, key, value), spoiled))
+    assert all(torch.equal(x[:20], y[:20]) for x, y in zip(right, found, strict=True))
+    assert all(not x[20:].any() for x in found[1:])
 
 
 def test_large_scores_neither_overflow_nor_vanish():
