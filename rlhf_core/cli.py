@@ -34,8 +34,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
         code = runcommand(arguments)
+        sys.stdout.flush()
     except KeyboardInterrupt:
         code = complain("interrupted", 128 + signal.SIGINT)
+    except BrokenPipeError:  # whoever read along, as `head` does, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 128 + signal.SIGPIPE
     except (UsageError, ValueError, OSError, FloatingPointError) as error:
         if os.environ.get("RLHF_TRACEBACK"):
             raise

@@ -328,3 +328,13 @@ def test_rlhf_traceback_in_the_environment_shows_where_an_error_comes_from(monke
     monkeypatch.setenv("RLHF_TRACEBACK", "1")
     with pytest.raises(UsageError):
         run_command("nonsense")
+
+
+def test_the_package_is_the_command_and_ends_quietly_when_its_reader_is_gone():
+    command = [sys.executable, "-m", "rlhf_core", "--help"]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.startswith("usage: rlhf COMMAND")
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    outcome = subprocess.run(command, stdout=write_end, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(write_end)
+    assert (outcome.returncode, outcome.stderr) == (128 + signal.SIGPIPE, "")

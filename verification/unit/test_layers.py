@@ -31,7 +31,7 @@ def inputs(rows=5, length=9, padded=2):
 
 
 def wide(architecture, width=32):
-    """Widths of whole vectors: torch's activations treat what is left over in another way."""
+    """A small model of the architecture with the kit's layers."""
     common = {"vocab_size": 11, "bos_token_id": 0, "eos_token_id": 0, "initializer_range": 0.1}
     if architecture == "gpt2":
         shape = AutoConfig.for_model("gpt2", n_embd=width, n_layer=2, n_head=2, n_positions=64, **common)
