@@ -64,7 +64,7 @@ class Costs:
     rollout_token: int = 200
     """Bytes of a position of a rollout: ids, masks, log-probs, values, targets, with the copies made of them."""
     kept_share: float = 0.85
-    """What the C library's allocator holds beside a micro-batch's activations, because freed pieces lie between: a
+    """What the C library's allocator holds beside a minibatch's activations, because freed pieces lie between: a
     share of them."""
     left_share: float = 0.8
     """What of both stays with the process afterwards."""
@@ -301,7 +301,8 @@ def _update(shape: ModelShape, work: Workload, costs: Costs, trained: int) -> Pa
         ATTENTION: 0 if shape.packed else int(FLOAT * scores_in_passing(shape, rows, work.length, costs)),
         LOGITS: at_once * _logits(shape, work.micro_batch * work.response, costs, costs.logits_in_update),
         NARROW_WEIGHTS: at_once * trained // 2 if work.bfloat16 else 0,
-        KEPT: int(costs.kept_share * activations),
+        # Micro-batches of unequal lengths leave holes for each other: as much is kept as if they came at once.
+        KEPT: int(costs.kept_share * activations * pieces / at_once),
     }
 
 

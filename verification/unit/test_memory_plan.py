@@ -147,7 +147,7 @@ class TestTheStages:
             ACTIVATIONS: 4 * 2 * 1560,  # two trunks, 10 tokens of 156 values
             ATTENTION: 4 * 3 * 2 * 2 * 25,
             LOGITS: 4 * 3 * 2 * 3 * 10,
-            KEPT: 6240,
+            KEPT: 12480,  # half the activations of both micro-batches
         }
 
     def test_gradients_are_those_of_the_pieces_in_flight_and_the_sum_of_the_earlier(self):
@@ -159,7 +159,8 @@ class TestTheStages:
 
     def test_micro_batches_in_parallel_hold_activations_of_their_own(self):
         one, two = parts_of("update"), parts_of("update", work=dataclasses.replace(WORK, workers=2))
-        for part in (ACTIVATIONS, ATTENTION, LOGITS, KEPT):
+        assert two[KEPT] == one[KEPT]
+        for part in (ACTIVATIONS, ATTENTION, LOGITS):
             assert two[part] == 2 * one[part]
 
     def test_tokens_side_by_side_hold_no_scores_and_a_part_of_the_logits(self):
@@ -184,7 +185,7 @@ class TestTheStages:
         found = parts_of("rollout")
         assert found[ROLLOUT] == 4 * (2 * 2 * 4 * 5 * 4 + 2 * 2 * 4 * 2 * 4) + 100 * 4 * 5
         assert found[LOGITS] == 4 * 4 * 4 * 10
-        assert found[KEPT] == 14040  # 0.75 of 12480 activations and 6240 kept
+        assert found[KEPT] == 18720  # 0.75 of 12480 activations and as much kept
         assert GRADIENTS not in found
 
     def test_scoring(self):
