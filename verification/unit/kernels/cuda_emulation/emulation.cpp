@@ -45,6 +45,9 @@ unsigned running, block_size, order_seed, launches;
 uint64_t arrivals;
 const std::function<void()>* body_of_all;
 
+// What a kernel prints is seen even where the process dies of what it does next, as on a device.
+[[maybe_unused]] const int unbuffered = setvbuf(stdout, nullptr, _IONBF, 0);
+
 void fail(const char* what) {
     fprintf(stderr, "emulated CUDA: %s in block %u, thread %u\n", what, blockIdx.x, running);
     abort();
