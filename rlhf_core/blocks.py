@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from transformers import GPT2LMHeadModel, GPT2Model, LlamaForCausalLM, LlamaModel, PreTrainedModel
 
+from rlhf_core.layers import projected
+
 CAPTURING = "transformers.utils.output_capturing"
 
 
@@ -132,15 +134,16 @@ class _GPT2Blocks:
 
     def attention_inputs(self, layer: int, x_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         block = self._layers[layer]
-        joint = block.attn.c_attn(block.ln_1(x_ND)).view(len(x_ND), 3, self.key_value_heads, self.head_width)
+        joint_N3D = projected(block.attn.c_attn, x_ND, before=block.ln_1)
+        joint = joint_N3D.view(len(x_ND), 3, self.key_value_heads, self.head_width)
         query, key, value = joint.unbind(1)
         return query, key, value
 
     def rest(self, layer: int, x_ND: torch.Tensor, attended_ND: torch.Tensor) -> torch.Tensor:
         block = self._layers[layer]
-        x_ND = x_ND + block.attn.c_proj(attended_ND)
         mlp = block.mlp
-        return x_ND + mlp.c_proj(mlp.act(mlp.c_fc(block.ln_2(x_ND))))
+        x_ND = projected(block.attn.c_proj, attended_ND, residual=x_ND)
+        return projected(mlp.c_proj, projected(mlp.c_fc, x_ND, before=block.ln_2), before=mlp.act, residual=x_ND)
 
     def normalized(self, x_ND: torch.Tensor) -> torch.Tensor:
         return self._trunk.ln_f(x_ND)
@@ -181,8 +184,10 @@ class _LlamaBlocks:
 
     def rest(self, layer: int, x_ND: torch.Tensor, attended_ND: torch.Tensor) -> torch.Tensor:
         block = self._layers[layer]
-        x_ND = x_ND + block.self_attn.o_proj(attended_ND)
-        return x_ND + block.mlp(block.post_attention_layernorm(x_ND))
+        mlp = block.mlp
+        x_ND = projected(block.self_attn.o_proj, attended_ND, residual=x_ND)
+        h_ND = block.post_attention_layernorm(x_ND)
+        return projected(mlp.down_proj, mlp.act_fn(mlp.gate_proj(h_ND)) * mlp.up_proj(h_ND), residual=x_ND)
 
     def normalized(self, x_ND: torch.Tensor) -> torch.Tensor:
         return self._trunk.norm(x_ND)

@@ -189,15 +189,13 @@ class RowDecoder:
     def read_prompts(self, ids_BP: torch.Tensor, attention_BP: torch.Tensor) -> torch.Tensor:
         """Return [B, V] the logits behind left-padded prompts."""
         packed = pack(ids_BP, attention_BP, response_length=0)
-        starts = packed.starts[: packed.rows + 1]
 
         def keep(key_NGK: torch.Tensor, value_NGK: torch.Tensor) -> None:
-            real = slice(packed.real)
-            self._caches.append(Cache(key_NGK[real], value_NGK[real], starts, self._room))
+            self._caches.append(Cache(key_NGK, value_NGK, packed.starts, self._room))
 
         hidden_ND = hidden_states(self._blocks, packed, keep)
-        self._lengths_B = starts.diff()
-        return cast("torch.Tensor", self._model.lm_head(hidden_ND[starts[1:] - 1]))
+        self._lengths_B = packed.starts.diff()
+        return cast("torch.Tensor", self._model.lm_head(hidden_ND[packed.starts[1:] - 1]))
 
     def read_tokens(self, ids_B: torch.Tensor) -> torch.Tensor:
         """Return [B, V] the logits behind one more token of each row."""

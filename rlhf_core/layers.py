@@ -11,9 +11,12 @@ from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.activations import NewGELUActivation, SiLUActivation
 from transformers.masking_utils import eager_mask
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.pytorch_utils import Conv1D
 
-from rlhf_kernels import gelu, linear, silu
+from rlhf_kernels import gelu, layer_norm, linear, rms_norm, silu
+from rlhf_kernels.dense import GELU, SILU, Norm, Rowwise, serves
+from rlhf_kernels.products import linear_between, takes
 
 
 class RowwiseLinear(nn.Linear):
@@ -49,38 +52,53 @@ class LanewiseSiLU(SiLUActivation):
 
 
 class RowwiseLayerNorm(nn.LayerNorm):
-    """Layer norm whose gradients of weight and bias are sums over rows in one order."""
+    """Layer norm in one order, the sums over rows in its gradients too."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return (x − mean) / √(var + ε) · weight + bias."""
-        if x.dtype != torch.float32 or x.device.type != "cpu" or self.weight is None or len(self.normalized_shape) > 1:
+        if self.weight is None or self.bias is None or len(self.normalized_shape) > 1:
             return super().forward(x)
-        return _LayerNorm.apply(x, self.weight, self.bias, self.eps)
+        return layer_norm(x, self.weight, self.bias, self.eps)
 
 
-class _LayerNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> torch.Tensor:
-        out, mean, rstd = torch.native_layer_norm(x, weight.shape, weight, bias, eps)
-        ctx.save_for_backward(x, weight, bias, mean, rstd)
-        return out
+class RowwiseRMSNorm(LlamaRMSNorm):
+    """RMS norm in one order, the sums over rows in its gradient too."""
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, weight, bias, mean, rstd = ctx.saved_tensors
-        need_x, need_weight, need_bias, _ = ctx.needs_input_grad
-        grad_x, _, _ = torch.ops.aten.native_layer_norm_backward(
-            grad, x, weight.shape, mean, rstd, weight, bias, [need_x, False, False]
-        )
-        rows = grad.reshape(-1, grad.shape[-1])
-        normalized = ((x - mean) * rstd).reshape(rows.shape) if need_weight else None
-        return (
-            grad_x if need_x else None,
-            (rows * normalized).sum(dim=0) if normalized is not None else None,
-            rows.sum(dim=0) if need_bias else None,
-            None,
-        )
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Return x / √(mean x² + ε) · weight."""
+        if not serves((torch.float32,), hidden_states, self.weight):
+            return super().forward(hidden_states)
+        return rms_norm(hidden_states, self.weight, self.variance_epsilon)
+
+
+def projected(
+    project: nn.Module, x: torch.Tensor, *, before: nn.Module | None = None, residual: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Return residual + project(before(x)); in one operator that keeps x alone where all are layers of this module."""
+    weight, bias = _weights_of(project)
+    function, parameters = _rowwise(before)
+    if weight is not None and (before is None or function is not None) and takes(x, weight, bias):
+        return linear_between(x, weight, bias, before=function, parameters=parameters, residual=residual)
+    y: torch.Tensor = project(x if before is None else before(x))
+    return y if residual is None else residual + y
+
+
+def _weights_of(module: nn.Module) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """The weight [N, K] and the bias of a linear layer of this module."""
+    if isinstance(module, RowwiseConv1D):
+        return module.weight.t(), module.bias
+    return (module.weight, module.bias) if isinstance(module, RowwiseLinear) else (None, None)
+
+
+def _rowwise(module: nn.Module | None) -> tuple[Rowwise | None, tuple[torch.Tensor, ...]]:
+    """What a layer of this module does to rows, and with which parameters."""
+    if isinstance(module, RowwiseLayerNorm) and module.bias is not None and len(module.normalized_shape) == 1:
+        return Norm(module.eps, centered=True), (module.weight, module.bias)
+    if isinstance(module, RowwiseRMSNorm):
+        return Norm(module.variance_epsilon, centered=False), (module.weight,)
+    if isinstance(module, FusedGELU):
+        return GELU, ()
+    return (SILU if isinstance(module, LanewiseSiLU) else None), ()
 
 
 class _Softmax(torch.autograd.Function):
@@ -137,6 +155,7 @@ EXCHANGES = {
     NewGELUActivation: FusedGELU,
     SiLUActivation: LanewiseSiLU,
     nn.LayerNorm: RowwiseLayerNorm,
+    LlamaRMSNorm: RowwiseRMSNorm,
 }
 
 

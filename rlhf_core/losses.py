@@ -26,6 +26,14 @@ def log_ratio(new_BT: torch.Tensor, old_BT: torch.Tensor, mask_BT: torch.Tensor)
     return torch.where(mask_BT, new_BT, 0.0) - torch.where(mask_BT, old_BT, 0.0)
 
 
+def ratio(log_ratio_BT: torch.Tensor) -> torch.Tensor:
+    """Return e^x as (e^x − 1) + 1: within half a unit in the last place of 1 where x ≤ 0.
+
+    ``torch.exp`` is MKL's, whose last bits differ from one kind of processor to another; ``torch.expm1`` is not.
+    """
+    return torch.expm1(log_ratio_BT) + 1.0
+
+
 def loss_sum(losses_BT: torch.Tensor, mask_BT: torch.Tensor, loss_mean: str) -> torch.Tensor:
     """Return the numerator of a minibatch's loss; that of a minibatch is the sum of its micro-batches'.
 
@@ -82,7 +90,7 @@ def clipped_policy_losses(
     Returns:
         [B, T] losses, 0 outside the mask.
     """
-    ratio_BT = torch.where(mask_BT, log_ratio_BT, 0.0).exp()
+    ratio_BT = ratio(torch.where(mask_BT, log_ratio_BT, 0.0))
     clipped_BT = ratio_BT.clamp(1.0 - clip_range, 1.0 + clip_range)
     return torch.where(mask_BT, torch.maximum(-ratio_BT * advantages_BT, -clipped_BT * advantages_BT), 0.0)
 
@@ -144,7 +152,7 @@ def kl_k3_weighted(log_ratio_to_ref_BT: torch.Tensor, log_ratio_BT: torch.Tensor
         log_ratio_to_ref_BT: [B, T] x = log π_θ − log π_ref.
         log_ratio_BT: [B, T] log ρ = log π_θ − log π_old.
     """
-    return log_ratio_BT.exp() * kl_k3(log_ratio_to_ref_BT)
+    return ratio(log_ratio_BT) * kl_k3(log_ratio_to_ref_BT)
 
 
 def kl_losses(estimator: str, log_ratio_to_ref_BT: torch.Tensor, log_ratio_BT: torch.Tensor) -> torch.Tensor:

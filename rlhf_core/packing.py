@@ -21,24 +21,18 @@ from rlhf_core.blocks import Blocks, blocks_of
 from rlhf_core.numerics import is_portable
 from rlhf_kernels import linear_token_logprobs
 from rlhf_kernels.attention import attend, attends
-from rlhf_kernels.products import filling
 
 
 @dataclass(frozen=True)
 class PackedRows:
-    """Rows of left-padded prompts and right-padded responses, without their padding.
-
-    Behind them stands a row of its own that fills N up to a multiple (:func:`rlhf_kernels.products.filling`).
-    """
+    """Rows of left-padded prompts and right-padded responses, without their padding."""
 
     ids_N: torch.Tensor
     """Tokens, row after row."""
     positions_N: torch.Tensor
     """Each token's place in its row."""
     starts: torch.Tensor
-    """[B + 1] or, where something was filled, [B + 2]: where each row begins, and N."""
-    real: int
-    """Tokens before what was filled."""
+    """[B + 1] where each row begins, and N."""
     rows: int
     """B."""
     longest: int
@@ -56,16 +50,14 @@ class PackedRows:
 
     def by_rows(self, x_NHK: torch.Tensor) -> torch.Tensor:
         """Return [B, H, longest, K], zero behind the end of a row."""
-        x_NHK = x_NHK[: self.real]
         if self.places_N is not None:
             x_NHK = x_NHK.new_zeros(self.rows * self.longest, *x_NHK.shape[1:]).index_copy(0, self.places_N, x_NHK)
         return x_NHK.view(self.rows, self.longest, *x_NHK.shape[1:]).transpose(1, 2)
 
     def side_by_side(self, x_BHLK: torch.Tensor) -> torch.Tensor:
-        """Return [N, H · K], the inverse of :meth:`by_rows`; zero in what was filled."""
+        """Return [N, H · K], the inverse of :meth:`by_rows`."""
         flat = x_BHLK.transpose(1, 2).reshape(self.rows * self.longest, -1)
-        flat = flat if self.places_N is None else flat[self.places_N]
-        return nn.functional.pad(flat, (0, 0, 0, len(self.ids_N) - self.real))
+        return flat if self.places_N is None else flat[self.places_N]
 
     def on_responses(self, x_M: torch.Tensor) -> torch.Tensor:
         """Return [B, T], zero where there is no token."""
@@ -89,17 +81,14 @@ def pack(input_ids_BL: torch.Tensor, attention_mask_BL: torch.Tensor, response_l
     response_N = column_N - (length - response_length)
     token_M = (response_N >= 0).nonzero()[:, 0]
     ids_N = input_ids_BL[row_N, column_N]
-    real, longest = len(ids_N), int(lengths_B.max())
-    filled = filling(real)
-    ends = lengths_B.cumsum(0)
+    longest = int(lengths_B.max())
     return PackedRows(
-        ids_N=nn.functional.pad(ids_N, (0, filled), value=int(ids_N[0])),
-        positions_N=nn.functional.pad(positions_N, (0, filled)),
-        starts=torch.cat([ends.new_zeros(1), ends, ends.new_full((int(filled > 0),), real + filled)]),
-        real=real,
+        ids_N=ids_N,
+        positions_N=positions_N,
+        starts=nn.functional.pad(lengths_B.cumsum(0), (1, 0)),
         rows=rows,
         longest=longest,
-        places_N=None if real == rows * longest else row_N * longest + positions_N,
+        places_N=None if len(ids_N) == rows * longest else row_N * longest + positions_N,
         response_length=response_length,
         responses_M=row_N[token_M] * response_length + response_N[token_M],
         labels_M=ids_N[token_M],
@@ -127,7 +116,7 @@ def hidden_states(blocks: Blocks, packed: PackedRows, keep: Keep = lambda key, v
     x_ND = blocks.embed(packed.ids_N, packed.positions_N)
     for layer in range(blocks.count):
         query_NHK, key_NGK, value_NGK = blocks.attention_inputs(layer, x_ND)
-        # On the CPU attention is float32 also under bfloat16: there its backward pass is the faster one.
+        # On the CPU attention is float32 also under bfloat16: the native kernel is.
         dtype = value_NGK.dtype if value_NGK.device.type != "cpu" else x_ND.dtype
         query_NHK, key_NGK, value_NGK, narrow = *(x.to(dtype) for x in (query_NHK, key_NGK, value_NGK)), value_NGK.dtype
         keep(key_NGK, value_NGK)

@@ -229,6 +229,8 @@ class ActorCritic(nn.Module):
         if self.value_head is not None:
             nn.init.zeros_(self.value_head.weight)
             nn.init.zeros_(self.value_head.bias)
+        if not is_portable():
+            exchange_layers(self)
         self._arguments = ForwardArguments(lm)
         self.eval()  # dropout stays off: the ratio compares two passes of one function
 

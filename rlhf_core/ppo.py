@@ -161,7 +161,7 @@ def accumulate_gradients(
         with torch.no_grad():
             for micro in micro_batches:
                 mask_BT = rollout.response_mask_BT[micro.rows]
-                off_BT = (micro.log_ratio_BT.exp() - 1.0).abs()
+                off_BT = micro.log_ratio_BT.expm1().abs()
                 k3 = masked_sum(kl_k3(-micro.log_ratio_BT), mask_BT)
                 clipped = (off_BT > ppo.clip_range).sum()
                 sums += torch.stack([micro.policy_loss, micro.value_loss, k3, clipped.to(k3.dtype)])

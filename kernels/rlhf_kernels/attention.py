@@ -13,6 +13,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from rlhf_kernels.native import native_serves
+
 _native: Any
 try:
     from rlhf_kernels.cpu import _attention as _native
@@ -25,7 +27,7 @@ LANES = 16
 
 def attends(x: Tensor) -> bool:
     """Whether this module's functions serve tensors like this one."""
-    return _native is not None and x.device.type == "cpu" and x.dtype == torch.float32
+    return _native is not None and native_serves(x)
 
 
 def attend(query_NHK: Tensor, key_NGK: Tensor, value_NGK: Tensor, starts: Tensor, scale: float) -> Tensor:

@@ -1,18 +1,17 @@
-"""What a training step does to whole matrices between its products: activations, transposition, sums of squares.
+"""What a training step does to whole matrices between its products: activations, norms, sums.
 
-Native for float32 (activations for bfloat16 too) on the CPU, the same bits on every x86-64 processor and for any number
-of threads; torch's own operators elsewhere. torch's activations take another exponential for what is left over behind
-the last whole vector of a thread's part, so there bits depend on the width and on the threads.
+Native for float32 (activations for bfloat16 too) on the CPU, the same bits on every x86-64 processor, for any number of
+threads and whatever rows stand beside a row; torch's own operators elsewhere, none of which promises that.
 """
 
-import os
-from typing import Any, cast
+from dataclasses import dataclass
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from rlhf_kernels.dispatch import ENVIRONMENT_VARIABLE
+from rlhf_kernels.native import native_serves
 
 native: Any
 try:
@@ -33,9 +32,7 @@ def gelu(x: Tensor) -> Tensor:
     Args:
         x: any shape.
     """
-    if not _is_native(x, _ACTIVATED):
-        return functional.gelu(x, approximate="tanh")
-    return cast("Tensor", _Activation.apply(x, _GELU))
+    return apply(GELU, x) if serves(_ACTIVATED, x) else functional.gelu(x, approximate="tanh")
 
 
 def silu(x: Tensor) -> Tensor:
@@ -46,66 +43,149 @@ def silu(x: Tensor) -> Tensor:
     Args:
         x: any shape.
     """
-    return cast("Tensor", _Activation.apply(x, _SILU)) if _is_native(x, _ACTIVATED) else functional.silu(x)
+    return apply(SILU, x) if serves(_ACTIVATED, x) else functional.silu(x)
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
+    """Return (x − mean) / √(variance + ε) · weight + bias over the last dimension, differentiable once.
+
+    Ba, Kiros and Hinton, "Layer Normalization" (2016), eq. 3 and 4.
+
+    Args:
+        x: [..., D].
+        weight: [D].
+        bias: [D].
+        eps: ε.
+    """
+    if not serves((torch.float32,), x, weight, bias):
+        return functional.layer_norm(x, weight.shape, weight, bias, eps)
+    return apply(Norm(eps, centered=True), x, weight, bias)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
+    """Return x / √(mean of x² + ε) · weight over the last dimension, differentiable once.
+
+    Zhang and Sennrich, "Root Mean Square Layer Normalization" (2019), eq. 4.
+
+    Args:
+        x: [..., D].
+        weight: [D].
+        eps: ε.
+    """
+    if not serves((torch.float32,), x, weight):
+        return functional.rms_norm(x, weight.shape, weight, eps)
+    return apply(Norm(eps, centered=False), x, weight)
 
 
 def sum_of_squares(x: Tensor) -> float:
     """Return Σ x² of a tensor of any shape, added up in float64, in an order that does not depend on the threads."""
     x = x.detach()
-    if not _is_native(x, (torch.float32,)):
+    if not serves((torch.float32,), x):
         return float(x.double().square().sum())
     x = x.t() if x.dim() == 2 and x.t().is_contiguous() else x.contiguous()
     return float(native.sum_of_squares(launch.address(x), x.numel(), launch.instruction_set(), launch.threads()))
 
 
-def transposed(x: Tensor) -> Tensor:
-    """Return a contiguous copy of the transpose of a matrix [M, N], without a gradient."""
-    if not (_is_native(x, (torch.float32,)) and x.is_contiguous()):
-        return x.t().contiguous()
-    out = x.new_empty(x.shape[1], x.shape[0])
-    sizes, how = x.shape, (launch.instruction_set(), launch.threads())
-    native.turn(launch.address(x), *sizes, launch.address(out), *how)
-    return out
-
-
-def _is_native(x: Tensor, dtypes: tuple[torch.dtype, ...]) -> bool:
-    """Whether native code is built and serves this tensor."""
-    return (
-        native is not None
-        and x.device.type == "cpu"
-        and x.dtype in dtypes
-        and os.environ.get(ENVIRONMENT_VARIABLE) != "reference"
-        and not torch.compiler.is_compiling()
+def column_sums(x_MN: Tensor) -> Tensor:
+    """Return [N] the sums of a float32 matrix on the CPU over its rows, each rounded once; no gradient."""
+    x_MN = x_MN if x_MN.stride(1) == 1 else x_MN.contiguous()
+    (rows, columns), out_N = x_MN.shape, x_MN.new_empty(x_MN.shape[1])
+    native.column_sums(
+        x_MN.data_ptr(), rows, columns, x_MN.stride(0), out_N.data_ptr(), launch.instruction_set(), launch.threads()
     )
+    return out_N
 
 
-class _Activation(torch.autograd.Function):
+def serves(dtypes: tuple[torch.dtype, ...], *tensors: Tensor | None) -> bool:
+    """Whether native code is built and takes all of these tensors."""
+    return native is not None and all(tensor is None or native_serves(tensor, dtypes) for tensor in tensors)
+
+
+class Rowwise(Protocol):
+    """A function of each row of a matrix alone, and its gradients, which need nothing but what it was given."""
+
+    def value(self, x: Tensor, *parameters: Tensor) -> Tensor:
+        """Return the function of every row."""
+        ...
+
+    def gradients(self, x: Tensor, grad: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
+        """Return the gradients of x and of the parameters."""
+        ...
+
+
+@dataclass(frozen=True)
+class _Activation:
+    kind: int
+
+    def value(self, x: Tensor, *parameters: Tensor) -> Tensor:
+        return self._run(x, None)
+
+    def gradients(self, x: Tensor, grad: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
+        return (self._run(x, grad),)
+
+    def _run(self, x: Tensor, grad: Tensor | None) -> Tensor:
+        x = x.contiguous()
+        grad = None if grad is None else grad.to(x.dtype).contiguous()
+        out = torch.empty_like(x)
+        native.activation(
+            launch.address(x), 0 if grad is None else launch.address(grad), x.numel(), launch.ELEMENT_TYPE[x.dtype],
+            x.element_size(), self.kind, launch.address(out), launch.instruction_set(), launch.threads(),
+        )  # fmt: skip
+        return out
+
+
+GELU, SILU = _Activation(_GELU), _Activation(_SILU)
+
+
+@dataclass(frozen=True)
+class Norm:
+    """Layer norm, with weight and bias, or RMS norm, which is not centered and has a weight alone."""
+
+    epsilon: float
+    centered: bool
+
+    def value(self, x: Tensor, *parameters: Tensor) -> Tensor:
+        """Return the norm of rows."""
+        x, (weight, bias) = x.contiguous(), _contiguous_pair(parameters)
+        out, width = torch.empty_like(x), x.shape[-1]
+        native.norm(
+            launch.address(x), x.shape[:-1].numel(), width, launch.address(weight),
+            0 if bias is None else launch.address(bias), self.epsilon, self.centered, launch.address(out),
+            launch.instruction_set(), launch.threads(),
+        )  # fmt: skip
+        return out
+
+    def gradients(self, x: Tensor, grad: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
+        """Return the gradients of rows and of what they are multiplied with and moved by."""
+        x, grad, (weight, _) = x.contiguous(), grad.contiguous(), _contiguous_pair(parameters)
+        grad_x, width = torch.empty_like(x), x.shape[-1]
+        sums_2D = x.new_empty(2, width)
+        native.norm_gradients(
+            launch.address(x), launch.address(grad), x.shape[:-1].numel(), width, launch.address(weight), self.epsilon,
+            self.centered, launch.address(grad_x), launch.address(sums_2D), launch.instruction_set(), launch.threads(),
+        )  # fmt: skip
+        return (grad_x, *sums_2D[: len(parameters)])
+
+
+def _contiguous_pair(parameters: tuple[Tensor, ...]) -> tuple[Tensor, Tensor | None]:
+    weight, *bias = (parameter.contiguous() for parameter in parameters)
+    return weight, bias[0] if bias else None
+
+
+def apply(function: Rowwise, x: Tensor, *parameters: Tensor) -> Tensor:
+    """Return the function of rows, differentiable once."""
+    return cast("Tensor", _Apply.apply(function, x, *parameters))
+
+
+class _Apply(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, kind: int) -> Tensor:
-        ctx.kind = kind
-        ctx.save_for_backward(x)
-        return _run(x, None, kind)
+    def forward(ctx: Any, function: Rowwise, x: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.function = function
+        ctx.save_for_backward(x, *parameters)
+        return function.value(x, *parameters)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        (x,) = ctx.saved_tensors
-        return _run(x, grad, ctx.kind), None
-
-
-def _run(x: Tensor, grad: Tensor | None, kind: int) -> Tensor:
-    x = x.contiguous()
-    grad = None if grad is None else grad.to(x.dtype).contiguous()
-    out = torch.empty_like(x)
-    native.activation(
-        launch.address(x),
-        0 if grad is None else launch.address(grad),
-        x.numel(),
-        launch.ELEMENT_TYPE[x.dtype],
-        x.element_size(),
-        kind,
-        launch.address(out),
-        launch.instruction_set(),
-        launch.threads(),
-    )
-    return out
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, *parameters = ctx.saved_tensors
+        return (None, *ctx.function.gradients(x, grad, *parameters))

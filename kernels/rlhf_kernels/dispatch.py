@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from rlhf_kernels.cuda import extension
+from rlhf_kernels.native import ENVIRONMENT_VARIABLE
 
 Backend = Literal["auto", "reference", "cython", "cuda"]
 BACKENDS: tuple[str, ...] = get_args(Backend)
-ENVIRONMENT_VARIABLE = "RLHF_KERNELS_BACKEND"
 
 _REMEDY = "build it with `pip install -e .` (a C compiler is needed)"
 _NATIVE_FOR_DEVICE = {"cpu": "cython", "cuda": "cuda", "meta": "cython"}  # meta: shapes only

@@ -1,9 +1,8 @@
-"""Matrix products whose rows stand alone: y = x Wᵀ + b through oneDNN.
+"""Matrix products whose every element stands alone: y = x Wᵀ + b, each element added up in the order of the inner index.
 
-A row of the result has the same bits whatever rows stand beside it, however many threads compute it and however the
-weight lies in memory, and so have the gradients for any number of threads. The BLAS behind `torch.nn.functional.linear`
-promises none of that: its rows depend on their number. (oneDNN gives a single row, and a single column, to another
-routine; they are computed as two.) oneDNN also uses AVX-512 on processors of every maker.
+An element has the same bits whatever rows and columns stand beside it, however the matrices lie in memory, however many
+threads compute it and on every x86-64 processor; so have the gradients. The BLAS behind `torch.nn.functional.linear`
+promises none of that. Native code for float32 on a CPU with fused multiply-add (x86-64 of 2013 or later).
 """
 
 from typing import Any, cast
@@ -12,24 +11,29 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from rlhf_kernels.dense import transposed
+from rlhf_kernels.dense import Rowwise, column_sums
+from rlhf_kernels.native import native_serves
+
+_native: Any
+try:
+    from rlhf_kernels.cpu import _product as _native
+    from rlhf_kernels.cpu import launch
+except ImportError:  # not built
+    _native = None
 
 
 def available() -> bool:
-    """Whether this torch has oneDNN's product of float32 matrices."""
-    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    """Whether this processor has what the native product is made of; a product without would be slow."""
+    return _native is not None and launch.usable_instruction_sets()[-1] != launch.INSTRUCTION_SETS[0]
 
 
-def filling(rows: int) -> int:
-    """Return how many rows are missing to a multiple of 64, or of 16 while they are few.
-
-    oneDNN makes code for every number of rows that it meets, and keeps it: whoever may choose the number fills it up.
-    """
-    return -rows % (64 if rows > 256 else 16)
+def multiplies(*matrices: Tensor | None) -> bool:
+    """Whether :func:`multiply` serves matrices like these."""
+    return available() and all(matrix is None or native_serves(matrix) for matrix in matrices)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Return x Wᵀ + b, differentiable once, with rows that stand alone where both are float32 on the CPU.
+    """Return x Wᵀ + b, differentiable once, each element of which stands alone where all are float32 on the CPU.
 
     Other dtypes and devices, and the inside of autocast, take `torch.nn.functional.linear`.
 
@@ -41,50 +45,130 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Returns:
         [..., N].
     """
-    plain = x.dtype == weight.dtype == torch.float32 and x.device.type == weight.device.type == "cpu"
-    if not plain or not available() or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
+    if not takes(x, weight, bias):
         return functional.linear(x, weight, bias)
-    return cast("Tensor", _Linear.apply(x, weight, bias))
+    return linear_between(x, weight, bias)
 
 
-def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Return x Wᵀ + b of float32 matrices [M, K] and [N, K] on the CPU, without a gradient."""
-    rows, columns = x.shape[0], weight.shape[0]
-    if 0 in (rows, columns, x.shape[1]):
-        return functional.linear(x, weight, bias)
-    if rows == 1:
-        x = x.expand(2, -1).contiguous()
-    if columns == 1:
-        weight = weight.expand(2, -1).contiguous()
-        bias = None if bias is None else bias.expand(2).contiguous()
-    bias = None if bias is None else bias.contiguous()  # oneDNN reads it as if it were
-    result = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    return cast("Tensor", result[:rows, :columns])
+def takes(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether :func:`linear` is native for these; where they do not fit each other, torch says so."""
+    fits = weight.dim() == 2 and x.dim() > 0 and x.shape[-1] == weight.shape[1]
+    return fits and multiplies(x, weight, bias) and not torch.is_autocast_enabled("cpu")
+
+
+def linear_between(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    before: Rowwise | None = None,
+    parameters: tuple[Tensor, ...] = (),
+    residual: Tensor | None = None,
+) -> Tensor:
+    """Return residual + f(x) Wᵀ + b of what :func:`takes` takes, differentiable once.
+
+    f(x) is not kept for the backward pass but computed again: a norm or an activation costs little, and what goes into
+    the products is most of what a transformer keeps (Chen et al., "Training Deep Nets with Sublinear Memory Cost", 2016).
+
+    Args:
+        x: [..., K].
+        weight: [N, K].
+        bias: [N] or None.
+        before: f, by default nothing.
+        parameters: of f.
+        residual: [..., N].
+    """
+    return cast("Tensor", _Linear.apply(x, weight, bias, residual, before, *parameters))
+
+
+def multiply(
+    a_MK: Tensor,
+    b_KN: Tensor,
+    bias_N: Tensor | None = None,
+    *,
+    residual_MN: Tensor | None = None,
+    out_MN: Tensor | None = None,
+    add: bool = False,
+) -> Tensor:
+    """Return a b + bias + residual of float32 matrices on the CPU, without a gradient.
+
+    Args:
+        a_MK: of any strides, as ``b_KN``.
+        b_KN: the other factor.
+        bias_N: added to each row; with ``add`` there is none.
+        residual_MN: added in the end.
+        out_MN: where the result goes, its rows contiguous; by default a new matrix.
+        add: keep what ``out_MN`` holds and add to it.
+    """
+    a_MK, b_KN = _with_a_unit_stride(a_MK), _with_a_unit_stride(b_KN)
+    (rows, depth), columns = a_MK.shape, b_KN.shape[1]
+    out_MN = a_MK.new_empty(rows, columns) if out_MN is None else out_MN
+    bias_N, residual_MN = (None if x is None else x.contiguous() for x in (bias_N, residual_MN))
+    assert b_KN.shape[0] == depth
+    assert out_MN.shape == (rows, columns)
+    assert columns < 2 or out_MN.stride(1) == 1
+    assert residual_MN is None or residual_MN.shape == out_MN.shape
+    _native.multiply(
+        a_MK.data_ptr(), a_MK.stride(0), a_MK.stride(1), b_KN.data_ptr(), b_KN.stride(0), b_KN.stride(1),
+        rows, depth, columns, add, 0 if bias_N is None else bias_N.data_ptr(),
+        0 if residual_MN is None else residual_MN.data_ptr(), columns, out_MN.data_ptr(), out_MN.stride(0),
+        launch.instruction_set(), launch.threads(),
+    )  # fmt: skip
+    return out_MN
+
+
+def _with_a_unit_stride(matrix: Tensor) -> Tensor:
+    """A matrix whose rows or columns are contiguous; a dimension of one element has a stride of one."""
+    if 1 in matrix.shape:
+        matrix = matrix.as_strided(
+            matrix.shape, [1 if size == 1 else step for size, step in zip(matrix.shape, matrix.stride(), strict=True)]
+        )
+    return matrix if 1 in matrix.stride() else matrix.contiguous()
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
-        return product(rows, weight, bias).view(*x.shape[:-1], weight.shape[0])
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        before: Rowwise | None,
+        *parameters: Tensor,
+    ) -> Tensor:
+        ctx.before = before
+        ctx.save_for_backward(x, weight, *parameters)
+        shape = *x.shape[:-1], weight.shape[0]
+        x = x if before is None else before.value(x, *parameters)
+        residual = None if residual is None else residual.reshape(-1, weight.shape[0])
+        return multiply(_as_rows(x), weight.t(), bias, residual_MN=residual).view(shape)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        x, weight = ctx.saved_tensors
-        rows = x.shape[:-1].numel()
-        grad, x_rows = grad.reshape(rows, weight.shape[0]), x.reshape(rows, x.shape[-1])
-        need_x, need_weight, need_bias = ctx.needs_input_grad
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, *parameters = ctx.saved_tensors
+        need_x, need_weight, need_bias, need_residual, _, *need_parameters = ctx.needs_input_grad
+        grad_MN = _as_rows(grad)
+        grad_x = multiply(grad_MN, weight).view(x.shape) if need_x or any(need_parameters) else None
+        before = x if ctx.before is None or not need_weight else ctx.before.value(x, *parameters)
+        through = (grad_x,) if ctx.before is None or grad_x is None else ctx.before.gradients(x, grad_x, *parameters)
         return (
-            product(grad, weight.t()).view(x.shape) if need_x else None,
-            _weight_gradient(grad, x_rows, like=weight) if need_weight else None,
-            grad.sum(dim=0) if need_bias else None,
+            through[0],
+            _weight_gradient(grad_MN, _as_rows(before), like=weight) if need_weight else None,
+            column_sums(grad_MN) if need_bias else None,
+            grad if need_residual else None,
+            None,
+            *(through[1:] or [None] * len(parameters)),
         )
 
 
-def _weight_gradient(grad: Tensor, x: Tensor, like: Tensor) -> Tensor:
-    """Return gradᵀ x [N, K] of matrices [M, N] and [M, K], laid out as the weight is, so that nobody has to copy it."""
+def _as_rows(x: Tensor) -> Tensor:
+    return x.reshape(x.shape[:-1].numel(), x.shape[-1])
+
+
+def _weight_gradient(grad_MN: Tensor, x_MK: Tensor, like: Tensor) -> Tensor:
+    """Return gradᵀ x [N, K], laid out as the weight is, so that nobody has to copy it."""
     if like.t().is_contiguous():
-        return product(transposed(x), grad.t()).t()
-    return product(transposed(grad), x.t())
+        return multiply(x_MK.t(), grad_MN).t()
+    return multiply(grad_MN.t(), x_MK)

@@ -4,7 +4,6 @@ from tiny_models import ARCHITECTURES, tiny_lm
 
 from rlhf_core import packing
 from rlhf_core.packing import hidden_states, pack, packable, response_logprobs
-from rlhf_kernels.products import filling
 
 IDS = torch.tensor([[9, 1, 2, 3, 4], [5, 6, 7, 9, 9], [1, 2, 3, 4, 5]])
 MASK = torch.tensor([[0, 1, 1, 1, 1], [1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
@@ -13,21 +12,13 @@ MASK = torch.tensor([[0, 1, 1, 1, 1], [1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
 
 def test_only_real_tokens_are_kept_and_know_their_places():
     packed = pack(IDS, MASK, 3)
-    assert packed.ids_N[: packed.real].tolist() == [1, 2, 3, 4, 5, 6, 7, 1, 2, 3, 4, 5]
-    assert packed.positions_N[: packed.real].tolist() == [0, 1, 2, 3, 0, 1, 2, 0, 1, 2, 3, 4]
+    assert packed.ids_N.tolist() == [1, 2, 3, 4, 5, 6, 7, 1, 2, 3, 4, 5]
+    assert packed.positions_N.tolist() == [0, 1, 2, 3, 0, 1, 2, 0, 1, 2, 3, 4]
+    assert packed.starts.tolist() == [0, 4, 7, 12]
     assert packed.places_N.tolist() == [0, 1, 2, 3, 5, 6, 7, 10, 11, 12, 13, 14]
     assert packed.labels_M.tolist() == [2, 3, 4, 7, 3, 4, 5]
     assert packed.ids_N[packed.predicting_M].tolist() == [1, 2, 3, 6, 2, 3, 4]
     assert packed.on_responses(torch.arange(1.0, 8.0)).tolist() == [[1, 2, 3], [4, 0, 0], [5, 6, 7]]
-
-
-def test_a_row_of_its_own_fills_the_tokens_up_to_a_multiple():
-    packed = pack(IDS, MASK, 3)
-    assert packed.starts.tolist() == [0, 4, 7, 12, 16]
-    assert packed.positions_N[packed.real :].tolist() == [0, 0, 0, 0]
-    assert pack(IDS[:, :4], torch.ones(3, 4), 2).starts.tolist() == [0, 4, 8, 12, 16]
-    assert pack(IDS[:2, :4].repeat(2, 1), torch.ones(4, 4), 2).starts.tolist() == [0, 4, 8, 12, 16]
-    assert [filling(tokens) for tokens in (1, 16, 255, 256, 257, 320, 1000)] == [15, 0, 1, 0, 63, 0, 24]
 
 
 def test_rows_without_padding_need_no_places():
@@ -38,9 +29,7 @@ def test_rows_without_padding_need_no_places():
 def test_laying_out_by_rows_and_back_changes_nothing(mask):
     packed = pack(IDS, mask, 3)
     x = torch.randn(len(packed.ids_N), 2, 4)
-    there_and_back = packed.side_by_side(packed.by_rows(x))
-    assert torch.equal(there_and_back[: packed.real], x.reshape(len(x), -1)[: packed.real])
-    assert not there_and_back[packed.real :].any()
+    assert torch.equal(packed.side_by_side(packed.by_rows(x)), x.reshape(len(x), -1))
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -7,6 +7,7 @@ cdef extern from "rows.h":
     enum:
         SHORT
         SHORT_ROWS
+        PRODUCT_SCRATCH
 
     ctypedef struct row_kernels:
         void (*logprob_forward)(
@@ -50,15 +51,25 @@ cdef extern from "rows.h":
             double *out) noexcept nogil
         void (*activation)(
             const void *x, const void *grad, int64_t n, int type, int kind, void *out) noexcept nogil
-        void (*turn)(
-            const float *x, int64_t rows, int64_t columns, int64_t first, int64_t last, float *out) noexcept nogil
+        void (*multiply)(
+            const float *a, int64_t a_row, int64_t a_k, const float *b, int64_t b_k, int64_t b_n, int64_t rows,
+            int64_t depth, int64_t columns, int add, const float *bias, const float *residual, int64_t residual_row,
+            float *scratch, float *c, int64_t c_row) noexcept nogil
         double (*sum_of_squares)(const float *x, int64_t n) noexcept nogil
+        void (*norm)(
+            const float *x, int64_t rows, int64_t width, const float *weight, const float *bias, double epsilon,
+            int centered, float *out) noexcept nogil
+        void (*norm_gradients)(
+            const float *x, const float *grad, int64_t rows, int64_t width, const float *weight, double epsilon,
+            int centered, float *grad_x, float *sums) noexcept nogil
+        void (*column_sums)(
+            const float *x, int64_t rows, int64_t columns, int64_t stride, float *out) noexcept nogil
         void (*attend)(
             const float *query, int64_t width, const float *keys, const float *values, int64_t value_stride,
             int64_t count, double scale, float *scratch, float *out, float *softmax) noexcept nogil
         void (*attend_backward)(
-            const float *queries, const float *grads, const float *softmax, int64_t softmax_stride, int64_t count, int64_t first,
-            int64_t width, int64_t padded, const float *turned_keys, const float *turned_values, const float *keys,
+            const float *queries, const float *grads, const float *softmax, int64_t softmax_stride,
+            int64_t count, int64_t first, int64_t width, int64_t padded, const float *turned_keys, const float *turned_values, const float *keys,
             double scale, int64_t room, float *weights, float *slopes, float *grad_queries, float *grad_keys,
             float *grad_values) noexcept nogil
 

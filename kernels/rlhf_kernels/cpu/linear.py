@@ -1,4 +1,4 @@
-"""Log-probabilities from hidden states on the CPU: torch's matrix products over one part of the logits at a time.
+"""Log-probabilities from hidden states on the CPU: matrix products over one part of the logits at a time.
 
 A part is [ROWS, COLUMNS], at most 8 MiB of float32. What is known of a row (four float64 numbers) is carried from part
 to part, the vocabulary being the outer loop. The parts do not depend on the number of threads, and COLUMNS is a
@@ -16,7 +16,7 @@ from torch import Tensor
 from rlhf_kernels.cpu import _logprob
 from rlhf_kernels.cpu.launch import ELEMENT_TYPE, address, instruction_set, output, require_labels_in_range, threads
 from rlhf_kernels.ops import register_kernel
-from rlhf_kernels.products import available, filling, product
+from rlhf_kernels.products import multiplies, multiply
 
 ROWS = 1024
 COLUMNS = 2048
@@ -33,34 +33,35 @@ class _Part(NamedTuple):
 def _parts(hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None) -> Iterator[_Part]:
     """Every part of the logits in turn; all live in one buffer."""
     n, vocabulary = hidden_NH.shape[0], weight_VH.shape[0]
-    rowwise = _rowwise(hidden_NH)
-    buffer = output(torch.Size((0 if rowwise else min(n, ROWS) * min(vocabulary, COLUMNS),)), hidden_NH.dtype)
+    buffer = output(torch.Size((min(n, ROWS) * min(vocabulary, COLUMNS),)), hidden_NH.dtype)
     for first in range(0, vocabulary, COLUMNS):
         columns = slice(first, min(first + COLUMNS, vocabulary))
         for start in range(0, n, ROWS):
             rows = slice(start, min(start + ROWS, n))
-            hidden = hidden_NH[rows]
-            bias = None if bias_V is None else bias_V[columns]
-            if rowwise:
-                logits = product(hidden, weight_VH[columns], bias).contiguous()
-            else:
-                shape = hidden.shape[0], columns.stop - first
-                logits = buffer[: shape[0] * shape[1]].view(shape)
-                if bias is None:
-                    torch.mm(hidden, weight_VH[columns].T, out=logits)
-                else:
-                    torch.addmm(bias, hidden, weight_VH[columns].T, out=logits)
+            shape = rows.stop - start, columns.stop - first
+            logits = buffer[: shape[0] * shape[1]].view(shape)
+            _set_product(logits, hidden_NH[rows], weight_VH[columns].T, None if bias_V is None else bias_V[columns])
             yield _Part(rows, columns, logits)
 
 
-def _rowwise(matrix: Tensor) -> bool:
-    """Whether products go through oneDNN, whose bits depend on neither rows nor threads."""
-    return matrix.dtype == torch.float32 and available()
+def _set_product(out: Tensor, a: Tensor, b: Tensor, bias: Tensor | None = None) -> None:
+    """Make ``out`` a b + bias."""
+    if multiplies(out, a, b, bias):
+        multiply(a, b, bias, out_MN=out)
+    elif bias is None:
+        torch.mm(a, b, out=out)
+    else:
+        torch.addmm(bias, a, b, out=out)
 
 
-def _filled(hidden_NH: Tensor) -> Tensor:
-    """Rows of zeros behind, so that products see few numbers of rows."""
-    return torch.nn.functional.pad(hidden_NH, (0, 0, 0, filling(hidden_NH.shape[0])))
+def _add_product(out: Tensor, a: Tensor, b: Tensor, *, first: bool = False) -> None:
+    """Add a b to float32 sums, or set them if it is the first."""
+    if multiplies(out, a, b):
+        multiply(a, b, out_MN=out, add=not first)
+    elif a.dtype == out.dtype:
+        torch.addmm(out, a, b, beta=0 if first else 1, out=out)
+    else:
+        torch.add(torch.zeros(()) if first else out, a @ b, out=out)
 
 
 def _selected(flags_N: Tensor) -> Tensor | None:
@@ -91,7 +92,7 @@ def _linear_token_logprobs_cpu(
 ) -> tuple[Tensor, Tensor, Tensor]:
     require_labels_in_range(labels, weight.shape[0], ignore_index)
     kept = None if ignore_index is None else _selected(labels.reshape(-1) != ignore_index)
-    hidden_NH, label_N = _filled(_rows(hidden, labels.dim(), kept)), _rows(labels, labels.dim(), kept)
+    hidden_NH, label_N = (_rows(t, labels.dim(), kept) for t in (hidden, labels))
     n = label_N.numel()
     states_N4 = torch.tensor([-torch.inf, 0.0, 0.0, 0.0], dtype=torch.float64).repeat(n, 1)
     with torch.autocast("cpu", enabled=False):
@@ -100,7 +101,7 @@ def _linear_token_logprobs_cpu(
                 address(part.logits),
                 ELEMENT_TYPE[part.logits.dtype],
                 part.logits.element_size(),
-                label_N[part.rows].shape[0],
+                part.logits.shape[0],
                 part.logits.shape[1],
                 part.columns.start,
                 address(label_N[part.rows]),
@@ -153,7 +154,6 @@ def _linear_token_logprobs_backward_cpu(
         for t in (None if grad_entropy is None else entropy, grad_logp, grad_entropy)
     )
     n, weight_VH = label_N.numel(), weight.detach()
-    hidden_NH = _filled(hidden_NH)
     need_hidden, need_weight, need_bias = needs_gradient
     grad_hidden_NH = torch.zeros(hidden_NH.shape if need_hidden else (0,))
     weight_shape = weight.shape if need_weight else torch.Size((0,))
@@ -162,13 +162,11 @@ def _linear_token_logprobs_backward_cpu(
     with torch.autocast("cpu", enabled=False):
         for part in _parts(hidden_NH, weight_VH, None if bias is None else bias.detach()):
             rows, columns, gradient = part  # the kernel turns the logits into their gradient in place
-            counted = label_N[rows].shape[0]
-            gradient[counted:] = 0.0
             _logprob.backward(
                 address(gradient),
                 ELEMENT_TYPE[gradient.dtype],
                 gradient.element_size(),
-                counted,
+                gradient.shape[0],
                 1,
                 gradient.shape[1],
                 0,
@@ -188,33 +186,23 @@ def _linear_token_logprobs_backward_cpu(
                 threads(),
             )
             if need_hidden:
-                grad_hidden_NH[rows] += (
-                    product(gradient, weight_VH[columns].T) if _rowwise(gradient) else gradient @ weight_VH[columns]
-                )
+                _add_product(grad_hidden_NH[rows], gradient, weight_VH[columns])
             if need_weight:
                 if rows.start == 0:
                     total_CH = _sums_for(grad_weight_VH[columns])
                 _add_product(total_CH, gradient.T, hidden_NH[rows], first=rows.start == 0)
-                if rows.stop == len(hidden_NH) and total_CH.dtype != weight.dtype:
+                if rows.stop == n and total_CH.dtype != weight.dtype:
                     grad_weight_VH[columns] = total_CH
             if need_bias:
                 grad_bias_V[columns] += gradient.sum(0, dtype=torch.float32)
     if need_hidden:
-        grad_hidden_NH = _spread(grad_hidden_NH[:n].to(hidden.dtype), active, labels.numel()).view(hidden.shape)
+        grad_hidden_NH = _spread(grad_hidden_NH.to(hidden.dtype), active, labels.numel()).view(hidden.shape)
     return grad_hidden_NH, grad_weight_VH, grad_bias_V.to(weight.dtype)
 
 
 def _sums_for(target: Tensor) -> Tensor:
     """Where float32 sums for this target are made: in itself where it has that dtype."""
     return target if target.dtype == torch.float32 else torch.empty(target.shape)
-
-
-def _add_product(total: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
-    """Add a @ b to float32 sums, or set them if it is the first."""
-    if a.dtype == total.dtype:
-        torch.addmm(total, a, b, beta=0 if first else 1, out=total)
-    else:
-        torch.add(torch.zeros(()) if first else total, a @ b, out=total)
 
 
 register_kernel("linear_token_logprobs", _linear_token_logprobs_cpu, "CPU")

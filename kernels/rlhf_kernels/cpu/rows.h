@@ -10,6 +10,7 @@
 
 #define SHORT 1024
 #define SHORT_ROWS 8
+#define PRODUCT_SCRATCH (271 * 384) /* floats; for all instruction sets */
 
 typedef struct {
     /* logp[1]; entropy[1] or NULL; statistics[2] = largest logit and log2 of Σ 2^((x - largest) log2(e) / temperature). */
@@ -51,14 +52,22 @@ typedef struct {
     /* out[n] = x σ(z), or, where grad is not NULL, grad times its derivative; float32 or bfloat16, out may be grad.
      * `kind` is an enum activation of activation.h. */
     void (*activation)(const void *x, const void *grad, int64_t n, int type, int kind, void *out);
-    /* out[columns, rows] = x[rows, columns]ᵀ, of columns `first` to `last` of x. */
-    void (*turn)(const float *x, int64_t rows, int64_t columns, int64_t first, int64_t last, float *out);
+    /* c[rows, columns] = a b + bias + residual, or c + a b + residual: see product.h. */
+    void (*multiply)(const float *a, int64_t a_row, int64_t a_k, const float *b, int64_t b_k, int64_t b_n, int64_t rows,
+                     int64_t depth, int64_t columns, int add, const float *bias, const float *residual,
+                     int64_t residual_row, float *scratch, float *c, int64_t c_row);
     double (*sum_of_squares)(const float *x, int64_t n);
+    /* Layer norm, or RMS norm where not `centered`; gradients are added to sums[2, width]: see norm.h. */
+    void (*norm)(const float *x, int64_t rows, int64_t width, const float *weight, const float *bias, double epsilon,
+                 int centered, float *out);
+    void (*norm_gradients)(const float *x, const float *grad, int64_t rows, int64_t width, const float *weight,
+                           double epsilon, int centered, float *grad_x, float *sums);
+    void (*column_sums)(const float *x, int64_t rows, int64_t columns, int64_t stride, float *out);
     /* Attention of one query, and the gradients of up to four: see attention.h. */
     void (*attend)(const float *query, int64_t width, const float *keys, const float *values, int64_t value_stride,
                    int64_t count, double scale, float *scratch, float *out, float *softmax);
-    void (*attend_backward)(const float *queries, const float *grads, const float *softmax, int64_t softmax_stride, int64_t count, int64_t first,
-                            int64_t width, int64_t padded, const float *turned_keys, const float *turned_values,
+    void (*attend_backward)(const float *queries, const float *grads, const float *softmax, int64_t softmax_stride,
+                            int64_t count, int64_t first, int64_t width, int64_t padded, const float *turned_keys, const float *turned_values,
                             const float *keys, double scale, int64_t room, float *weights, float *slopes,
                             float *grad_queries, float *grad_keys, float *grad_values);
 } row_kernels;

@@ -5,8 +5,10 @@
 #include "attention.h"
 #include "gae.h"
 #include "logprob.h"
-#include "matrix.h"
+#include "norm.h"
+#include "product.h"
 #include "sampling.h"
+#include "squares.h"
 #include "whiten.h"
 
 extern const row_kernels UNIT_KERNELS;
@@ -26,8 +28,11 @@ const row_kernels UNIT_KERNELS = {
     .scale_float = scale_float,
     .scale_double = scale_double,
     .activation = activation,
-    .turn = turn,
+    .multiply = multiply,
     .sum_of_squares = sum_of_squares,
+    .norm = norm,
+    .norm_gradients = norm_gradients,
+    .column_sums = column_sums,
     .attend = attend,
     .attend_backward = attend_backward,
 };

@@ -18,7 +18,8 @@ if "cython" not in rlhf_kernels.available_backends():
     pytest.skip("the Cython kernels are not built", allow_module_level=True)
 
 from rlhf_kernels.cpu import launch
-from rlhf_kernels.dense import transposed
+from rlhf_kernels.dense import GELU, Norm, column_sums
+from rlhf_kernels.products import linear_between
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -51,12 +52,29 @@ def everything(seed: int, rows: int, vocabulary: int, dtype: torch.dtype, temper
         x = (random * 5).to(torch.float32 if dtype == torch.float16 else dtype).requires_grad_()
         y = activation(x)
         results += [y.detach(), *torch.autograd.grad(y.sum(), x)]
-    results += [transposed(random), torch.tensor(rlhf_kernels.sum_of_squares(random))]
+    results += [column_sums(random), torch.tensor(rlhf_kernels.sum_of_squares(random))]
+    results += layer_results(random[:, :700], generator)
     mask = torch.rand(random.shape, generator=generator) < 0.7
     for x in (random, random.double()):
         results += rlhf_kernels.gae(x, x * x, mask, gamma=0.99, lam=0.95, bootstrap=x[:, 0].contiguous())
         results += rlhf_kernels.gae(x, x * x, mask, gamma=mask * x.abs().clamp(max=1), lam=torch.full_like(x, 0.5))
         results += [rlhf_kernels.whiten(x, mask), rlhf_kernels.whiten(x, mask, shift_mean=False)]
+    return results
+
+
+def layer_results(x: torch.Tensor, generator: torch.Generator) -> list[torch.Tensor]:
+    """Of norm and product, activation and product, as in a transformer's layer, with all gradients."""
+    x = x.nan_to_num().contiguous().requires_grad_()
+    width = x.shape[1]
+    shapes = (width,), (width,), (37, width), (37,), (width, 37)
+    parameters = [torch.randn(shape, generator=generator).requires_grad_() for shape in shapes]
+    scale, shift, up, bias, down = parameters
+    results = []
+    for norm in (Norm(1e-5, centered=True), Norm(1e-5, centered=False)):
+        moved = (scale, shift) if norm.centered else (scale,)
+        h = linear_between(x, up, bias, before=norm, parameters=moved)
+        y = linear_between(h, down.t().contiguous().t(), None, before=GELU, residual=x)
+        results += [y.detach(), *torch.autograd.grad(y.square().sum(), [x, *moved, up, bias, down])]
     return results
 
 

@@ -1,4 +1,4 @@
-"""Activations, transposition and sums of squares against float64."""
+"""Activations, norms and sums against float64."""
 
 import math
 
@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional
 
 import rlhf_kernels
-from rlhf_kernels.dense import transposed
+from rlhf_kernels.dense import column_sums
 
 ACTIVATIONS = {
     "gelu": (rlhf_kernels.gelu, lambda x: functional.gelu(x, approximate="tanh")),
@@ -68,13 +68,64 @@ def test_an_element_of_an_activation_does_not_depend_on_those_beside_it(name):
     assert ours(x[:0]).shape == (0,)
 
 
-@pytest.mark.parametrize("shape", [(0, 3), (1, 1), (3, 16), (16, 3), (17, 5), (33, 67), (130, 129)])
-def test_a_transposed_matrix_is_a_contiguous_copy(shape):
-    x = torch.randn(shape, generator=torch.Generator().manual_seed(2))
-    for matrix in (x, x.t(), x.double()):
-        result = transposed(matrix)
-        assert result.is_contiguous()
-        assert torch.equal(result, matrix.t())
+NORMS = {
+    "layer norm": (rlhf_kernels.layer_norm, functional.layer_norm, 2),
+    "rms norm": (rlhf_kernels.rms_norm, functional.rms_norm, 1),
+}
+
+
+def norm_results(function, x, parameters, upstream, **shape):
+    x, *parameters = (one.clone().requires_grad_() for one in (x, *parameters))
+    y = function(x, *shape.values(), *parameters, eps=1e-5)
+    return [y.detach(), *torch.autograd.grad(y, [x, *parameters], upstream)]
+
+
+@pytest.mark.parametrize("name", NORMS)
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (2, 3, 16), (70, 40), (129, 384), (0, 7)])
+@pytest.mark.parametrize("offset", [0.0, 50.0])
+def test_a_norm_and_its_gradients_are_no_further_from_float64_than_torchs(name, shape, offset):
+    ours, theirs, count = NORMS[name]
+    draw = torch.Generator().manual_seed(5)
+    x, upstream = torch.randn(shape, generator=draw) + offset, torch.randn(shape, generator=draw)
+    parameters = [torch.randn(shape[-1], generator=draw) for _ in range(count)]
+    got = norm_results(ours, x, parameters, upstream)
+    torchs = norm_results(theirs, x, parameters, upstream, normalized_shape=(shape[-1],))
+    wide = [one.double() for one in (x, *parameters, upstream)]
+    exact = norm_results(theirs, wide[0], wide[1:-1], wide[-1], normalized_shape=(shape[-1],))
+    for mine, torchs_own, right in zip(got, torchs, exact, strict=True):
+        assert mine.shape == right.shape
+        if right.numel():
+            error, allowed = ((one - right).abs().max().item() for one in (mine, torchs_own))
+            assert error <= 2 * allowed + 1e-6 * max(1.0, right.abs().max().item())
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_a_row_of_a_norm_does_not_depend_on_those_beside_it(name):
+    ours, _, count = NORMS[name]
+    x, *parameters = torch.randn(3 + count, 77, 24, generator=torch.Generator().manual_seed(6))[:, :, :]
+    parameters = [one[0] for one in parameters[:count]]
+    whole = ours(x, *parameters)
+    assert torch.equal(whole[40:43], ours(x[40:43], *parameters))
+    assert torch.equal(whole[7], ours(x[7], *parameters))
+    assert torch.equal(whole, ours(x.t().contiguous().t(), *parameters))
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_a_norm_of_what_is_not_finite_is_not_finite_in_that_row_alone(name):
+    ours, _, count = NORMS[name]
+    x = torch.randn(4, 19, generator=torch.Generator().manual_seed(7))
+    x[1, 18], x[2, 3] = math.nan, math.inf
+    y = ours(x, *[torch.ones(19)] * count)
+    assert y[[0, 3]].isfinite().all()
+    assert not y[1].isfinite().any()
+    assert not y[2, 3].isfinite()
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (1, 1), (5, 16), (100, 17), (1000, 130)])
+def test_column_sums_are_those_of_float64_rounded(shape):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(8))
+    for matrix in (x, x.t().contiguous().t(), torch.cat([x, x], dim=1)[:, : shape[1]]):
+        torch.testing.assert_close(column_sums(matrix), matrix.double().sum(dim=0).float(), rtol=1e-7, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])

@@ -1,15 +1,17 @@
-"""`rlhf_kernels.linear`: the product, and that each of its rows stands alone."""
+"""`rlhf_kernels.linear`: the product, that each of its elements stands alone, and what is computed on the way to it."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional
 
-from rlhf_kernels import linear
-from rlhf_kernels.products import available
+from rlhf_kernels import gelu, layer_norm, linear, rms_norm, silu
+from rlhf_kernels.dense import GELU, SILU, Norm
+from rlhf_kernels.products import available, linear_between, multiplies, multiply
 
-pytestmark = pytest.mark.skipif(not available(), reason="this torch has no oneDNN")
+pytestmark = pytest.mark.skipif(not available(), reason="this processor has no fused multiply-add")
 
 widths = st.sampled_from([1, 2, 3, 7, 16, 33, 96, 257, 384])
 
@@ -32,6 +34,43 @@ def test_is_the_product_of_float64(rows, inner, columns):
     bias = torch.linspace(-1, 1, columns)
     expected = functional.linear(x.double(), weight.double(), bias.double())
     torch.testing.assert_close(linear(x, weight, bias).double(), expected, rtol=1e-5, atol=1e-5 * inner**0.5)
+
+
+def one_after_the_other(a, b, start):
+    """Σ_k a[m, k] b[k, n], rounded to float32 after each k: a float64 product of float32 numbers is exact."""
+    total = np.broadcast_to(np.asarray(start, np.float32), (a.shape[0], b.shape[1]))
+    for k in range(a.shape[1]):
+        total = (a[:, k : k + 1].astype(np.float64) * b[k : k + 1].astype(np.float64) + total).astype(np.float32)
+    return torch.from_numpy(np.array(total))
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 700, 5), (30, 17, 33), (65, 390, 64), (100, 5, 300), (2, 0, 3)])
+def test_every_element_is_added_up_in_the_order_of_the_inner_index(shape):
+    x, weight = matrices(*shape)
+    bias, residual = torch.linspace(-1, 1, shape[2]), torch.linspace(-9, 9, shape[0] * shape[2]).view(shape[::2])
+    expected = one_after_the_other(x.numpy(), weight.t().numpy(), bias.numpy())
+    assert torch.equal(multiply(x, weight.t(), bias), expected)
+    assert torch.equal(multiply(x, weight.t(), bias, residual_MN=residual), residual + expected)
+    out = residual.clone()
+    assert multiply(x, weight.t(), out_MN=out, add=True) is out
+    assert torch.equal(out, one_after_the_other(x.numpy(), weight.t().numpy(), residual.numpy()))
+
+
+@given(rows=st.integers(1, 40), inner=widths, columns=widths, data=st.data())
+def test_how_matrices_lie_in_memory_changes_no_bit(rows, inner, columns, data):
+    a, b = matrices(rows, inner, columns)
+    expected = multiply(a, b.t())
+    layouts = {
+        "rows": lambda x: x.contiguous(),
+        "columns": lambda x: x.t().contiguous().t(),
+        "gaps": lambda x: torch.cat([x, torch.full_like(x, torch.nan)], dim=1)[:, : x.shape[1]],
+        "strides": lambda x: torch.stack([x, torch.full_like(x, torch.nan)], dim=2)[:, :, 0],
+    }
+    names = st.sampled_from(sorted(layouts))
+    left, right, out = layouts[data.draw(names)](a), layouts[data.draw(names)](b.t()), torch.zeros(rows, columns + 3)
+    assert torch.equal(multiply(left, right, out_MN=out[:, 1:-2]), expected)
+    assert torch.equal(out[:, 1:-2], expected)
+    assert not out[:, [0, -2, -1]].any()  # and nothing else is written
 
 
 @given(rows=st.integers(2, 200), inner=widths, columns=widths, data=st.data())
@@ -80,6 +119,53 @@ def test_gradients_are_those_of_torch():
     linear(*got).square().sum().backward()
     for ours, theirs in zip(got, (x, weight, bias), strict=True):
         torch.testing.assert_close(ours.grad.double(), theirs.grad, rtol=1e-4, atol=1e-4)
+
+
+BETWEEN = {
+    "nothing": (None, 0, lambda x: x),
+    "gelu": (GELU, 0, gelu),
+    "silu": (SILU, 0, silu),
+    "layer norm": (Norm(1e-5, centered=True), 2, layer_norm),
+    "rms norm": (Norm(1e-6, centered=False), 1, rms_norm),
+}
+
+
+@pytest.mark.parametrize("name", BETWEEN)
+@pytest.mark.parametrize("frozen", [None, "x", "weight"])
+def test_what_is_computed_again_has_the_bits_of_what_is_kept(name, frozen):
+    before, count, function = BETWEEN[name]
+    values = *matrices(37, 50, 19), torch.linspace(-1, 1, 19), torch.randn(37, 19), torch.rand(50), torch.rand(50)
+    results = []
+    for kept in (False, True):
+        x, weight, bias, residual, *parameters = (value.clone().requires_grad_() for value in values)
+        parameters = tuple(parameters[:count])
+        if frozen is not None:
+            {"x": x, "weight": weight}[frozen].requires_grad_(False)
+        if kept:
+            y = residual + linear(function(x, *parameters), weight, bias)
+        else:
+            y = linear_between(x, weight, bias, before=before, parameters=parameters, residual=residual)
+        y.square().sum().backward()
+        results.append([y.detach(), *(one.grad for one in (x, weight, bias, residual, *parameters))])
+    for again, once in zip(*results, strict=True):
+        assert (again is None) == (once is None)
+        assert again is None or torch.equal(again, once)
+
+
+def test_what_goes_into_the_product_is_not_kept_for_the_backward_pass():
+    x, weight = (one.requires_grad_() for one in matrices(64, 32, 16))
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
+        linear_between(x, weight, None, before=GELU)
+    assert {tensor.data_ptr() for tensor in saved} == {x.data_ptr(), weight.data_ptr()}
+
+
+def test_the_reference_backend_turns_the_native_product_off(monkeypatch):
+    x, weight = matrices(3, 4, 5)
+    assert multiplies(x, weight)
+    monkeypatch.setenv("RLHF_KERNELS_BACKEND", "reference")
+    assert not multiplies(x, weight)
+    assert torch.equal(linear(x, weight), functional.linear(x, weight))
 
 
 def test_what_needs_no_gradient_gets_none():
