@@ -98,7 +98,7 @@ def column_sums(x_MN: Tensor) -> Tensor:
 
 def serves(dtypes: tuple[torch.dtype, ...], *tensors: Tensor | None) -> bool:
     """Whether native code is built and takes all of these tensors."""
-    return native is not None and all(tensor is None or native_serves(tensor, dtypes) for tensor in tensors)
+    return native is not None and native_serves(*tensors, dtypes=dtypes)
 
 
 class Rowwise(Protocol):

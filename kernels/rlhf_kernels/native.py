@@ -8,11 +8,10 @@ from torch import Tensor
 ENVIRONMENT_VARIABLE = "RLHF_KERNELS_BACKEND"
 
 
-def native_serves(tensor: Tensor, dtypes: tuple[torch.dtype, ...] = (torch.float32,)) -> bool:
-    """Whether a tensor is on the CPU, of one of the dtypes, and nobody asked for the reference instead."""
+def native_serves(*tensors: Tensor | None, dtypes: tuple[torch.dtype, ...] = (torch.float32,)) -> bool:
+    """Whether tensors are on the CPU, of one of the dtypes, and nobody asked for the reference instead."""
     return (
-        tensor.device.type == "cpu"
-        and tensor.dtype in dtypes
+        all(tensor is None or (tensor.is_cpu and tensor.dtype in dtypes) for tensor in tensors)
         and os.environ.get(ENVIRONMENT_VARIABLE) != "reference"
         and not torch.compiler.is_compiling()
     )

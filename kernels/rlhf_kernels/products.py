@@ -29,7 +29,7 @@ def available() -> bool:
 
 def multiplies(*matrices: Tensor | None) -> bool:
     """Whether :func:`multiply` serves matrices like these."""
-    return available() and all(matrix is None or native_serves(matrix) for matrix in matrices)
+    return available() and native_serves(*matrices)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -100,7 +100,7 @@ def multiply(
         out_MN: where the result goes, its rows contiguous; by default a new matrix.
         add: keep what ``out_MN`` holds and add to it.
     """
-    a_MK, b_KN = _with_a_unit_stride(a_MK), _with_a_unit_stride(b_KN)
+    (a_MK, a_row, a_k), (b_KN, b_k, b_n) = _strided(a_MK), _strided(b_KN)
     (rows, depth), columns = a_MK.shape, b_KN.shape[1]
     out_MN = a_MK.new_empty(rows, columns) if out_MN is None else out_MN
     bias_N, residual_MN = (None if x is None else x.contiguous() for x in (bias_N, residual_MN))
@@ -109,21 +109,24 @@ def multiply(
     assert columns < 2 or out_MN.stride(1) == 1
     assert residual_MN is None or residual_MN.shape == out_MN.shape
     _native.multiply(
-        a_MK.data_ptr(), a_MK.stride(0), a_MK.stride(1), b_KN.data_ptr(), b_KN.stride(0), b_KN.stride(1),
-        rows, depth, columns, add, 0 if bias_N is None else bias_N.data_ptr(),
-        0 if residual_MN is None else residual_MN.data_ptr(), columns, out_MN.data_ptr(), out_MN.stride(0),
-        launch.instruction_set(), launch.threads(),
+        a_MK.data_ptr(), a_row, a_k, b_KN.data_ptr(), b_k, b_n, rows, depth, columns, add,
+        0 if bias_N is None else bias_N.data_ptr(), 0 if residual_MN is None else residual_MN.data_ptr(), columns,
+        out_MN.data_ptr(), out_MN.stride(0), launch.instruction_set(), launch.threads(),
     )  # fmt: skip
     return out_MN
 
 
-def _with_a_unit_stride(matrix: Tensor) -> Tensor:
-    """A matrix whose rows or columns are contiguous; a dimension of one element has a stride of one."""
-    if 1 in matrix.shape:
-        matrix = matrix.as_strided(
-            matrix.shape, [1 if size == 1 else step for size, step in zip(matrix.shape, matrix.stride(), strict=True)]
-        )
-    return matrix if 1 in matrix.stride() else matrix.contiguous()
+def _strided(matrix: Tensor) -> tuple[Tensor, int, int]:
+    """A matrix, copied where neither its rows nor its columns are contiguous, and its strides."""
+    row, column = matrix.stride()
+    if 1 not in (row, column):
+        if matrix.shape[1] == 1:
+            return matrix, row, 1
+        if matrix.shape[0] == 1:
+            return matrix, 1, column
+        matrix = matrix.contiguous()
+        row, column = matrix.stride()
+    return matrix, row, column
 
 
 class _Linear(torch.autograd.Function):

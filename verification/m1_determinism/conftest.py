@@ -8,15 +8,15 @@ Tests marked ``slow`` emulate other processors with Debian's ``qemu-user`` (``ap
 **Golden hashes.** ``golden_hashes/`` holds the SHA-256 of the logs, one file for what the hash belongs to:
 
 - ``portable-base-torch-2.13.0.json``, numerics = "portable": one for each torch version, on every x86-64 processor;
-- ``native-torch-2.13.0+cpu-x86_64-AuthenticAMD-26-2-AVX512.json``, numerics = "native": one for each torch
-  build and fingerprint of the machine (its type, processor vendor, family and model, vector width).
+- ``native-1-first-torch-2.13.0.json``, numerics = "native", the default: one for each torch version, on every x86-64
+  processor with AVX2 and fused multiply-add (2013 and later), for any number of threads.
 
 Where none is recorded, the test skips and names the command that records it::
 
     pytest verification/m1_determinism -k golden_hash_of --snapshot-update
 
 Record anew only when a change is *meant* to change numbers, say so in the commit, and see that everything else
-(``-k "not golden_hash_of"``) passes. Recording writes this machine's files and leaves those of other machines alone.
+(``-k "not golden_hash_of"``) passes. Recording leaves the files of other torch versions alone.
 """
 
 from collections.abc import Iterator

@@ -95,10 +95,12 @@ SAME = (
 GPT2_AGAIN = Run("gpt2-again", config="m1_gpt2.toml", environment=on(OMP_NUM_THREADS="4", PYTHONHASHSEED="3"))
 
 
-def native(threads: int, name: str, *environment: tuple[str, str]) -> Run:
+def native(
+    threads: int, name: str, *environment: tuple[str, str], config: str = "m1.toml", processor: str | None = None
+) -> Run:
     """Return the run with the processor's own instructions."""
     options = ("--numerics", "native", "--threads", str(threads))
-    return Run(f"native-{threads}-{name}", options=options, environment=environment)
+    return Run(f"native-{threads}-{name}", config, options, environment, processor=processor)
 
 
 NATIVE = {threads: native(threads, "first") for threads in (1, 2, 4)}
@@ -149,14 +151,24 @@ _AVX2 = on(
 NARROWER = (Run("sse", environment=_SSE), Run("avx2", environment=_AVX2))
 """The same processor, told to use fewer of its instructions: torch, MKL, oneDNN, OpenBLAS, NumPy, libm, our kernels."""
 NARROWER_GPT2 = Run("gpt2-sse", config="m1_gpt2.toml", environment=_SSE)
+NATIVE_GPT2 = native(1, "gpt2", config="m1_gpt2.toml")
+_AVX2_TORCH = (*_AVX2, *on(ATEN_CPU_CAPABILITY="avx2", MKL_CBWR="AVX2"))
+NATIVE_NARROWER = (
+    (NATIVE[2], native(2, "avx2", *_AVX2_TORCH)),
+    (NATIVE[2], native(2, "other-mkl", *on(MKL_CBWR="COMPATIBLE"))),
+    (NATIVE_GPT2, native(2, "gpt2-avx2", *_AVX2_TORCH, config="m1_gpt2.toml")),
+)
+"""The same; and MKL's code for processors that it does not know, of which nothing may depend."""
 # OpenBLAS, in NumPy, takes an emulated Nehalem for something wider and dies on its instructions unless told.
 _NEHALEM = on(OPENBLAS_CORETYPE="Nehalem")
 EMULATED = (
     (BASE, Run("emulated-haswell", processor="Haswell-v1")),
     (BASE, Run("emulated-nehalem", processor="Nehalem-v1", environment=_NEHALEM)),
     (GPT2, Run("gpt2-emulated-epyc", config="m1_gpt2.toml", processor="EPYC-v1")),
+    (NATIVE[2], native(2, "emulated-haswell", processor="Haswell-v1")),
+    (NATIVE[2], native(2, "emulated-epyc", processor="EPYC-v1")),
 )
-"""An Intel with AVX2, one with neither AVX nor fused multiply-add, and an AMD."""
+"""An Intel with AVX2, one with neither AVX nor fused multiply-add (portable numerics alone), and an AMD."""
 
 
 class RunPool:

@@ -11,17 +11,34 @@ import m1_runs
 import pytest
 import torch
 import transformers
-from m1_runs import BASE, EMULATED, GPT2, NARROWER, NARROWER_GPT2, NATIVE, Run, RunPool, assert_identical
+from m1_runs import (
+    BASE,
+    EMULATED,
+    GPT2,
+    NARROWER,
+    NARROWER_GPT2,
+    NATIVE,
+    NATIVE_GPT2,
+    NATIVE_NARROWER,
+    Run,
+    RunPool,
+    assert_identical,
+)
 from syrupy.assertion import SnapshotAssertion
 from syrupy.data import SnapshotCollections
 from syrupy.extensions.json import JSONSnapshotExtension
 
+from rlhf_core.numerics import cpu_name
 from rlhf_core.testing.assertions import run_hashes
+from rlhf_kernels.products import available
 
 pytestmark = pytest.mark.m1
 
 RECORD = "pytest verification/m1_determinism -k golden_hash_of --snapshot-update"
 LIBM_FUNCTIONS = "expf", "logf", "sinf"
+fused = pytest.mark.skipif(
+    not available(), reason="this processor has no fused multiply-add, so it has other native bits"
+)
 
 
 class GoldenHashes(JSONSnapshotExtension):
@@ -48,16 +65,6 @@ class GoldenHashes(JSONSnapshotExtension):
         return SnapshotCollections()
 
 
-def machine() -> str:
-    """Return what native bits belong to, beside torch: machine type (down to the processor's model), vector width."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else []
-    pairs = (line.partition(":") for line in reversed(lines))
-    fields = {name.strip(): value.strip() for name, _, value in pairs}
-    processor = "-".join(fields.get(name, "unknown") for name in ("vendor_id", "cpu family", "model"))
-    return f"{platform.machine()}-{processor}-{torch.backends.cpu.get_cpu_capability()}".replace(" ", "_")
-
-
 def assert_golden(run: Path, name: str, snapshot: SnapshotAssertion) -> None:
     """Compare a run's hashes with the recorded ones; skip where there are none."""
     recorded = Path(__file__).parent / GoldenHashes.snapshot_dirname / f"{name}.json"
@@ -70,7 +77,7 @@ def assert_golden(run: Path, name: str, snapshot: SnapshotAssertion) -> None:
     versions = f"{' '.join(platform.libc_ver())}, torch {torch.__version__}, transformers {transformers.__version__}"
     pytest.fail(
         f"the logs are not those of the golden hash {name}.\nrecorded: {recorded.read_text(encoding='utf-8')}"
-        f"here:     {json.dumps(hashes)}\nwith {versions}, {machine()}\nfirst rows here:\n{first_rows}\n"
+        f"here:     {json.dumps(hashes)}\nwith {versions}, {cpu_name()}\nfirst rows here:\n{first_rows}\n"
         f"If a change was meant to change numbers, record them anew: {RECORD}"
     )
 
@@ -81,11 +88,17 @@ def test_golden_hash_of_portable_numerics(runs: RunPool, run: Run, snapshot: Sna
     assert_golden(runs[run], f"portable-{run}-torch-{version}", snapshot)
 
 
-@pytest.mark.parametrize("run", [NATIVE[1]], ids=str)
-def test_golden_hash_of_native_numerics_on_this_kind_of_machine(
-    runs: RunPool, run: Run, snapshot: SnapshotAssertion
-) -> None:
-    assert_golden(runs[run], f"native-torch-{torch.__version__}-{machine()}", snapshot)
+@fused
+@pytest.mark.parametrize("run", [NATIVE[1], NATIVE_GPT2], ids=str)
+def test_golden_hash_of_native_numerics(runs: RunPool, run: Run, snapshot: SnapshotAssertion) -> None:
+    version = torch.__version__.partition("+")[0]
+    assert_golden(runs[run], f"{run}-torch-{version}", snapshot)
+
+
+@fused
+@pytest.mark.parametrize(("wide", "narrower"), NATIVE_NARROWER, ids=str)
+def test_native_bytes_survive_narrower_instruction_sets(runs: RunPool, wide: Run, narrower: Run) -> None:
+    assert_identical(runs[wide], runs[narrower])
 
 
 @pytest.mark.parametrize("base", [BASE], ids=str)
@@ -128,5 +141,5 @@ def test_portable_bytes_of_gpt2_survive_a_narrower_instruction_set(runs: RunPool
 @pytest.mark.slow
 @pytest.mark.skipif(m1_runs.why_no_emulator() is not None, reason=str(m1_runs.why_no_emulator()))
 @pytest.mark.parametrize(("base", "emulated"), EMULATED, ids=str)
-def test_portable_bytes_survive_an_emulated_other_processor(runs: RunPool, base: Run, emulated: Run) -> None:
+def test_bytes_survive_an_emulated_other_processor(runs: RunPool, base: Run, emulated: Run) -> None:
     assert_identical(runs[base], runs[emulated])

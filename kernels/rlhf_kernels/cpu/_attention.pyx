@@ -5,10 +5,8 @@ from libc.stdint cimport int64_t, uint32_t, uintptr_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
 
-from rlhf_kernels.cpu._rows cimport enter_rounding, kernels, leave_rounding, row_kernels
+from rlhf_kernels.cpu._rows cimport LANES, QUERIES, enter_rounding, kernels, leave_rounding, row_kernels
 
-cdef int64_t LANES = 16
-cdef int64_t QUERIES = 4  # of attention.h
 # Below this many products a second thread costs more than it saves.
 cdef int64_t PRODUCTS_A_THREAD = 262144
 

@@ -4,10 +4,8 @@ from cython.parallel cimport parallel, prange, threadid
 from libc.stdint cimport int64_t, uint32_t, uintptr_t
 from libc.stdlib cimport free, malloc
 
-from rlhf_kernels.cpu._rows cimport PRODUCT_SCRATCH, enter_rounding, kernels, leave_rounding, row_kernels
+from rlhf_kernels.cpu._rows cimport PRODUCT_SCRATCH, WIDEST_TILE, enter_rounding, kernels, leave_rounding, row_kernels
 
-# Columns that no piece is cut inside of: the widest tile.
-cdef int64_t TILE = 32
 # Below this many products a second thread costs more than it saves.
 cdef int64_t PRODUCTS_A_THREAD = 524288
 
@@ -19,7 +17,7 @@ def multiply(
 ) -> None:
     """Fill out[rows, columns] from a[rows, depth] b[depth, columns], as ``multiply`` of product.h does; strides in floats."""
     cdef const row_kernels *k = kernels(instruction_set)
-    cdef int64_t panels = (columns + TILE - 1) // TILE
+    cdef int64_t panels = (columns + WIDEST_TILE - 1) // WIDEST_TILE
     cdef int64_t worthwhile = max(1, min(<int64_t>threads, rows * depth * columns // PRODUCTS_A_THREAD))
     cdef int64_t across = min(panels, worthwhile)
     cdef int64_t down = max(1, min(rows, worthwhile // max(across, 1)))
@@ -38,8 +36,8 @@ def multiply(
             for p in prange(pieces, schedule="static"):
                 row = p // across * rows // down
                 end = (p // across + 1) * rows // down
-                column = p % across * panels // across * TILE
-                last = min(columns, (p % across + 1) * panels // across * TILE)
+                column = p % across * panels // across * WIDEST_TILE
+                last = min(columns, (p % across + 1) * panels // across * WIDEST_TILE)
                 k.multiply(
                     <const float *>a + row * a_row, a_row, a_k, <const float *>b + column * b_n, b_k, b_n, end - row,
                     depth, last - column, add, (<const float *>bias + column) if bias else NULL,

@@ -5,8 +5,11 @@ from libc.stdint cimport int64_t, uint8_t, uint32_t, uintptr_t
 
 cdef extern from "rows.h":
     enum:
+        LANES
         SHORT
         SHORT_ROWS
+        QUERIES
+        WIDEST_TILE
         PRODUCT_SCRATCH
 
     ctypedef struct row_kernels:

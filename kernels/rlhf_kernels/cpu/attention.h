@@ -35,8 +35,8 @@ INLINE void mean_of(const float *weights, int64_t count, const float *values, in
 }
 
 /* The same for fewer than sixteen elements. */
-NOT_INLINE void mean_of_some(const float *weights, int64_t count, const float *values, int64_t value_stride, int64_t some,
-                             float one_over_sum, float *out) {
+NOT_INLINE void mean_of_some(const float *weights, int64_t count, const float *values, int64_t value_stride,
+                             int64_t some, float one_over_sum, float *out) {
     lanes sum = lanes_set(0.0f);
     float padded[LANES] = {0};
     for (int64_t j = 0; j < count; j++) {
@@ -88,13 +88,13 @@ static void attend(const float *query, int64_t width, const float *keys, const f
     if (softmax) softmax[0] = largest, softmax[1] = one_over_sum;
 }
 
-#define QUERIES 4 /* whose gradients are computed side by side: a key's gradient is read and written once for them */
-
-/* Weights of a query over its row up to itself, and the slopes of the loss in its scores, zero from there to `end`:
+/* QUERIES together: a key's gradient is read and written once for them.
+ *
+ * Weights of a query over its row up to itself, and the slopes of the loss in its scores, zero from there to `end`:
  * slope = scale weight (grad · value - Σ weight (grad · value)), Dao, "FlashAttention-2" (2023), section 3.1.2. */
-INLINE void slopes_of(const float *query, const float *grad, const float *softmax, int64_t width, const float *turned_keys,
-                      const float *turned_values, int64_t count, int64_t end, double scale, float *weights,
-                      float *slopes) {
+INLINE void slopes_of(const float *query, const float *grad, const float *softmax, int64_t width,
+                      const float *turned_keys, const float *turned_values, int64_t count, int64_t end, double scale,
+                      float *weights, float *slopes) {
     const lanes largest = lanes_set(softmax[0]), one_over_sum = lanes_set(softmax[1]);
     const lanes scale_2 = lanes_set((float)(scale * LOG2_E));
     const int64_t own = (count + LANES - 1) / LANES * LANES;
@@ -118,15 +118,14 @@ INLINE void slopes_of(const float *query, const float *grad, const float *softma
  * fewer than four. softmax[4] as attend() gave them; weights[4, room] and slopes[4, room] are scratch. What the four add
  * to keys' and values' gradients is added in their order. */
 static void attend_backward(const float *queries, const float *grads, const float *softmax, int64_t softmax_stride,
-                            int64_t count, int64_t first,
-                            int64_t width, int64_t padded, const float *turned_keys, const float *turned_values,
-                            const float *keys, double scale, int64_t room, float *weights, float *slopes,
+                            int64_t count, int64_t first, int64_t width, int64_t padded, const float *turned_keys,
+                            const float *turned_values, const float *keys, double scale, int64_t room, float *weights, float *slopes,
                             float *grad_queries, float *grad_keys, float *grad_values) {
     const int64_t seen = first + count, end = (seen + LANES - 1) / LANES * LANES;
     for (int64_t i = 0; i < QUERIES; i++) {
         if (i < count)
-            slopes_of(queries + i * padded, grads + i * padded, softmax + i * softmax_stride, width, turned_keys, turned_values,
-                      first + i + 1, end, scale, weights + i * room, slopes + i * room);
+            slopes_of(queries + i * padded, grads + i * padded, softmax + i * softmax_stride, width, turned_keys,
+                      turned_values, first + i + 1, end, scale, weights + i * room, slopes + i * room);
         else
             for (int64_t j = 0; j < seen; j++) weights[i * room + j] = slopes[i * room + j] = 0.0f;
     }

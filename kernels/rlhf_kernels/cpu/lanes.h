@@ -12,7 +12,8 @@
 #include <stdint.h>
 #include <string.h>
 
-#define LANES 16
+#include "rows.h"
+
 #define INLINE static inline __attribute__((always_inline, unused))
 #define NOT_INLINE static __attribute__((noinline, unused)) /* long and seldom needed: copies would only cost space */
 

@@ -9,7 +9,6 @@
 #define RLHF_PRODUCT_H
 
 #include "lanes.h"
-#include "rows.h"
 
 #if defined(__AVX512F__)
 #define TILE_ROWS 14 /* 28 registers for a tile of c, two for a row of b, one for an element of a */
@@ -19,6 +18,7 @@
 #define TILE_VECTORS 1
 #endif
 #define TILE_COLUMNS (TILE_VECTORS * LANES)
+_Static_assert(WIDEST_TILE % TILE_COLUMNS == 0, "threads share out whole tiles");
 #define BLOCK_COLUMNS 256 /* of b, with BLOCK_DEPTH of its rows: 384 KiB */
 #define BLOCK_DEPTH 384
 #define READ_IN_PLACE 64 /* Rows of a, up to which it does not pay to copy b. */

@@ -8,9 +8,12 @@
 
 #include <stdint.h>
 
+#define LANES 16
 #define SHORT 1024
 #define SHORT_ROWS 8
-#define PRODUCT_SCRATCH (271 * 384) /* floats; for all instruction sets */
+#define QUERIES 4                   /* of attention, whose gradients are computed side by side */
+#define WIDEST_TILE 32              /* columns of a product's tile, over all instruction sets */
+#define PRODUCT_SCRATCH (271 * 384) /* floats, for all instruction sets */
 
 typedef struct {
     /* logp[1]; entropy[1] or NULL; statistics[2] = largest logit and log2 of Σ 2^((x - largest) log2(e) / temperature). */
