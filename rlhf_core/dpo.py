@@ -6,6 +6,7 @@ itself. Shape suffixes: B pairs, N rows, L positions.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,9 +15,9 @@ from transformers import PreTrainedModel
 
 from rlhf_core.data.batches import right_pad
 from rlhf_core.metrics import DPO_METRICS, rounded
-from rlhf_core.policy import ForwardArguments, autocast
+from rlhf_core.policy import ForwardArguments, autocast, response_logits
+from rlhf_core.scoring import response_scores
 from rlhf_core.stage_config import DPOLossConfig
-from rlhf_kernels import token_logprobs
 
 
 def dpo_loss(
@@ -172,10 +173,10 @@ class DPOObjective:
         prompts = [list(self._prompts[row]) for row in rows]
         whole = [prompt + list(side[row]) for side in self._sides for row, prompt in zip(rows, prompts, strict=True)]
         ids_NL, mask_NL = (x.to(device) for x in right_pad(whole, self._pad_id))
+        length = ids_NL.shape[1] - 1
+        logits_of = partial(response_logits, model, self._arguments)
         with autocast(device, self._dtype):
-            positions = self._arguments.positions(mask_NL)
-            logits_NLV = model(input_ids=ids_NL, attention_mask=mask_NL, use_cache=False, **positions).logits
+            logprobs_NT, _ = response_scores(model, logits_of, ids_NL, mask_NL, length, temperature=1.0)
         starts_N1 = torch.tensor([[len(prompt)] for prompt in prompts * 2], device=device)
         counted_NT = mask_NL[:, 1:].bool() & (torch.arange(1, ids_NL.shape[1], device=device) >= starts_N1)
-        logprobs_NT = token_logprobs(logits_NLV[:, :-1], ids_NL[:, 1:])
         return torch.where(counted_NT, logprobs_NT, 0.0).sum(dim=1).reshape(2, -1).T

@@ -188,22 +188,29 @@ def saved_floats(shape: ModelShape, rows: int, length: int, costs: Costs, *, bfl
 def saved_packed_floats(shape: ModelShape, tokens: int, *, bfloat16: bool = False) -> float:
     """Return what :func:`saved_floats` is for tokens side by side, of rows of unequal length.
 
-    Of the scores two numbers a head are kept. Under bfloat16 query, key and value are float32 all the same.
+    Of the scores two numbers a head are kept. In float32 what norms and activations make of a token is computed again:
+    GPT-2 keeps 6 widths (two norms' input, query, key, value, what attention mixed) and one of the MLP's, Llama, whose
+    products share a norm, 8 and 4. Under bfloat16 query, key and value are float32 all the same.
     """
-    wide = 1.5 * shape.width if bfloat16 else 0.0
-    return tokens * (shape.layers * (_block_floats(shape, bfloat16) + wide + 2 * shape.heads) + 2 * shape.width)
+    if bfloat16:
+        block, outside = _block_floats(shape, bfloat16) + 2 * shape.width, 2 * shape.width
+    elif shape.family == "gpt2":
+        block, outside = 6 * shape.width + shape.inner, shape.width
+    else:
+        block, outside = 8 * shape.width + 4 * shape.inner, shape.width
+    return tokens * (shape.layers * (block + 2 * shape.heads) + outside)
 
 
 def _block_floats(shape: ModelShape, bfloat16: bool) -> float:
     """Return what a block keeps of a token, but for scores.
 
     GPT-2: 8 arrays of the width (two norms' input and output, query, key, value, what attention mixed) and 2 of the
-    MLP's; Llama: 10 and 4. Under bfloat16 the products' inputs take half and norms stay float32.
+    MLP's; Llama: 8 and 4. Under bfloat16 the products' inputs take half and norms stay float32.
     """
     if shape.family == "gpt2":
         of_norms, of_products = 2 * shape.width, 6 * shape.width + 2 * shape.inner
     else:
-        of_norms, of_products = 7 * shape.width, 3 * shape.width + 4 * shape.inner
+        of_norms, of_products = 5 * shape.width, 3 * shape.width + 4 * shape.inner
     return of_norms + of_products / (2 if bfloat16 else 1)
 
 

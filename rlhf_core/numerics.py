@@ -2,9 +2,9 @@
 
 ``portable`` gives the same bits on every x86-64 processor: torch's plain code path, MKL's code path that is the same
 on all processors, one thread. ``native`` uses the processor's widest instructions and any number of threads; what
-decides a float32 run of ``rlhf train`` with GPT-2 or Llama on a CPU is the kit's own kernels there, so that its bits
-too are the same on every x86-64 processor with AVX2 and fused multiply-add. Other models, dtypes and stages, and GPUs,
-go through libraries whose bits belong to one kind of processor, and there too two runs agree.
+decides a float32 run of GPT-2 or Llama on a CPU (all stages but ``sft``) is the kit's own kernels there, so that its
+bits too are the same on every x86-64 processor with AVX2 and fused multiply-add. Other models and dtypes, and GPUs, go
+through libraries whose bits belong to one kind of processor, and there too two runs agree.
 """
 
 import ctypes

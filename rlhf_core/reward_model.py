@@ -18,7 +18,8 @@ from rlhf_core.config import ClassifierConfig
 from rlhf_core.data.batches import batches, right_pad
 from rlhf_core.data.dataset import Rows
 from rlhf_core.metrics import REWARD_METRICS
-from rlhf_core.policy import ForwardArguments, autocast, load_pretrained, quiet_transformers
+from rlhf_core.packing import hidden_states, pack, packable
+from rlhf_core.policy import ForwardArguments, as_computed_here, autocast, load_pretrained, quiet_transformers
 from rlhf_core.preferences import bradley_terry_loss, centering_loss
 from rlhf_core.reward import Classifier
 from rlhf_core.reward_report import JudgedPairs
@@ -38,15 +39,21 @@ class RewardModel(nn.Module):
 
     def forward(self, input_ids_BL: torch.Tensor, attention_mask_BL: torch.Tensor) -> torch.Tensor:
         """Return [B] float32 rewards of right-padded rows."""
-        hidden_BLD = self.model.base_model(
+        return self.model.score(self._last_hidden_states(input_ids_BL, attention_mask_BL)).squeeze(-1).float()
+
+    def _last_hidden_states(self, input_ids_BL: torch.Tensor, attention_mask_BL: torch.Tensor) -> torch.Tensor:
+        blocks = packable(self.model.base_model)
+        if blocks is not None:
+            packed = pack(input_ids_BL, attention_mask_BL, response_length=0)
+            return hidden_states(blocks, packed)[packed.starts[1:] - 1]
+        hidden_BLD: torch.Tensor = self.model.base_model(
             input_ids=input_ids_BL,
             attention_mask=attention_mask_BL,
             use_cache=False,
             **self._arguments.positions(attention_mask_BL),
         ).last_hidden_state
         last_B = attention_mask_BL.sum(dim=1) - 1
-        hidden_BD = hidden_BLD[torch.arange(len(last_B), device=last_B.device), last_B]
-        return self.model.score(hidden_BD).squeeze(-1).float()
+        return hidden_BLD[torch.arange(len(last_B), device=last_B.device), last_B]
 
 
 def new_reward_model(lm: PreTrainedModel) -> RewardModel:
@@ -68,7 +75,7 @@ def new_reward_model(lm: PreTrainedModel) -> RewardModel:
         raise ValueError(f"a {lm.config.model_type} model cannot become a reward model: {error}") from None
     _require_score(model, lm.config.model_type)
     nn.init.zeros_(model.score.weight)
-    return RewardModel(model.requires_grad_(True).to(lm.device))
+    return RewardModel(as_computed_here(model).requires_grad_(True).to(lm.device))
 
 
 def _require_score(model: PreTrainedModel, name: str) -> None:

@@ -152,11 +152,11 @@ NARROWER = (Run("sse", environment=_SSE), Run("avx2", environment=_AVX2))
 """The same processor, told to use fewer of its instructions: torch, MKL, oneDNN, OpenBLAS, NumPy, libm, our kernels."""
 NARROWER_GPT2 = Run("gpt2-sse", config="m1_gpt2.toml", environment=_SSE)
 NATIVE_GPT2 = native(1, "gpt2", config="m1_gpt2.toml")
-_AVX2_TORCH = (*_AVX2, *on(ATEN_CPU_CAPABILITY="avx2", MKL_CBWR="AVX2"))
+AVX2_TORCH = (*_AVX2, *on(ATEN_CPU_CAPABILITY="avx2", MKL_CBWR="AVX2"))
 NATIVE_NARROWER = (
-    (NATIVE[2], native(2, "avx2", *_AVX2_TORCH)),
+    (NATIVE[2], native(2, "avx2", *AVX2_TORCH)),
     (NATIVE[2], native(2, "other-mkl", *on(MKL_CBWR="COMPATIBLE"))),
-    (NATIVE_GPT2, native(2, "gpt2-avx2", *_AVX2_TORCH, config="m1_gpt2.toml")),
+    (NATIVE_GPT2, native(2, "gpt2-avx2", *AVX2_TORCH, config="m1_gpt2.toml")),
 )
 """The same; and MKL's code for processors that it does not know, of which nothing may depend."""
 # OpenBLAS, in NumPy, takes an emulated Nehalem for something wider and dies on its instructions unless told.

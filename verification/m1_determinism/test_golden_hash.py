@@ -143,3 +143,31 @@ def test_portable_bytes_of_gpt2_survive_a_narrower_instruction_set(runs: RunPool
 @pytest.mark.parametrize(("base", "emulated"), EMULATED, ids=str)
 def test_bytes_survive_an_emulated_other_processor(runs: RunPool, base: Run, emulated: Run) -> None:
     assert_identical(runs[base], runs[emulated])
+
+
+@fused
+@pytest.mark.slow
+@pytest.mark.parametrize("base", [NATIVE[1]], ids=str)
+@pytest.mark.parametrize("stage", ["reward", "dpo"])
+def test_native_bytes_of_a_stage_survive_narrower_instruction_sets(
+    runs: RunPool, base: Run, stage: str, tmp_path: Path
+) -> None:
+    words = "a good film a poor plot the bright actor and a dull scene".split()
+    pairs = [
+        {"prompt": " ".join(words[: 2 + k % 3]), "chosen": " ".join(words[k % 7 :]), "rejected": words[(k + 5) % 12]}
+        for k in range(24)
+    ]
+    data = tmp_path / "pairs.jsonl"
+    data.write_text("".join(json.dumps(pair) + "\n" for pair in pairs), encoding="utf-8")
+    model = str(runs[base] / "models" / "base")
+    found = []
+    for name, environment in (("wide", ()), ("narrow", m1_runs.AVX2_TORCH)):
+        options = ("--data", str(data), "--model.path", model, "--training.steps", "4", "--runs", str(tmp_path))
+        subprocess.run(
+            (sys.executable, "-m", "rlhf_core", stage, "--name", name, "--numerics", "native", *options),
+            env={**m1_runs.plain_environment(), **dict(environment)},
+            check=True,
+            capture_output=True,
+        )
+        found.append((tmp_path / name / "metrics.jsonl").read_bytes())
+    assert found[0] == found[1]

@@ -86,8 +86,8 @@ class TestWhatIsCounted:
     def test_what_a_forward_pass_keeps_for_the_backward_pass(self):
         # (2·4 norms + 6·4 + 2·16 of the MLP + 2·5 scores) · 2 layers + 2·4 outside, for 15 tokens.
         assert saved_floats(SHAPE, 3, 5, COSTS) == 2340
-        # (7·4 norms + 3·4 + 4·12 of the MLP + 2·5 scores) · 2 layers + 2·4 outside.
-        assert saved_floats(LLAMA, 3, 5, COSTS) == 3060
+        # (5·4 norms + 3·4 + 4·12 of the MLP + 2·5 scores) · 2 layers + 2·4 outside.
+        assert saved_floats(LLAMA, 3, 5, COSTS) == 2820
 
     def test_bfloat16_halves_products_and_keeps_scores_in_both(self):
         assert saved_floats(SHAPE, 3, 5, COSTS, bfloat16=True) == 1650  # (8 + 56/2 + 1.5·10) · 2 + 8, for 15 tokens
@@ -107,10 +107,10 @@ class TestWhatIsCounted:
         assert 4 * saved_floats(shape_of(model, "eager"), 16, 24, COSTS) == pytest.approx(total, rel=0.03)
 
     def test_tokens_side_by_side_keep_two_numbers_a_head_and_no_scores(self):
-        # (2·4 norms + 6·4 + 2·16 of the MLP + 4 of the heads) · 2 layers + 2·4 outside, for 15 tokens.
-        assert saved_packed_floats(SHAPE, 15) == 15 * (2 * 68 + 8)
-        assert saved_packed_floats(LLAMA, 15) == 15 * (2 * (28 + 12 + 48 + 4) + 8)
-        assert saved_packed_floats(SHAPE, 15, bfloat16=True) == 15 * (2 * (8 + 28 + 6 + 4) + 8)
+        # (6·4 + 16 of the MLP + 4 of the heads) · 2 layers + 4 outside, for 15 tokens.
+        assert saved_packed_floats(SHAPE, 15) == 15 * (2 * 44 + 4)
+        assert saved_packed_floats(LLAMA, 15) == 15 * (2 * (32 + 48 + 4) + 4)
+        assert saved_packed_floats(SHAPE, 15, bfloat16=True) == 15 * (2 * (8 + 28 + 8 + 4) + 8)
 
     @pytest.mark.parametrize("architecture", ["gpt2", "llama"])
     def test_side_by_side_it_is_what_torch_saves(self, architecture):
@@ -165,7 +165,7 @@ class TestTheStages:
 
     def test_tokens_side_by_side_hold_no_scores_and_a_part_of_the_logits(self):
         found = parts_of("update", dataclasses.replace(SHAPE, packed=True))
-        assert found[ACTIVATIONS] == 4 * 2 * 10 * (2 * 68 + 8)
+        assert found[ACTIVATIONS] == 4 * 2 * 10 * (2 * 44 + 4)
         assert ATTENTION not in found
         assert found[LOGITS] == 4 * 3 * 5 * 7  # of 6 rows and 10 columns
 
@@ -173,7 +173,7 @@ class TestTheStages:
         packed = dataclasses.replace(SHAPE, packed=True)
         work = dataclasses.replace(WORK, pretrain_rows=3, longest_text=4, evaluation_rows=5)
         pretraining, evaluation = (parts_of(stage, packed, work) for stage in (PRETRAINING, EVALUATION))
-        assert pretraining[ACTIVATIONS] == 4 * 3 * 4 * (2 * 68 + 8)
+        assert pretraining[ACTIVATIONS] == 4 * 3 * 4 * (2 * 44 + 4)
         assert pretraining[LOGITS] == 4 * 3 * 5 * 7
         assert evaluation[LOGITS] == 4 * 2 * 5 * 7
         assert ATTENTION not in pretraining | evaluation
