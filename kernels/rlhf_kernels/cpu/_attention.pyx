@@ -2,10 +2,10 @@
 
 from cython.parallel cimport parallel, prange, threadid
 from libc.stdint cimport int64_t, uint32_t, uintptr_t
-from libc.stdlib cimport free, malloc
+from libc.stdlib cimport free
 from libc.string cimport memcpy, memset
 
-from rlhf_kernels.cpu._rows cimport LANES, QUERIES, enter_rounding, kernels, leave_rounding, row_kernels
+from rlhf_kernels.cpu._rows cimport LANES, QUERIES, enter_rounding, floats, kernels, leave_rounding, row_kernels
 
 # Below this many products a second thread costs more than it saves.
 cdef int64_t PRODUCTS_A_THREAD = 262144
@@ -64,9 +64,7 @@ def attend_rows(
     cdef int64_t size = (width + 1) * room
     cdef uint32_t saved = 0
     cdef int workers = threads_for(pieces, rows * heads * longest * longest * width, threads)
-    cdef float *memory = <float *>malloc(<size_t>(workers * size) * sizeof(float))
-    if memory == NULL and pieces > 0:
-        raise MemoryError(f"no memory for {workers} times {room} keys of {width}")
+    cdef float *memory = floats(workers * size)
     with nogil:
         with parallel(num_threads=workers):
             saved = enter_rounding()
@@ -144,9 +142,7 @@ def attend_rows_backward(
     cdef int64_t size = 3 * (room + QUERIES) * room_for(width) + 2 * room * (width + QUERIES)
     cdef uint32_t saved = 0
     cdef int workers = threads_for(pieces, 3 * rows * heads * longest * longest * width, threads)
-    cdef float *memory = <float *>malloc(<size_t>(workers * size) * sizeof(float))
-    if memory == NULL and pieces > 0:
-        raise MemoryError(f"no memory for {workers} times {room} keys of {width}")
+    cdef float *memory = floats(workers * size)
     with nogil:
         with parallel(num_threads=workers):
             saved = enter_rounding()
@@ -191,9 +187,7 @@ def attend_cached(
     cdef int64_t shared = heads // group, pieces = rows * shared, p, r, g
     cdef uint32_t saved = 0
     cdef int workers = threads_for(pieces, 2 * rows * heads * longest * width, threads)
-    cdef float *memory = <float *>malloc(<size_t>(workers * room) * sizeof(float))
-    if memory == NULL and pieces > 0:
-        raise MemoryError(f"no memory for {workers} times {room} scores")
+    cdef float *memory = floats(workers * room)
     with nogil:
         with parallel(num_threads=workers):
             saved = enter_rounding()

@@ -2,9 +2,10 @@
 
 from cython.parallel cimport parallel, prange
 from libc.stdint cimport int64_t, uint32_t, uintptr_t
-from libc.stdlib cimport calloc, free, malloc
+from libc.stdlib cimport free, malloc
+from libc.string cimport memset
 
-from rlhf_kernels.cpu._rows cimport enter_rounding, kernels, leave_rounding, row_kernels, threads_for
+from rlhf_kernels.cpu._rows cimport enter_rounding, floats, kernels, leave_rounding, row_kernels, threads_for
 
 cdef int64_t CHUNK = 16384
 # Rows whose gradients of a norm's weight and bias are added up before those of others; columns summed by one thread.
@@ -84,10 +85,9 @@ def norm_gradients(
     cdef int64_t c
     cdef uint32_t saved = 0
     cdef int workers = threads_for(chunks, rows * width, threads)
-    cdef float *parts = <float *>calloc(<size_t>max(1, chunks * 2 * width), sizeof(float))
-    if parts == NULL:
-        raise MemoryError(f"no memory for sums of {chunks} times {2 * width} gradients")
+    cdef float *parts = floats(chunks * 2 * width)
     with nogil:
+        memset(parts, 0, <size_t>(chunks * 2 * width) * sizeof(float))
         with parallel(num_threads=workers):
             saved = enter_rounding()
             for c in prange(chunks, schedule="static"):

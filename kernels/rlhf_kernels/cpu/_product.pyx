@@ -2,9 +2,11 @@
 
 from cython.parallel cimport parallel, prange, threadid
 from libc.stdint cimport int64_t, uint32_t, uintptr_t
-from libc.stdlib cimport free, malloc
+from libc.stdlib cimport free
 
-from rlhf_kernels.cpu._rows cimport PRODUCT_SCRATCH, WIDEST_TILE, enter_rounding, kernels, leave_rounding, row_kernels
+from rlhf_kernels.cpu._rows cimport (
+    PRODUCT_SCRATCH, WIDEST_TILE, enter_rounding, floats, kernels, leave_rounding, row_kernels,
+)
 
 # Below this many products a second thread costs more than it saves.
 cdef int64_t PRODUCTS_A_THREAD = 524288
@@ -15,20 +17,17 @@ def multiply(
     int64_t columns, bint add, uintptr_t bias, uintptr_t residual, int64_t residual_row, uintptr_t out, int64_t out_row,
     int instruction_set, int threads,
 ) -> None:
-    """Fill out[rows, columns] from a[rows, depth] b[depth, columns], as ``multiply`` of product.h does; strides in floats."""
+    """Fill out[rows, columns] from a[rows, depth] b[depth, columns] as product.h does; strides in floats."""
     cdef const row_kernels *k = kernels(instruction_set)
     cdef int64_t panels = (columns + WIDEST_TILE - 1) // WIDEST_TILE
     cdef int64_t worthwhile = max(1, min(<int64_t>threads, rows * depth * columns // PRODUCTS_A_THREAD))
     cdef int64_t across = min(panels, worthwhile)
     cdef int64_t down = max(1, min(rows, worthwhile // max(across, 1)))
     cdef int64_t pieces = across * down, p, row, end, column, last
-    cdef int64_t size = PRODUCT_SCRATCH + 16
     cdef uint32_t saved = 0
     if rows == 0 or columns == 0:
         return
-    cdef float *memory = <float *>malloc(<size_t>(pieces * size) * sizeof(float))
-    if memory == NULL:
-        raise MemoryError(f"no memory for parts of a product on {pieces} threads")
+    cdef float *memory = floats(pieces * PRODUCT_SCRATCH + 16)
     cdef float *aligned = <float *>((<uintptr_t>memory + 63) // 64 * 64)
     with nogil:
         with parallel(num_threads=<int>pieces):

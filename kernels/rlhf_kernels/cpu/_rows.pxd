@@ -72,8 +72,8 @@ cdef extern from "rows.h":
             int64_t count, double scale, float *scratch, float *out, float *softmax) noexcept nogil
         void (*attend_backward)(
             const float *queries, const float *grads, const float *softmax, int64_t softmax_stride,
-            int64_t count, int64_t first, int64_t width, int64_t padded, const float *turned_keys, const float *turned_values, const float *keys,
-            double scale, int64_t room, float *weights, float *slopes, float *grad_queries, float *grad_keys,
+            int64_t count, int64_t first, int64_t width, int64_t padded, const float *turned_keys,
+            const float *turned_values, const float *keys, double scale, int64_t room, float *weights, float *slopes, float *grad_queries, float *grad_keys,
             float *grad_values) noexcept nogil
 
 
@@ -81,6 +81,9 @@ cdef const row_kernels *kernels(int instruction_set) noexcept nogil
 cdef uint32_t enter_rounding() noexcept nogil
 cdef void leave_rounding(uint32_t saved) noexcept nogil
 cdef int threads_for(int64_t rows, int64_t elements, int threads) noexcept nogil
+
+# Memory that a kernel works with, for the caller to free; MemoryError where there is none.
+cdef float *floats(int64_t count) except NULL
 
 # Whether an output has pages that are not there yet; and how a thread brings those that it is about to write, all at once.
 cdef bint untouched(uintptr_t start, int64_t bytes) noexcept nogil

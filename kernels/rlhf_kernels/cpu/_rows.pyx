@@ -1,6 +1,7 @@
 """Links the row kernels of all instruction sets and hands them to the other extension modules."""
 
 from libc.stdint cimport int64_t, uint32_t, uintptr_t
+from libc.stdlib cimport malloc
 
 
 cdef extern from "rows.h":
@@ -34,6 +35,13 @@ cdef void leave_rounding(uint32_t saved) noexcept nogil:
 cdef int threads_for(int64_t rows, int64_t elements, int threads) noexcept nogil:
     cdef int64_t worthwhile = min(rows, elements // ELEMENTS_A_THREAD)
     return <int>max(1, min(worthwhile, threads))
+
+
+cdef float *floats(int64_t count) except NULL:
+    cdef float *memory = <float *>malloc(<size_t>max(1, count) * sizeof(float))
+    if memory == NULL:
+        raise MemoryError(f"no memory for {count} numbers that a kernel works with")
+    return memory
 
 
 cdef bint untouched(uintptr_t start, int64_t bytes) noexcept nogil:

@@ -119,8 +119,9 @@ INLINE void slopes_of(const float *query, const float *grad, const float *softma
  * to keys' and values' gradients is added in their order. */
 static void attend_backward(const float *queries, const float *grads, const float *softmax, int64_t softmax_stride,
                             int64_t count, int64_t first, int64_t width, int64_t padded, const float *turned_keys,
-                            const float *turned_values, const float *keys, double scale, int64_t room, float *weights, float *slopes,
-                            float *grad_queries, float *grad_keys, float *grad_values) {
+                            const float *turned_values, const float *keys, double scale, int64_t room,
+                            float *weights, float *slopes, float *grad_queries, float *grad_keys,
+                            float *grad_values) {
     const int64_t seen = first + count, end = (seen + LANES - 1) / LANES * LANES;
     for (int64_t i = 0; i < QUERIES; i++) {
         if (i < count)

@@ -70,9 +70,9 @@ typedef struct {
     void (*attend)(const float *query, int64_t width, const float *keys, const float *values, int64_t value_stride,
                    int64_t count, double scale, float *scratch, float *out, float *softmax);
     void (*attend_backward)(const float *queries, const float *grads, const float *softmax, int64_t softmax_stride,
-                            int64_t count, int64_t first, int64_t width, int64_t padded, const float *turned_keys, const float *turned_values,
-                            const float *keys, double scale, int64_t room, float *weights, float *slopes,
-                            float *grad_queries, float *grad_keys, float *grad_values);
+                            int64_t count, int64_t first, int64_t width, int64_t padded, const float *turned_keys,
+                            const float *turned_values, const float *keys, double scale, int64_t room, float *weights,
+                            float *slopes, float *grad_queries, float *grad_keys, float *grad_values);
 } row_kernels;
 
 enum instruction_set { PORTABLE = 0, AVX2 = 1, AVX512 = 2 };
