@@ -75,7 +75,8 @@ def new_reward_model(lm: PreTrainedModel) -> RewardModel:
         raise ValueError(f"a {lm.config.model_type} model cannot become a reward model: {error}") from None
     _require_score(model, lm.config.model_type)
     nn.init.zeros_(model.score.weight)
-    return RewardModel(as_computed_here(model).requires_grad_(True).to(lm.device))
+    as_computed_here(model)
+    return RewardModel(model.requires_grad_(True).to(lm.device))
 
 
 def _require_score(model: PreTrainedModel, name: str) -> None:

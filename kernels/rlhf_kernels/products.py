@@ -1,4 +1,4 @@
-"""Matrix products whose every element stands alone: y = x Wᵀ + b, each element added up in the order of the inner index.
+"""Matrix products whose every element stands alone: y = x Wᵀ + b, each added up in the order of the inner index.
 
 An element has the same bits whatever rows and columns stand beside it, however the matrices lie in memory, however many
 threads compute it and on every x86-64 processor; so have the gradients. The BLAS behind `torch.nn.functional.linear`
@@ -68,7 +68,8 @@ def linear_between(
     """Return residual + f(x) Wᵀ + b of what :func:`takes` takes, differentiable once.
 
     f(x) is not kept for the backward pass but computed again: a norm or an activation costs little, and what goes into
-    the products is most of what a transformer keeps (Chen et al., "Training Deep Nets with Sublinear Memory Cost", 2016).
+    the products is most of what a transformer keeps (Chen et al., "Training Deep Nets with Sublinear Memory Cost",
+    2016).
 
     Args:
         x: [..., K].

@@ -152,7 +152,7 @@ def test_bytes_survive_an_emulated_other_processor(runs: RunPool, base: Run, emu
 def test_native_bytes_of_a_stage_survive_narrower_instruction_sets(
     runs: RunPool, base: Run, stage: str, tmp_path: Path
 ) -> None:
-    words = "a good film a poor plot the bright actor and a dull scene".split()
+    words = ["a", "good", "film", "a", "poor", "plot", "the", "bright", "actor", "and", "a", "dull", "scene"]
     pairs = [
         {"prompt": " ".join(words[: 2 + k % 3]), "chosen": " ".join(words[k % 7 :]), "rejected": words[(k + 5) % 12]}
         for k in range(24)
