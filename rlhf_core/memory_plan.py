@@ -51,19 +51,15 @@ class Costs:
     """[B, H, L, L] arrays that live while one layer's attention is computed."""
     passing_widths: float = 24.0
     """[B, L, D] arrays that live while one layer is computed without a gradient."""
-    first_use: int = 60 * MIB
+    first_use: int = 30 * MIB
     """What libraries take when they first compute: code made for the processor, buffers of threads."""
-    code_of_length: int = 5 * MIB
-    """What they take further for texts of each length, whose products have code of their own."""
-    lengths_with_code: int = 24
-    """Lengths after which that grows no more: the code is kept for a limited number of products."""
     token_in_text: int = 250
     """Bytes of a token of a text that is read, with its tokenizer's notes."""
     texts_left: float = 0.6
     """Share of that which stays when the texts are read no more."""
     rollout_token: int = 200
     """Bytes of a position of a rollout: ids, masks, log-probs, values, targets, with the copies made of them."""
-    kept_share: float = 0.85
+    kept_share: float = 1.1
     """What the C library's allocator holds beside a minibatch's activations, because freed pieces lie between: a
     share of them."""
     left_share: float = 0.8
@@ -127,8 +123,6 @@ class Workload:
     """Texts of a step of pre-training; 0 where there is none."""
     classifier_rows: int = 0
     """Texts of a step of the reward model and the evaluator; 0 where none is trained."""
-    supervised_steps: int = 0
-    """Optimizer steps of these two together."""
     longest_text: int = 0
     text_tokens: int = 0
     """Tokens of all texts that are read."""
@@ -234,8 +228,7 @@ def plan_memory(shape: ModelShape, work: Workload, costs: Costs = FITTED) -> Mem
     """Return what each stage of a run will hold."""
     policy = FLOAT * shape.weights
     trained = FLOAT * trained_weights(shape, work.value)
-    code = costs.code_of_length * min(work.longest_text, work.supervised_steps, costs.lengths_with_code)
-    process = {PROCESS: work.process + costs.first_use + code}
+    process = {PROCESS: work.process + costs.first_use}
     texts = {TEXTS: costs.token_in_text * work.text_tokens}
     stages = []
     if work.pretrain_rows:
@@ -275,7 +268,7 @@ def _supervised(
 ) -> Stage:
     """Return a stage that trains ``weights`` of one model on rows of texts."""
     length = work.longest_text
-    packed = shape.packed and head
+    packed = shape.packed
     saved = saved_packed_floats(shape, rows * length) if packed else saved_floats(shape, rows, length, costs)
     arrays = costs.logits_in_update if packed else costs.logits_in_supervised
     own = {

@@ -43,7 +43,7 @@ from rlhf_core.testing.command import TINY_RUN, run_command
 COSTS = Costs(
     logits_in_update=3.0, logits_in_scoring=2.0, logits_in_evaluation=2.0, head_part=(5, 7), logits_in_supervised=4.0,
     logits_in_sampling=4.0, scores_kept=1.0, scores_in_passing=3.0, passing_widths=24.0, first_use=100,
-    code_of_length=10, lengths_with_code=24, token_in_text=7, texts_left=0.5, rollout_token=100, kept_share=0.5,
+    token_in_text=7, texts_left=0.5, rollout_token=100, kept_share=0.5,
     left_share=0.75,
 )  # fmt: skip
 SHAPE = ModelShape(
@@ -196,11 +196,9 @@ class TestTheStages:
         assert EVALUATION not in [stage.name for stage in plan_memory(SHAPE, WORK, COSTS).stages]
 
     def test_pre_training_and_judges(self):
-        work = dataclasses.replace(
-            WORK, pretrain_rows=3, classifier_rows=3, supervised_steps=4, longest_text=5, text_tokens=20
-        )
+        work = dataclasses.replace(WORK, pretrain_rows=3, classifier_rows=3, longest_text=5, text_tokens=20)
         assert parts_of("pre-training", work=work) == {
-            PROCESS: 1140,  # code for 4 lengths: there are no more steps
+            PROCESS: 1100,
             TEXTS: 140,
             POLICY: 2000,
             GRADIENTS: 2000,
