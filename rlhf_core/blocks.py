@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from transformers import GPT2LMHeadModel, GPT2Model, LlamaForCausalLM, LlamaModel, PreTrainedModel
 
-from rlhf_core.layers import projected
+from rlhf_core.chain import Do, do_at_once
+from rlhf_core.layers import Projection
 
 CAPTURING = "transformers.utils.output_capturing"
 
@@ -46,8 +47,10 @@ class Blocks(Protocol):
         ...
 
 
-def blocks_of(model: PreTrainedModel) -> Blocks | None:
+def blocks_of(model: PreTrainedModel, do: Do = do_at_once) -> Blocks | None:
     """Return the blocks of transformers' GPT-2 or Llama, with its head or without, but for rare variants; else None.
+
+    What a block does, but for looking at its tensors in another shape, it lets ``do`` do.
 
     A model in training mode is None, because dropout is left out here; so is one that is hooked into, as what calls its
     layers one by one would pass the hooks by. transformers' own hooks, which stay behind when hidden states were asked
@@ -58,13 +61,16 @@ def blocks_of(model: PreTrainedModel) -> Blocks | None:
     if type(model) not in (GPT2LMHeadModel, GPT2Model, LlamaForCausalLM, LlamaModel):
         return None
     for module in model.modules():
-        hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-        if module.training or any(getattr(hook, "__module__", None) != CAPTURING for hook in hooks):
+        if module.training:
             return None
+        if module._forward_hooks or module._forward_pre_hooks:
+            hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+            if any(getattr(hook, "__module__", None) != CAPTURING for hook in hooks):
+                return None
     head = getattr(model, "lm_head", None)
     if type(trunk) is GPT2Model:
-        return None if config.reorder_and_upcast_attn or config.add_cross_attention else _GPT2Blocks(trunk, head)
-    return _LlamaBlocks(trunk, head) if getattr(config, "pretraining_tp", 1) == 1 else None
+        return None if config.reorder_and_upcast_attn or config.add_cross_attention else _GPT2Blocks(trunk, head, do)
+    return _LlamaBlocks(trunk, head, do) if getattr(config, "pretraining_tp", 1) == 1 else None
 
 
 class _Embeddings:
@@ -121,10 +127,12 @@ class _EmbedAndPass(torch.autograd.Function):
 
 
 class _GPT2Blocks:
-    def __init__(self, trunk: Any, head: Any) -> None:
+    def __init__(self, trunk: Any, head: Any, do: Do) -> None:
+        self._do = do
         self._embeddings = _Embeddings(trunk.wte, head)
         self.head_weight = self._embeddings.head_weight
-        self._trunk, self._layers = trunk, list(trunk.h)
+        self._trunk = trunk
+        self._layers = [_GPT2Block(block) for block in trunk.h]
         self.count = len(self._layers)
         self.key_value_heads = trunk.config.n_head
         self.head_width = trunk.config.n_embd // trunk.config.n_head
@@ -133,33 +141,43 @@ class _GPT2Blocks:
         return self._embeddings.rows(ids_N) + self._trunk.wpe(positions_N)
 
     def attention_inputs(self, layer: int, x_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        block = self._layers[layer]
-        joint_N3D = projected(block.attn.c_attn, x_ND, before=block.ln_1)
-        joint = joint_N3D.view(len(x_ND), 3, self.key_value_heads, self.head_width)
-        query, key, value = joint.unbind(1)
+        joint_N3D = self._do(self._layers[layer].joint, x_ND)
+        query, key, value = joint_N3D.view(len(x_ND), 3, self.key_value_heads, self.head_width).unbind(1)
         return query, key, value
 
     def rest(self, layer: int, x_ND: torch.Tensor, attended_ND: torch.Tensor) -> torch.Tensor:
         block = self._layers[layer]
-        mlp = block.mlp
-        x_ND = projected(block.attn.c_proj, attended_ND, residual=x_ND)
-        return projected(mlp.c_proj, projected(mlp.c_fc, x_ND, before=block.ln_2), before=mlp.act, residual=x_ND)
+        x_ND = self._do(block.mix, attended_ND, x_ND)
+        return self._do(block.shrink, self._do(block.widen, x_ND), x_ND)
 
     def normalized(self, x_ND: torch.Tensor) -> torch.Tensor:
-        return self._trunk.ln_f(x_ND)
+        return self._do(self._trunk.ln_f, x_ND)
 
     def scaling(self, layer: int) -> float:
-        return self._layers[layer].attn.scaling
+        return self._layers[layer].scaling
+
+
+class _GPT2Block:
+    """The projections of a block, each with the norm or activation before it."""
+
+    def __init__(self, block: Any) -> None:
+        self.joint = Projection(block.attn.c_attn, before=block.ln_1)
+        self.mix = Projection(block.attn.c_proj)
+        self.widen = Projection(block.mlp.c_fc, before=block.ln_2)
+        self.shrink = Projection(block.mlp.c_proj, before=block.mlp.act)
+        self.scaling: float = block.attn.scaling
 
 
 class _LlamaBlocks:
-    def __init__(self, trunk: Any, head: Any) -> None:
+    def __init__(self, trunk: Any, head: Any, do: Do) -> None:
+        self._do = do
         self._embeddings = _Embeddings(trunk.embed_tokens, head)
         self.head_weight = self._embeddings.head_weight
-        self._trunk, self._layers = trunk, list(trunk.layers)
+        self._trunk = trunk
+        self._layers = [_LlamaBlock(block) for block in trunk.layers]
         self.count = len(self._layers)
         self.key_value_heads = trunk.config.num_key_value_heads
-        self.head_width = self._layers[0].self_attn.head_dim
+        self.head_width = trunk.layers[0].self_attn.head_dim
         self._cos_N1K = self._sin_N1K = torch.empty(0)
 
     def embed(self, ids_N: torch.Tensor, positions_N: torch.Tensor) -> torch.Tensor:
@@ -174,23 +192,38 @@ class _LlamaBlocks:
         return x_NHK * self._cos_N1K + torch.cat([-second, first], dim=-1) * self._sin_N1K
 
     def attention_inputs(self, layer: int, x_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        block = self._layers[layer]
-        attention, h_ND = block.self_attn, block.input_layernorm(x_ND)
-        shape = (len(x_ND), -1, self.head_width)
-        query, key, value = (
-            project(h_ND).view(shape) for project in (attention.q_proj, attention.k_proj, attention.v_proj)
-        )
-        return self._rotated(query), self._rotated(key), value
+        block, shape = self._layers[layer], (len(x_ND), -1, self.head_width)
+        h_ND = self._do(block.input_norm, x_ND)
+        query, key, value = (self._do(project, h_ND).view(shape) for project in (block.query, block.key, block.value))
+        return self._do(self._rotated, query), self._do(self._rotated, key), value
 
     def rest(self, layer: int, x_ND: torch.Tensor, attended_ND: torch.Tensor) -> torch.Tensor:
         block = self._layers[layer]
-        mlp = block.mlp
-        x_ND = projected(block.self_attn.o_proj, attended_ND, residual=x_ND)
-        h_ND = block.post_attention_layernorm(x_ND)
-        return projected(mlp.down_proj, mlp.act_fn(mlp.gate_proj(h_ND)) * mlp.up_proj(h_ND), residual=x_ND)
+        x_ND = self._do(block.mix, attended_ND, x_ND)
+        h_ND = self._do(block.inner_norm, x_ND)
+        gated = self._do(block.gated, self._do(block.gate, h_ND), self._do(block.widen, h_ND))
+        return self._do(block.shrink, gated, x_ND)
 
     def normalized(self, x_ND: torch.Tensor) -> torch.Tensor:
-        return self._trunk.norm(x_ND)
+        return self._do(self._trunk.norm, x_ND)
 
     def scaling(self, layer: int) -> float:
-        return self._layers[layer].self_attn.scaling
+        return self._layers[layer].scaling
+
+
+class _LlamaBlock:
+    """The layers of a block; three projections share a norm, and two another."""
+
+    def __init__(self, block: Any) -> None:
+        attention, mlp = block.self_attn, block.mlp
+        self.input_norm, self.inner_norm = block.input_layernorm, block.post_attention_layernorm
+        self.query, self.key, self.value = map(Projection, (attention.q_proj, attention.k_proj, attention.v_proj))
+        self.mix = Projection(attention.o_proj)
+        self.gate, self.widen, self.shrink = map(Projection, (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
+        self._activation = mlp.act_fn
+        self.scaling: float = attention.scaling
+
+    def gated(self, gate: torch.Tensor, wide: torch.Tensor) -> torch.Tensor:
+        """Shazeer, "GLU Variants Improve Transformer" (2020), section 2."""
+        product: torch.Tensor = self._activation(gate) * wide
+        return product

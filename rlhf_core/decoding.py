@@ -11,6 +11,7 @@ vocabulary.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
 import torch
@@ -18,10 +19,13 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import DynamicCache, PreTrainedModel
 
 from rlhf_core.blocks import Blocks, blocks_of
+from rlhf_core.chain import Chain
+from rlhf_core.layers import Projection
 from rlhf_core.numerics import is_portable
 from rlhf_core.packing import hidden_states, pack
 from rlhf_core.policy import ForwardArguments, position_ids
 from rlhf_kernels.attention import Cache, attends
+from rlhf_kernels.native import Prepared
 
 
 class Decoder(Protocol):
@@ -176,7 +180,8 @@ class BlockDecoder:
 class RowDecoder:
     """Decodes block by block, each row over a cache of its own length: what :mod:`rlhf_core.packing` does, bit for bit.
 
-    A token goes through the same layers there and here, and its attention depends on its row alone.
+    A token goes through the same layers there and here, and its attention depends on its row alone. The first token
+    writes down what is done, and those after it do that again.
     """
 
     def __init__(self, model: PreTrainedModel, blocks: Blocks, max_new_tokens: int) -> None:
@@ -185,6 +190,7 @@ class RowDecoder:
         self._room = max_new_tokens
         self._caches: list[Cache] = []
         self._lengths_B = torch.empty(0)
+        self._step: _Step | None = None
 
     def read_prompts(self, ids_BP: torch.Tensor, attention_BP: torch.Tensor) -> torch.Tensor:
         """Return [B, V] the logits behind left-padded prompts."""
@@ -198,19 +204,58 @@ class RowDecoder:
         return cast("torch.Tensor", self._model.lm_head(hidden_ND[packed.starts[1:] - 1]))
 
     def read_tokens(self, ids_B: torch.Tensor) -> torch.Tensor:
-        """Return [B, V] the logits behind one more token of each row."""
-        blocks = self._blocks
-        x_BD = blocks.embed(ids_B, self._lengths_B)
-        for layer, cache in enumerate(self._caches):
-            query_BHK, key_BGK, value_BGK = blocks.attention_inputs(layer, x_BD)
-            query, key, value = (x.to(x_BD.dtype) for x in (query_BHK, key_BGK, value_BGK))
-            attended_BHK = cache.attend(query, key, value, self._lengths_B, blocks.scaling(layer))
-            x_BD = blocks.rest(layer, x_BD, attended_BHK.flatten(1).to(value_BGK.dtype))
-        self._lengths_B = self._lengths_B + 1
-        return cast("torch.Tensor", self._model.lm_head(blocks.normalized(x_BD)))
+        """Return [B, V] the logits behind one more token of each row; the next call overwrites them."""
+        if self._step is None:
+            self._step = _Step(self._model, ids_B, self._caches, self._lengths_B)
+        else:
+            self._step.again(ids_B)
+        self._lengths_B += 1
+        return self._step.logits_BV
 
     def keep(self, rows: torch.Tensor) -> None:
         """Go on with these rows alone, in this order."""
         for cache in self._caches:
             cache.keep(rows)
         self._lengths_B = self._lengths_B[rows]
+        self._step = None
+
+
+class _Step:
+    """A token of each row through all blocks, whose lengths and caches are brought up to date from outside."""
+
+    def __init__(self, model: Any, ids_B: torch.Tensor, caches: list[Cache], lengths_B: torch.Tensor) -> None:
+        self._chain, self._lengths_B = Chain(), lengths_B
+        blocks = blocks_of(model, self._chain.do)
+        assert blocks is not None
+        self._embed = blocks.embed
+        x_BD = self._x_BD = blocks.embed(ids_B, lengths_B)
+        for layer, cache in enumerate(caches):
+            attention = _Attention(cache, lengths_B, blocks.scaling(layer))
+            attended_BD = self._chain.do(attention, *blocks.attention_inputs(layer, x_BD))
+            x_BD = blocks.rest(layer, x_BD, attended_BD)
+        self.logits_BV = self._chain.do(Projection(model.lm_head), blocks.normalized(x_BD))
+
+    def again(self, ids_B: torch.Tensor) -> None:
+        """Read the next token of each row."""
+        self._x_BD.copy_(self._embed(ids_B, self._lengths_B))
+        self._chain.again()
+
+
+@dataclass(frozen=True)
+class _Attention:
+    """Attention of a token of each row over a cache, in float32; what comes back has the dtype of the values."""
+
+    cache: Cache
+    lengths_B: torch.Tensor
+    scale: float
+
+    def __call__(self, query_BHK: torch.Tensor, key_BGK: torch.Tensor, value_BGK: torch.Tensor) -> torch.Tensor:
+        wide = query_BHK.float(), key_BGK.float(), value_BGK.float()
+        return self.cache.attend(*wide, self.lengths_B, self.scale).flatten(1).to(value_BGK.dtype)
+
+    def prepared(self, query_BHK: torch.Tensor, key_BGK: torch.Tensor, value_BGK: torch.Tensor) -> Prepared | None:
+        inputs = query_BHK, key_BGK, value_BGK
+        if any(x.dtype != torch.float32 for x in inputs):
+            return None
+        attended_BHK, calls = self.cache.prepare(*inputs, self.lengths_B, self.scale)
+        return attended_BHK.flatten(1), calls

@@ -15,8 +15,9 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.pytorch_utils import Conv1D
 
 from rlhf_kernels import gelu, layer_norm, linear, rms_norm, silu
-from rlhf_kernels.dense import GELU, SILU, Norm, Rowwise, serves
-from rlhf_kernels.products import linear_between, takes
+from rlhf_kernels.dense import GELU, SILU, Norm, Rowwise, prepare, serves
+from rlhf_kernels.native import Prepared
+from rlhf_kernels.products import linear_between, prepare_linear, takes
 
 
 class RowwiseLinear(nn.Linear):
@@ -60,6 +61,10 @@ class RowwiseLayerNorm(nn.LayerNorm):
             return super().forward(x)
         return layer_norm(x, self.weight, self.bias, self.eps)
 
+    def prepared(self, x: torch.Tensor) -> Prepared | None:
+        """Return where the result will be and the calls that put it there, as :class:`rlhf_core.chain.Chain` asks."""
+        return _prepared(self, x)
+
 
 class RowwiseRMSNorm(LlamaRMSNorm):
     """RMS norm in one order, the sums over rows in its gradient too."""
@@ -70,17 +75,40 @@ class RowwiseRMSNorm(LlamaRMSNorm):
             return super().forward(hidden_states)
         return rms_norm(hidden_states, self.weight, self.variance_epsilon)
 
+    def prepared(self, x: torch.Tensor) -> Prepared | None:
+        """Return where the result will be and the calls that put it there, as :class:`rlhf_core.chain.Chain` asks."""
+        return _prepared(self, x)
 
-def projected(
-    project: nn.Module, x: torch.Tensor, *, before: nn.Module | None = None, residual: torch.Tensor | None = None
-) -> torch.Tensor:
-    """Return residual + project(before(x)); in one operator that keeps x alone where all are layers of this module."""
-    weight, bias = _weights_of(project)
-    function, parameters = _rowwise(before)
-    if weight is not None and (before is None or function is not None) and takes(x, weight, bias):
-        return linear_between(x, weight, bias, before=function, parameters=parameters, residual=residual)
-    y: torch.Tensor = project(x if before is None else before(x))
-    return y if residual is None else residual + y
+
+class Projection:
+    """residual + project(before(x)); in one operator that keeps x alone where all are layers of this module.
+
+    Looks at the layers once: what they hold, and not what they are, may change between its calls.
+    """
+
+    def __init__(self, project: nn.Module, before: nn.Module | None = None) -> None:
+        """Take a linear layer, and what comes before it if anything does."""
+        self._project, self._before = project, before
+        self._weight, self._bias = _weights_of(project)
+        self._function, self._parameters = _rowwise(before)
+        self._joins = before is None or self._function is not None
+
+    def __call__(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        """Return [N, out] of x [N, in] and a residual [N, out]."""
+        weight, bias = self._weight, self._bias
+        if weight is not None and self._joins and takes(x, weight, bias):
+            return linear_between(
+                x, weight, bias, before=self._function, parameters=self._parameters, residual=residual
+            )
+        y: torch.Tensor = self._project(x if self._before is None else self._before(x))
+        return y if residual is None else residual + y
+
+    def prepared(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> Prepared | None:
+        """Return where the result will be and the calls that put it there, as :class:`rlhf_core.chain.Chain` asks."""
+        weight, bias = self._weight, self._bias
+        if weight is None or not self._joins or not takes(x, weight, bias):
+            return None
+        return prepare_linear(x, weight, bias, before=self._function, parameters=self._parameters, residual=residual)
 
 
 def _weights_of(module: nn.Module) -> tuple[torch.Tensor | None, torch.Tensor | None]:
@@ -99,6 +127,13 @@ def _rowwise(module: nn.Module | None) -> tuple[Rowwise | None, tuple[torch.Tens
     if isinstance(module, FusedGELU):
         return GELU, ()
     return (SILU if isinstance(module, LanewiseSiLU) else None), ()
+
+
+def _prepared(module: nn.Module, x: torch.Tensor) -> Prepared | None:
+    function, parameters = _rowwise(module)
+    if function is None or not serves((torch.float32,), x, *parameters):
+        return None
+    return prepare(function, x, *parameters)
 
 
 class _Softmax(torch.autograd.Function):

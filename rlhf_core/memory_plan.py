@@ -59,7 +59,7 @@ class Costs:
     """Share of that which stays when the texts are read no more."""
     rollout_token: int = 200
     """Bytes of a position of a rollout: ids, masks, log-probs, values, targets, with the copies made of them."""
-    kept_share: float = 1.1
+    kept_share: float = 1.4
     """What the C library's allocator holds beside a minibatch's activations, because freed pieces lie between: a
     share of them."""
     left_share: float = 0.8
@@ -218,16 +218,21 @@ def cache_floats(shape: ModelShape, rows: int, length: int) -> int:
     return 2 * shape.layers * rows * length * shape.key_value_width
 
 
-def trained_weights(shape: ModelShape, value: Literal["shared", "separate"] | None) -> int:
-    """Return the weights that PPO learns: the policy's, and of a separate value model all but token embeddings."""
-    head = shape.width + 1 if value else 0
-    return shape.weights + head + (shape.trunk - shape.embeddings if value == "separate" else 0)
+def trained_weights(shape: ModelShape, value: Literal["shared", "separate"] | None) -> tuple[int, int]:
+    """Return the weights that PPO learns in one pass of the model and in the next.
+
+    The policy's with what shares its trunk; then those of a separate value model, all but its token embeddings.
+    """
+    head = shape.width + 1
+    if value == "separate":
+        return shape.weights, shape.trunk - shape.embeddings + head
+    return shape.weights + (head if value else 0), 0
 
 
 def plan_memory(shape: ModelShape, work: Workload, costs: Costs = FITTED) -> MemoryPlan:
     """Return what each stage of a run will hold."""
     policy = FLOAT * shape.weights
-    trained = FLOAT * trained_weights(shape, work.value)
+    trained = FLOAT * sum(trained_weights(shape, work.value))
     process = {PROCESS: work.process + costs.first_use}
     texts = {TEXTS: costs.token_in_text * work.text_tokens}
     stages = []
@@ -241,7 +246,7 @@ def plan_memory(shape: ModelShape, work: Workload, costs: Costs = FITTED) -> Mem
         stages.append(_supervised(CLASSIFIERS, shape, work, costs, held, work.classifier_rows, shape.trunk, head=False))
     models = {POLICY: policy, REFERENCE: policy, VALUE: trained - policy, REWARD_MODELS: FLOAT * judges}
     between = process | models | {MOMENTS: 2 * trained, TEXTS: int(costs.texts_left * texts[TEXTS])}
-    update = _update(shape, work, costs, trained)
+    update = _update(shape, work, costs)
     # Pieces that earlier stages freed stay with the process, and later ones take theirs from them.
     earlier = max((_left(stage.parts, costs) for stage in stages), default=0)
     update[KEPT] = max(update[KEPT], earlier - update[ACTIVATIONS])
@@ -282,7 +287,7 @@ def _supervised(
     return Stage(name, held | own)
 
 
-def _update(shape: ModelShape, work: Workload, costs: Costs, trained: int) -> Parts:
+def _update(shape: ModelShape, work: Workload, costs: Costs) -> Parts:
     """Return what an optimizer step holds beside models and moments."""
     pieces = work.minibatch // work.micro_batch
     at_once = min(work.workers, pieces)
@@ -293,16 +298,19 @@ def _update(shape: ModelShape, work: Workload, costs: Costs, trained: int) -> Pa
         if shape.packed
         else saved_floats(shape, rows, work.length, costs, bfloat16=work.bfloat16)
     )
-    activations = int(FLOAT * (2 if work.value == "separate" else 1) * saved)
+    activations = int(FLOAT * saved)  # of the policy or of the value model: one follows the other
+    first, second = trained_weights(shape, work.value)
+    together = first + second + at_once * max(first, second) if pieces > at_once else 0
     return {
-        # A set of each piece in flight, and the sum of the pieces before.
-        GRADIENTS: trained * (at_once + (pieces > at_once)),
+        # A set of each piece in flight, the sum of the pieces before, and the other pass's.
+        GRADIENTS: FLOAT * max(at_once * first, first + at_once * second, together),
         ACTIVATIONS: activations,
         ATTENTION: 0 if shape.packed else int(FLOAT * scores_in_passing(shape, rows, work.length, costs)),
         LOGITS: at_once * _logits(shape, work.micro_batch * work.response, costs, costs.logits_in_update),
-        NARROW_WEIGHTS: at_once * trained // 2 if work.bfloat16 else 0,
-        # Micro-batches of unequal lengths leave holes for each other: as much is kept as if they came at once.
-        KEPT: int(costs.kept_share * activations * pieces / at_once),
+        NARROW_WEIGHTS: FLOAT * at_once * max(first, second) // 2 if work.bfloat16 else 0,
+        # Micro-batches of unequal lengths leave holes for each other, and the policy does for the value model: as much is
+        # kept as if they came at once.
+        KEPT: int(costs.kept_share * activations * max(pieces / at_once, 2 if second else 1)),
     }
 
 

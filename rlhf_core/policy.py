@@ -212,6 +212,10 @@ def value_trunk(lm: PreTrainedModel) -> Any:
     return trunk
 
 
+Outputs = tuple[Literal["logits", "values"], ...]
+"""What a pass through an :class:`ActorCritic` gives."""
+
+
 class ActorCritic(nn.Module):
     """A policy and its value model, where there is one.
 
@@ -239,42 +243,50 @@ class ActorCritic(nn.Module):
         """Whether there is a value model."""
         return self.value_head is not None
 
+    @property
+    def outputs(self) -> Outputs:
+        """All that a forward pass gives."""
+        return ("logits", "values") if self.has_value else ("logits",)
+
+    @property
+    def passes(self) -> tuple[Outputs, ...]:
+        """The outputs that share no weights that learn, each of which can have a forward and a backward pass alone."""
+        return (self.outputs,) if self.value_trunk is None else (("logits",), ("values",))
+
     def forward(
-        self, input_ids_BL: torch.Tensor, attention_mask_BL: torch.Tensor, response_length: int
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        self,
+        input_ids_BL: torch.Tensor,
+        attention_mask_BL: torch.Tensor,
+        response_length: int,
+        outputs: Outputs | None = None,
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Return the logits that predict the response tokens and the values of the states they are drawn in.
 
         Args:
             input_ids_BL: [B, L] left-padded prompts followed by right-padded responses.
             attention_mask_BL: [B, L] 1 on real tokens.
             response_length: T; the response takes the last T columns.
+            outputs: one of :attr:`passes`, the other output being None; by default all.
 
         Returns:
             logits [B, T, V], and values [B, T] in the head's own precision, under autocast too; None without a head.
         """
-        shared = self.has_value and self.value_trunk is None
-        output = self.lm(
-            input_ids=input_ids_BL,
-            attention_mask=attention_mask_BL,
-            use_cache=False,
-            output_hidden_states=shared,
-            **self._arguments.positions(attention_mask_BL),
-            **self._arguments.keep(response_slice(response_length)),
-        )
-        logits_BTV = predicting(output.logits, response_length)
-        if self.value_head is None:
-            return logits_BTV, None
-        hidden_BLD = (
-            output.hidden_states[-1]
-            if self.value_trunk is None
-            else self.value_trunk(
-                input_ids=input_ids_BL,
-                attention_mask=attention_mask_BL,
-                use_cache=False,
-                **self._arguments.positions(attention_mask_BL),
-            ).last_hidden_state
-        )
-        return logits_BTV, self.values(predicting(hidden_BLD, response_length))
+        outputs = self.outputs if outputs is None else outputs
+        tokens = {"input_ids": input_ids_BL, "attention_mask": attention_mask_BL, "use_cache": False}
+        tokens |= self._arguments.positions(attention_mask_BL)
+        logits_BTV = values_BT = hidden_BLD = None
+        if "logits" in outputs:
+            keep = self._arguments.keep(response_slice(response_length))
+            shared = self.has_value and self.value_trunk is None
+            output = self.lm(output_hidden_states=shared, **tokens, **keep)
+            logits_BTV = predicting(output.logits, response_length)
+            hidden_BLD = output.hidden_states[-1] if shared else None
+        if "values" in outputs:
+            if self.value_trunk is not None:
+                hidden_BLD = self.value_trunk(**tokens).last_hidden_state
+            assert hidden_BLD is not None
+            values_BT = self.values(predicting(hidden_BLD, response_length))
+        return logits_BTV, values_BT
 
     def values(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return [...] the values of hidden states [..., D], in the head's own precision, under autocast too."""

@@ -5,6 +5,7 @@ Implementation Details of RLHF with PPO" (2023). GRPO, RLOO and REINFORCE++ are 
 advantage, loss mean and KL penalty: :mod:`rlhf_core.algorithms`. Shape suffixes: B sequences, T response positions.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -30,7 +31,7 @@ from rlhf_core.losses import (
 from rlhf_core.metrics import rollout_metrics
 from rlhf_core.optim import add_gradients, clip_gradients, gradients, set_learning_rate, total_norm
 from rlhf_core.parallel import together, workers
-from rlhf_core.policy import ActorCritic, Reference, autocast
+from rlhf_core.policy import ActorCritic, Outputs, Reference, autocast
 from rlhf_core.profiling import StageClock
 from rlhf_core.reward import Reward
 from rlhf_core.rollout import Rollout, sample
@@ -77,31 +78,43 @@ def plan_epoch(config: PPOConfig, seed: int, step: int, epoch: int) -> Plan:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Rows of a rollout, and their losses with the way back to the parameters."""
+    """Rows of a rollout, and the losses of one of the model's passes with the way back to its parameters."""
 
     rows: torch.Tensor
-    logprobs_BT: torch.Tensor
+    logprobs_BT: torch.Tensor | None
+    """None in the pass of a value model."""
     values_BT: torch.Tensor | None
-    log_ratio_BT: torch.Tensor
+    """None in the pass of a policy alone."""
+    log_ratio_BT: torch.Tensor | None
     policy_loss: torch.Tensor
-    """Summed as the losses' mean wants it, not yet divided."""
+    """Summed as the losses' mean wants it, not yet divided; 0 where the pass has none."""
     value_loss: torch.Tensor
 
 
 def micro_batch_losses(
-    state: PPOState, rollout: Rollout, scores: Scores, targets: Targets, rows: torch.Tensor, config: TrainConfig
+    state: PPOState,
+    rollout: Rollout,
+    scores: Scores,
+    targets: Targets,
+    rows: torch.Tensor,
+    outputs: Outputs,
+    config: TrainConfig,
 ) -> MicroBatch:
-    """Return the losses of some rows, as sums."""
+    """Return the losses of some rows, as sums, that a pass of the model gives."""
     ppo, recipe = config.ppo, config.ppo.recipe
     mask_BT = rollout.response_mask_BT[rows]
-    logprobs_BT, _, values_BT = evaluate_rows(state.model, rollout, rows, config.sampling.temperature, config.dtype)
-    log_ratio_BT = log_ratio(logprobs_BT, scores.logprobs_BT[rows], mask_BT)
-    losses_BT = clipped_policy_losses(log_ratio_BT, targets.advantages_BT[rows], mask_BT, clip_range=ppo.clip_range)
-    if recipe.kl_place == "loss":
-        to_ref_BT = log_ratio(logprobs_BT, scores.ref_logprobs_BT[rows], mask_BT)
-        losses_BT = losses_BT + state.kl_coef * kl_losses(recipe.kl_estimator, to_ref_BT, log_ratio_BT)
-    policy_loss = loss_sum(losses_BT, mask_BT, recipe.loss_mean)
-    value_loss = policy_loss.new_zeros(())
+    logprobs_BT, _, values_BT = evaluate_rows(
+        state.model, rollout, rows, config.sampling.temperature, config.dtype, outputs
+    )
+    policy_loss = value_loss = scores.logprobs_BT.new_zeros(())
+    log_ratio_BT = None
+    if logprobs_BT is not None:
+        log_ratio_BT = log_ratio(logprobs_BT, scores.logprobs_BT[rows], mask_BT)
+        losses_BT = clipped_policy_losses(log_ratio_BT, targets.advantages_BT[rows], mask_BT, clip_range=ppo.clip_range)
+        if recipe.kl_place == "loss":
+            to_ref_BT = log_ratio(logprobs_BT, scores.ref_logprobs_BT[rows], mask_BT)
+            losses_BT = losses_BT + state.kl_coef * kl_losses(recipe.kl_estimator, to_ref_BT, log_ratio_BT)
+        policy_loss = loss_sum(losses_BT, mask_BT, recipe.loss_mean)
     if values_BT is not None:
         assert scores.values_BT is not None
         assert targets.returns_BT is not None
@@ -125,34 +138,37 @@ def accumulate_gradients(
     """Add the gradient of a minibatch's loss to the parameters, a micro-batch on each thread.
 
     Every micro-batch is divided by the count of the whole minibatch, so their gradients add up to its gradient however
-    it is split; they are added in the order of the micro-batches, however many threads there are. A probe gets to see
-    the gradient with respect to log-probs and values.
+    it is split; they are added in the order of the micro-batches, however many threads there are. A value model of its
+    own follows the policy, so that what is kept for the backward pass is kept for one of them at a time. A probe gets
+    to see the gradient with respect to log-probs and values.
     """
-    ppo = config.ppo
     device = rollout.input_ids_BL.device
     whole_mask_BT = rollout.response_mask_BT[torch.cat(minibatch).to(device)]
-    count = loss_count(whole_mask_BT, ppo.recipe.loss_mean, config.sampling.max_new_tokens)
+    count = loss_count(whole_mask_BT, config.ppo.recipe.loss_mean, config.sampling.max_new_tokens)
     parameters = [parameter for parameter in state.model.parameters() if parameter.requires_grad]
     sums = torch.zeros(len(LOSS_SUMS), dtype=scores.logprobs_BT.dtype, device=device)
     deviation = sums.new_zeros(())
     at_once = workers(device)
 
-    def forward(rows: torch.Tensor) -> MicroBatch:
-        return micro_batch_losses(state, rollout, scores, targets, rows.to(device), config)
+    def forward(piece: tuple[torch.Tensor, Outputs]) -> MicroBatch:
+        rows, outputs = piece
+        return micro_batch_losses(state, rollout, scores, targets, rows.to(device), outputs, config)
 
     def loss(micro: MicroBatch) -> torch.Tensor:
-        return (micro.policy_loss + ppo.value_coef * micro.value_loss) / count
+        return (micro.policy_loss + config.ppo.value_coef * micro.value_loss) / count
 
     def backward(micro: MicroBatch) -> tuple[torch.Tensor | None, ...]:
+        if not loss(micro).requires_grad:  # what this pass goes through is frozen
+            return (None,) * len(parameters)
         return torch.autograd.grad(loss(micro), parameters, allow_unused=True)
 
-    for group in (minibatch[at : at + at_once] for at in range(0, len(minibatch), at_once)):
+    groups = [minibatch[at : at + at_once] for at in range(0, len(minibatch), at_once)]
+    for group, outputs in itertools.product(groups, state.model.passes):
         with clock.stage("forward"):
-            micro_batches = together(forward, group, at_once)
+            micro_batches = together(forward, [(rows, outputs) for rows in group], at_once)
         if probe is not None:
+            assert targets.returns_BT is not None
             for micro in micro_batches:
-                assert micro.values_BT is not None
-                assert targets.returns_BT is not None
                 constants = targets.advantages_BT[micro.rows], targets.returns_BT[micro.rows]
                 probe.watch(micro.rows, micro.logprobs_BT, micro.values_BT, *constants, loss(micro))
         with clock.stage("backward"):
@@ -160,12 +176,14 @@ def accumulate_gradients(
                 add_gradients(parameters, grads)
         with torch.no_grad():
             for micro in micro_batches:
-                mask_BT = rollout.response_mask_BT[micro.rows]
-                off_BT = micro.log_ratio_BT.expm1().abs()
-                k3 = masked_sum(kl_k3(-micro.log_ratio_BT), mask_BT)
-                clipped = (off_BT > ppo.clip_range).sum()
-                sums += torch.stack([micro.policy_loss, micro.value_loss, k3, clipped.to(k3.dtype)])
-                deviation = torch.maximum(deviation, off_BT.max())
+                sums[:2] += torch.stack([micro.policy_loss, micro.value_loss])
+                if micro.log_ratio_BT is not None:
+                    mask_BT = rollout.response_mask_BT[micro.rows]
+                    off_BT = micro.log_ratio_BT.expm1().abs()
+                    k3 = masked_sum(kl_k3(-micro.log_ratio_BT), mask_BT)
+                    clipped = (off_BT > config.ppo.clip_range).sum()
+                    sums[2:] += torch.stack([k3, clipped.to(k3.dtype)])
+                    deviation = torch.maximum(deviation, off_BT.max())
     return MinibatchSums(sums, deviation, count, int(whole_mask_BT.sum()))
 
 

@@ -120,13 +120,12 @@ def sample(
     ids_BP, attention_BP = prompts_BP.to(device), attention_BP.to(device)
     rows, length = len(prompt_ids), config.max_new_tokens
     tokens_BT = torch.full((rows, length), pad_id, device=device)
-    mask_BT = torch.zeros(rows, length, dtype=torch.bool, device=device)
     logprobs_BT = torch.zeros(rows, length, dtype=torch.float64, device=device)
     batch = torch.arange(rows, device=device)  # the rows that the decoder goes on with, some of them ended already
     going = torch.ones(rows, dtype=torch.bool, device=device)
+    decoder = decoder_for(model, length)
+    logits = decoder.read_prompts(ids_BP, attention_BP)
     with threads_for_decoding(model, rows):
-        decoder = decoder_for(model, length)
-        logits = decoder.read_prompts(ids_BP, attention_BP)
         for position in range(length):
             drawn = sample_tokens(
                 logits,
@@ -135,10 +134,8 @@ def sample(
                 top_k=config.top_k,
                 top_p=config.top_p,
             )
-            alive = batch[going]
-            tokens_BT[alive, position] = drawn.ids[going]
-            mask_BT[alive, position] = True
-            logprobs_BT[alive, position] = drawn.logprobs[going].double()
+            tokens_BT[batch, position] = drawn.ids
+            logprobs_BT[batch, position] = drawn.logprobs.double()
             going, next_ids = going & (drawn.ids != eos_id), drawn.ids
             left = int(going.sum())
             if position + 1 == length or left == 0:
@@ -148,11 +145,14 @@ def sample(
                 batch, going, next_ids = batch[kept], going[kept], next_ids[kept]
                 decoder.keep(kept)
             logits = decoder.read_tokens(next_ids)
-    tokens_BT, mask_BT = tokens_BT[:, : position + 1], mask_BT[:, : position + 1]
+    tokens_BT, logprobs_BT = tokens_BT[:, : position + 1], logprobs_BT[:, : position + 1].to(drawn.logprobs.dtype)
+    ends_BT = tokens_BT == eos_id
+    mask_BT = ends_BT.cumsum(dim=1) - ends_BT.long() == 0  # nothing before it ends the response
+    tokens_BT = torch.where(mask_BT, tokens_BT, pad_id)
     return Rollout(
         input_ids_BL=torch.cat([ids_BP, tokens_BT], dim=1),
         attention_mask_BL=torch.cat([attention_BP, mask_BT.long()], dim=1),
         response_mask_BT=mask_BT,
-        sampler_logprobs_BT=logprobs_BT[:, : position + 1].to(drawn.logprobs.dtype),
+        sampler_logprobs_BT=torch.where(mask_BT, logprobs_BT, 0.0),
         ended_B=(mask_BT & (tokens_BT == eos_id)).any(dim=1),
     )

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from rlhf_core.packing import hidden_states, pack, packable, response_logprobs
 from rlhf_core.parallel import together, workers
-from rlhf_core.policy import ActorCritic, Reference, autocast
+from rlhf_core.policy import ActorCritic, Outputs, Reference, autocast
 from rlhf_core.rollout import Rollout
 from rlhf_kernels import token_logprobs
 
@@ -34,26 +34,37 @@ class Scores:
 
 
 def evaluate_rows(
-    model: ActorCritic, rollout: Rollout, rows: torch.Tensor, temperature: float, dtype: str
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Return [b, T] log-probs, entropies and values of some rows of a rollout, in float32 (float64 of such a model)."""
+    model: ActorCritic,
+    rollout: Rollout,
+    rows: torch.Tensor,
+    temperature: float,
+    dtype: str,
+    outputs: Outputs | None = None,
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """Return [b, T] log-probs, entropies and values of some rows of a rollout, in float32 (float64 of such a model).
+
+    With ``outputs``, one of the model's passes, what it does not give is None: of ``("values",)`` the first two.
+    """
     ids_BL, attention_BL, length = rollout.input_ids_BL[rows], rollout.attention_mask_BL[rows], rollout.response_length
-    blocks = packable(model.lm)
-    value_blocks = blocks if model.value_trunk is None else packable(model.value_trunk)
+    logprobs_BT = entropies_BT = values_BT = None
     with autocast(ids_BL.device, dtype):
-        if blocks is not None and value_blocks is not None:
+        for given in model.passes if outputs is None else (outputs,):
+            trunk = model.lm if "logits" in given or model.value_trunk is None else model.value_trunk
+            blocks = packable(trunk)
+            if blocks is None:
+                logits_BTV, values_BT = model(ids_BL, attention_BL, length, given)
+                if logits_BTV is not None:
+                    labels_BT = rollout.response_ids_BT[rows]
+                    logprobs_BT, entropies_BT = token_logprobs(
+                        logits_BTV, labels_BT, temperature=temperature, with_entropy=True
+                    )
+                continue
             packed = pack(ids_BL, attention_BL, length)
             hidden_ND = hidden_states(blocks, packed)
-            logprobs_BT, entropies_BT = response_logprobs(blocks, packed, hidden_ND, temperature)
-            if not model.has_value:
-                return logprobs_BT, entropies_BT, None
-            if value_blocks is not blocks:
-                hidden_ND = hidden_states(value_blocks, packed)
-            return logprobs_BT, entropies_BT, packed.on_responses(model.values(hidden_ND[packed.predicting_M]))
-        logits_BTV, values_BT = model(ids_BL, attention_BL, length)
-    logprobs_BT, entropies_BT = token_logprobs(
-        logits_BTV, rollout.response_ids_BT[rows], temperature=temperature, with_entropy=True
-    )
+            if "logits" in given:
+                logprobs_BT, entropies_BT = response_logprobs(blocks, packed, hidden_ND, temperature)
+            if "values" in given:
+                values_BT = packed.on_responses(model.values(hidden_ND[packed.predicting_M]))
     return logprobs_BT, entropies_BT, values_BT
 
 
@@ -110,7 +121,7 @@ def score_rollout(
     logprobs_BT, entropies_BT, ref_logprobs_BT = empty(), empty(), empty()
     values_BT = empty() if model.has_value else None
 
-    def score(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    def score(rows: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         return (
             *evaluate_rows(model, rollout, rows, temperature, dtype),
             evaluate_reference(reference, rollout, rows, temperature, dtype),
@@ -118,7 +129,7 @@ def score_rollout(
 
     micro_batches = [rows.to(device) for minibatch in plan for rows in minibatch]
     for rows, scored in zip(micro_batches, together(score, micro_batches, workers(device)), strict=True):
-        logprobs_BT[rows], entropies_BT[rows], row_values_BT, ref_logprobs_BT[rows] = scored
-        if values_BT is not None and row_values_BT is not None:
-            values_BT[rows] = row_values_BT
+        for all_BT, some_BT in zip((logprobs_BT, entropies_BT, values_BT, ref_logprobs_BT), scored, strict=True):
+            if all_BT is not None and some_BT is not None:
+                all_BT[rows] = some_BT
     return Scores(logprobs_BT, entropies_BT, values_BT, ref_logprobs_BT)

@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from rlhf_kernels.native import native_serves
+from rlhf_kernels.native import Prepared, done, later, native_serves
 
 _native: Any
 try:
@@ -68,20 +68,27 @@ class Cache:
 
     def attend(self, query_BHK: Tensor, key_BGK: Tensor, value_BGK: Tensor, lengths_B: Tensor, scale: float) -> Tensor:
         """Put a token behind each row and return [B, H, K] what its query attends to; ``lengths_B`` are from before."""
+        return done(self.prepare(query_BHK, key_BGK, value_BGK, lengths_B, scale))
+
+    def prepare(
+        self, query_BHK: Tensor, key_BGK: Tensor, value_BGK: Tensor, lengths_B: Tensor, scale: float
+    ) -> Prepared:
+        """Return where :meth:`attend` will put its result, and the call that does it, with the lengths there are then.
+
+        It reads what it attends with where it is, if the heads of a token have no gaps, and copies from now if not.
+        """
         rows, heads, width = query_BHK.shape
         shared, room = self.values_BGSK.shape[1:3]
         query_BHK, key_BGK, value_BGK = (_heads_side_by_side(x) for x in (query_BHK, key_BGK, value_BGK))
         out_BHK = query_BHK.new_empty(rows, heads, width)
-        longest = int(lengths_B.max()) + 1 if rows else 0
-        if longest > room:
-            raise ValueError(f"the cache has room for {room} tokens a row, and a row has {longest}")
-        _native.attend_cached(
-            query_BHK.data_ptr(), key_BGK.data_ptr(), value_BGK.data_ptr(), launch.address(self.keys),
-            launch.address(self.values_BGSK), launch.address(lengths_B), rows, longest, room, query_BHK.stride(0),
-            key_BGK.stride(0), value_BGK.stride(0), heads, heads // shared, width, scale, launch.address(out_BHK),
-            launch.instruction_set(), launch.threads(),
+        call = later(
+            _native.attend_cached, query_BHK.data_ptr(), key_BGK.data_ptr(), value_BGK.data_ptr(),
+            launch.address(self.keys), launch.address(self.values_BGSK), launch.address(lengths_B), rows, room,
+            query_BHK.stride(0), key_BGK.stride(0), value_BGK.stride(0), heads, heads // shared, width, scale,
+            launch.address(out_BHK), launch.instruction_set(), launch.threads(),
+            over=(query_BHK, key_BGK, value_BGK, self.keys, self.values_BGSK, lengths_B, out_BHK),
         )  # fmt: skip
-        return out_BHK
+        return out_BHK, [call]
 
 
 def _heads_side_by_side(x_NHK: Tensor) -> Tensor:

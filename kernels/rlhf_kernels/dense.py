@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from rlhf_kernels.native import native_serves
+from rlhf_kernels.native import Prepared, done, later, native_serves
 
 native: Any
 try:
@@ -101,11 +101,21 @@ def serves(dtypes: tuple[torch.dtype, ...], *tensors: Tensor | None) -> bool:
     return native is not None and native_serves(*tensors, dtypes=dtypes)
 
 
+def value(function: "Rowwise", x: Tensor, *parameters: Tensor) -> Tensor:
+    """Return the function of every row."""
+    return done(prepare(function, x, *parameters))
+
+
+def prepare(function: "Rowwise", x: Tensor, *parameters: Tensor) -> Prepared:
+    """Return where the function of every row will be and the calls that put it there; of x itself if contiguous."""
+    return function.prepare(x.contiguous(), *(parameter.contiguous() for parameter in parameters))
+
+
 class Rowwise(Protocol):
     """A function of each row of a matrix alone, and its gradients, which need nothing but what it was given."""
 
-    def value(self, x: Tensor, *parameters: Tensor) -> Tensor:
-        """Return the function of every row."""
+    def prepare(self, x: Tensor, *parameters: Tensor) -> Prepared:
+        """Return where the function of every row will be, and how it gets there; all tensors are contiguous."""
         ...
 
     def gradients(self, x: Tensor, grad: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
@@ -117,21 +127,20 @@ class Rowwise(Protocol):
 class _Activation:
     kind: int
 
-    def value(self, x: Tensor, *parameters: Tensor) -> Tensor:
-        return self._run(x, None)
+    def prepare(self, x: Tensor, *parameters: Tensor) -> Prepared:
+        return self._prepare(x, None)
 
     def gradients(self, x: Tensor, grad: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
-        return (self._run(x, grad),)
+        return (done(self._prepare(x.contiguous(), grad.to(x.dtype).contiguous())),)
 
-    def _run(self, x: Tensor, grad: Tensor | None) -> Tensor:
-        x = x.contiguous()
-        grad = None if grad is None else grad.to(x.dtype).contiguous()
+    def _prepare(self, x: Tensor, grad: Tensor | None) -> Prepared:
         out = torch.empty_like(x)
-        native.activation(
-            launch.address(x), 0 if grad is None else launch.address(grad), x.numel(), launch.ELEMENT_TYPE[x.dtype],
-            x.element_size(), self.kind, launch.address(out), launch.instruction_set(), launch.threads(),
+        call = later(
+            native.activation, launch.address(x), 0 if grad is None else launch.address(grad), x.numel(),
+            launch.ELEMENT_TYPE[x.dtype], x.element_size(), self.kind, launch.address(out), launch.instruction_set(),
+            launch.threads(), over=(x, grad, out),
         )  # fmt: skip
-        return out
+        return out, [call]
 
 
 GELU, SILU = _Activation(_GELU), _Activation(_SILU)
@@ -144,20 +153,21 @@ class Norm:
     epsilon: float
     centered: bool
 
-    def value(self, x: Tensor, *parameters: Tensor) -> Tensor:
-        """Return the norm of rows."""
-        x, (weight, bias) = x.contiguous(), _contiguous_pair(parameters)
+    def prepare(self, x: Tensor, *parameters: Tensor) -> Prepared:
+        """Return where the norm of rows will be, and how it gets there."""
+        weight, *rest = parameters
+        bias = rest[0] if rest else None
         out, width = torch.empty_like(x), x.shape[-1]
-        native.norm(
-            launch.address(x), x.shape[:-1].numel(), width, launch.address(weight),
+        call = later(
+            native.norm, launch.address(x), x.shape[:-1].numel(), width, launch.address(weight),
             0 if bias is None else launch.address(bias), self.epsilon, self.centered, launch.address(out),
-            launch.instruction_set(), launch.threads(),
+            launch.instruction_set(), launch.threads(), over=(x, weight, bias, out),
         )  # fmt: skip
-        return out
+        return out, [call]
 
     def gradients(self, x: Tensor, grad: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
         """Return the gradients of rows and of what they are multiplied with and moved by."""
-        x, grad, (weight, _) = x.contiguous(), grad.contiguous(), _contiguous_pair(parameters)
+        x, grad, weight = x.contiguous(), grad.contiguous(), parameters[0].contiguous()
         grad_x, width = torch.empty_like(x), x.shape[-1]
         sums_2D = x.new_empty(2, width)
         native.norm_gradients(
@@ -167,13 +177,10 @@ class Norm:
         return (grad_x, *sums_2D[: len(parameters)])
 
 
-def _contiguous_pair(parameters: tuple[Tensor, ...]) -> tuple[Tensor, Tensor | None]:
-    weight, *bias = (parameter.contiguous() for parameter in parameters)
-    return weight, bias[0] if bias else None
-
-
 def apply(function: Rowwise, x: Tensor, *parameters: Tensor) -> Tensor:
     """Return the function of rows, differentiable once."""
+    if not torch.is_grad_enabled():
+        return value(function, x, *parameters)
     return cast("Tensor", _Apply.apply(function, x, *parameters))
 
 
@@ -182,7 +189,7 @@ class _Apply(torch.autograd.Function):
     def forward(ctx: Any, function: Rowwise, x: Tensor, *parameters: Tensor) -> Tensor:
         ctx.function = function
         ctx.save_for_backward(x, *parameters)
-        return function.value(x, *parameters)
+        return value(function, x, *parameters)
 
     @staticmethod
     @torch.autograd.function.once_differentiable

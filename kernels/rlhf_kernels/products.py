@@ -5,14 +5,15 @@ threads compute it and on every x86-64 processor; so have the gradients. The BLA
 promises none of that. Native code for float32 on a CPU with fused multiply-add (x86-64 of 2013 or later).
 """
 
+from functools import cache
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from rlhf_kernels.dense import Rowwise, column_sums
-from rlhf_kernels.native import native_serves
+from rlhf_kernels.dense import Rowwise, column_sums, prepare, value
+from rlhf_kernels.native import Call, Prepared, done, later, native_serves
 
 _native: Any
 try:
@@ -22,6 +23,7 @@ except ImportError:  # not built
     _native = None
 
 
+@cache
 def available() -> bool:
     """Whether this processor has what the native product is made of; a product without would be slow."""
     return _native is not None and launch.usable_instruction_sets()[-1] != launch.INSTRUCTION_SETS[0]
@@ -79,7 +81,31 @@ def linear_between(
         parameters: of f.
         residual: [..., N].
     """
-    return cast("Tensor", _Linear.apply(x, weight, bias, residual, before, *parameters))
+    if torch.is_grad_enabled():
+        return cast("Tensor", _Linear.apply(x, weight, bias, residual, before, *parameters))
+    return done(prepare_linear(x, weight, bias, before=before, parameters=parameters, residual=residual))
+
+
+def prepare_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    before: Rowwise | None = None,
+    parameters: tuple[Tensor, ...] = (),
+    residual: Tensor | None = None,
+) -> Prepared:
+    """Return where :func:`linear_between` will put its result, and the calls that do it.
+
+    The calls read x and the residual where they are, if their rows are contiguous, and copies of them from now if not.
+    """
+    shape = *x.shape[:-1], weight.shape[0]
+    calls: list[Call] = []
+    if before is not None:
+        x, calls = prepare(before, x, *parameters)
+    residual = None if residual is None else _as_rows(residual)
+    out_MN, more = prepare_product(_as_rows(x), weight.t(), bias, residual_MN=residual)
+    return out_MN.view(shape), calls + more
 
 
 def multiply(
@@ -101,6 +127,19 @@ def multiply(
         out_MN: where the result goes, its rows contiguous; by default a new matrix.
         add: keep what ``out_MN`` holds and add to it.
     """
+    return done(prepare_product(a_MK, b_KN, bias_N, residual_MN=residual_MN, out_MN=out_MN, add=add))
+
+
+def prepare_product(
+    a_MK: Tensor,
+    b_KN: Tensor,
+    bias_N: Tensor | None = None,
+    *,
+    residual_MN: Tensor | None = None,
+    out_MN: Tensor | None = None,
+    add: bool = False,
+) -> Prepared:
+    """Return where :func:`multiply` will put its result, and the call that does it."""
     (a_MK, a_row, a_k), (b_KN, b_k, b_n) = _strided(a_MK), _strided(b_KN)
     (rows, depth), columns = a_MK.shape, b_KN.shape[1]
     out_MN = a_MK.new_empty(rows, columns) if out_MN is None else out_MN
@@ -109,12 +148,13 @@ def multiply(
     assert out_MN.shape == (rows, columns)
     assert columns < 2 or out_MN.stride(1) == 1
     assert residual_MN is None or residual_MN.shape == out_MN.shape
-    _native.multiply(
-        a_MK.data_ptr(), a_row, a_k, b_KN.data_ptr(), b_k, b_n, rows, depth, columns, add,
+    call = later(
+        _native.multiply, a_MK.data_ptr(), a_row, a_k, b_KN.data_ptr(), b_k, b_n, rows, depth, columns, add,
         0 if bias_N is None else bias_N.data_ptr(), 0 if residual_MN is None else residual_MN.data_ptr(), columns,
         out_MN.data_ptr(), out_MN.stride(0), launch.instruction_set(), launch.threads(),
+        over=(a_MK, b_KN, bias_N, residual_MN, out_MN),
     )  # fmt: skip
-    return out_MN
+    return out_MN, [call]
 
 
 def _strided(matrix: Tensor) -> tuple[Tensor, int, int]:
@@ -143,10 +183,7 @@ class _Linear(torch.autograd.Function):
     ) -> Tensor:
         ctx.before = before
         ctx.save_for_backward(x, weight, *parameters)
-        shape = *x.shape[:-1], weight.shape[0]
-        x = x if before is None else before.value(x, *parameters)
-        residual = None if residual is None else residual.reshape(-1, weight.shape[0])
-        return multiply(_as_rows(x), weight.t(), bias, residual_MN=residual).view(shape)
+        return done(prepare_linear(x, weight, bias, before=before, parameters=parameters, residual=residual))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -155,7 +192,7 @@ class _Linear(torch.autograd.Function):
         need_x, need_weight, need_bias, need_residual, _, *need_parameters = ctx.needs_input_grad
         grad_MN = _as_rows(grad)
         grad_x = multiply(grad_MN, weight).view(x.shape) if need_x or any(need_parameters) else None
-        before = x if ctx.before is None or not need_weight else ctx.before.value(x, *parameters)
+        before = x if ctx.before is None or not need_weight else value(ctx.before, x, *parameters)
         through = (grad_x,) if ctx.before is None or grad_x is None else ctx.before.gradients(x, grad_x, *parameters)
         return (
             through[0],
@@ -168,7 +205,7 @@ class _Linear(torch.autograd.Function):
 
 
 def _as_rows(x: Tensor) -> Tensor:
-    return x.reshape(x.shape[:-1].numel(), x.shape[-1])
+    return x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
 
 
 def _weight_gradient(grad_MN: Tensor, x_MK: Tensor, like: Tensor) -> Tensor:

@@ -10,10 +10,20 @@ Shape suffixes: B sequences, T response positions.
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.autograd.graph import get_gradient_edge
+
+
+@dataclass(frozen=True)
+class _Watched:
+    """Log-probs or values of some rows, and the gradient that they should get, times the number of tokens."""
+
+    rows: torch.Tensor
+    output_BT: torch.Tensor
+    expected_BT: torch.Tensor
 
 
 class GradientProbe:
@@ -23,8 +33,8 @@ class GradientProbe:
         """Take the mask of the whole rollout, True on response tokens, and c."""
         self._mask_BT = mask_BT
         self._value_coef = value_coef
-        self._rows: list[torch.Tensor] = []
-        self._parts: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]] = []
+        self._logprobs: list[_Watched] = []
+        self._values: list[_Watched] = []
         self._attached = False
         self._left_over = False
         self._past_both = False
@@ -32,36 +42,38 @@ class GradientProbe:
     def watch(
         self,
         rows: torch.Tensor,
-        logprobs_BT: torch.Tensor,
-        values_BT: torch.Tensor,
+        logprobs_BT: torch.Tensor | None,
+        values_BT: torch.Tensor | None,
         advantages_BT: torch.Tensor,
         returns_BT: torch.Tensor,
         loss: torch.Tensor,
     ) -> None:
-        """Remember a micro-batch, before its backward pass.
+        """Remember a micro-batch, or its half where policy and value model have passes of their own, before backward.
 
         Args:
             rows: [b] its rows of the rollout.
-            logprobs_BT: [b, T] log π, with a gradient to come.
-            values_BT: [b, T] V, with a gradient to come.
+            logprobs_BT: [b, T] log π, with a gradient to come; None where the pass gives values alone.
+            values_BT: [b, T] V, with a gradient to come; None where the pass gives log-probs alone.
             advantages_BT: [b, T] A, meant to be a constant.
             returns_BT: [b, T] R, meant to be a constant.
             loss: what the backward pass begins at.
         """
-        if not self._rows:
-            weights = leaves([logprobs_BT, values_BT])
-            self._left_over = any(one.grad is not None and bool(one.grad.any()) for one in weights)
+        outputs = [x_BT for x_BT in (logprobs_BT, values_BT) if x_BT is not None]
+        mask_BT = self._mask_BT[rows]
+        first = (logprobs_BT is not None and not self._logprobs) or (values_BT is not None and not self._values)
+        if first:
+            self._left_over |= any(one.grad is not None and bool(one.grad.any()) for one in leaves(outputs))
         self._attached |= advantages_BT.requires_grad or returns_BT.requires_grad
-        self._past_both |= next(leaves([loss], without=[logprobs_BT, values_BT]), None) is not None
-        for x_BT in (logprobs_BT, values_BT):
+        self._past_both |= next(leaves([loss], without=outputs), None) is not None
+        for x_BT in outputs:
             if x_BT.requires_grad:  # what is frozen has gradient 0, and that is not the closed form
                 x_BT.retain_grad()
-        mask_BT = self._mask_BT[rows]
         with torch.no_grad():
-            policy_BT = torch.where(mask_BT, -advantages_BT, 0.0)
-            value_BT = torch.where(mask_BT, self._value_coef * (values_BT - returns_BT), 0.0)
-        self._rows.append(rows)
-        self._parts.append((logprobs_BT, policy_BT, values_BT, value_BT))
+            if logprobs_BT is not None:
+                self._logprobs.append(_Watched(rows, logprobs_BT, torch.where(mask_BT, -advantages_BT, 0.0)))
+            if values_BT is not None:
+                value_BT = torch.where(mask_BT, self._value_coef * (values_BT - returns_BT), 0.0)
+                self._values.append(_Watched(rows, values_BT, value_BT))
 
     def metrics(self) -> dict[str, float]:
         """Return what the backward passes showed.
@@ -72,13 +84,12 @@ class GradientProbe:
         ``value_gradient_share``: the value loss's share of the squared gradient with respect to both.
         """
         errors, squares = [], []
-        tokens = int(self._mask_BT[torch.cat(self._rows)].sum())
-        for x, wanted in ((0, 1), (2, 3)):
-            gradients = [_gradient(part[x]) * tokens for part in self._parts]
-            expected = [part[wanted] for part in self._parts]
-            largest = max(float(one.abs().max()) for one in expected)
-            deviation = max(float((a - b).abs().max()) for a, b in zip(gradients, expected, strict=True))
-            errors.append(deviation / max(largest, 1e-8))
+        tokens = int(self._mask_BT[torch.cat([part.rows for part in self._logprobs])].sum())
+        for parts in (self._logprobs, self._values):
+            gradients = [_gradient(part.output_BT) * tokens for part in parts]
+            largest = max(float(part.expected_BT.abs().max()) for part in parts)
+            off = (got_BT - part.expected_BT for got_BT, part in zip(gradients, parts, strict=True))
+            errors.append(max(float(x_BT.abs().max()) for x_BT in off) / max(largest, 1e-8))
             squares.append(sum(float(one.double().square().sum()) for one in gradients))
         error = max(errors)
         return {

@@ -89,9 +89,9 @@ def plant_junk(kind: str) -> None:
 
     planted = [0]
 
-    def spoil(mask: torch.Tensor, *tensors: torch.Tensor) -> list[torch.Tensor]:
-        planted[0] += int((~mask).sum()) * len(tensors)
-        return [torch.where(mask, tensor, float(kind)) for tensor in tensors]
+    def spoil(mask: torch.Tensor, *tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
+        planted[0] += int((~mask).sum()) * sum(tensor is not None for tensor in tensors)
+        return [None if tensor is None else torch.where(mask, tensor, float(kind)) for tensor in tensors]
 
     sample, evaluate_rows, score_rollout = ppo.sample, ppo.evaluate_rows, ppo.score_rollout
     token_rewards, make_targets, gae = ppo.token_rewards, ppo.make_targets, targets.gae

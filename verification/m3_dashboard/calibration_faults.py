@@ -119,9 +119,9 @@ def advantages_not_detached(world: Any) -> None:
     evaluate_rows, policy_loss = ppo.evaluate_rows, ppo.clipped_policy_losses
 
     def stashing(*args: Any) -> Any:
-        logprobs, entropies, values = evaluate_rows(*args)
-        live[:] = [values]
-        return logprobs, entropies, values
+        *same, outputs = args
+        live[:] = [evaluate_rows(*same)[2]]  # in the policy's own pass too
+        return evaluate_rows(*same, outputs)
 
     def attached(log_ratio: Any, advantages: Any, mask: Any, *, clip_range: float) -> Any:
         return policy_loss(log_ratio, advantages - (live[0] - live[0].detach()), mask, clip_range=clip_range)

@@ -273,7 +273,9 @@ def value_of_the_next_state(monkeypatch):
     def make(right):
         def wrong(*args):
             logp_BT, entropies_BT, values_BT = right(*args)
-            return logp_BT, entropies_BT, torch.cat([values_BT[:, 1:], values_BT[:, -1:]], dim=1)
+            if values_BT is not None:
+                values_BT = torch.cat([values_BT[:, 1:], values_BT[:, -1:]], dim=1)
+            return logp_BT, entropies_BT, values_BT
 
         return wrong
 
@@ -378,7 +380,7 @@ def kl_controller_inverted(monkeypatch):
 @plant
 def temperature_missing_in_the_trainer(monkeypatch):
     def make(right):
-        return lambda model, rollout, rows, temperature, dtype: right(model, rollout, rows, 1.0, dtype)
+        return lambda model, rollout, rows, temperature, *rest: right(model, rollout, rows, 1.0, *rest)
 
     for module in (ppo, scoring):
         replace(monkeypatch, "evaluate_rows", make, module)

@@ -33,7 +33,7 @@ def decoded(decoder, steps, keep=None):
             if keep is not None and step == 1:
                 decoder.keep(keep)
                 rows, ids = len(keep), ids[: len(keep)]
-            found.append(decoder.read_tokens(ids))
+            found.append(decoder.read_tokens(ids).clone())
     return found
 
 

@@ -127,12 +127,12 @@ class TestWhatIsCounted:
         assert cache_floats(SHAPE, rows=3, length=5) == 2 * 2 * 3 * 5 * 4
 
     def test_a_value_model_learns_all_but_its_token_embeddings(self):
-        assert trained_weights(SHAPE, None) == 500
-        assert trained_weights(SHAPE, "shared") == 505
-        assert trained_weights(SHAPE, "separate") == 505 + 460
+        assert trained_weights(SHAPE, None) == (500, 0)
+        assert trained_weights(SHAPE, "shared") == (505, 0)
+        assert trained_weights(SHAPE, "separate") == (500, 465)
 
     def test_a_head_of_its_own_is_no_part_of_the_value_model(self):
-        assert trained_weights(dataclasses.replace(SHAPE, weights=540, head=40), "separate") == 545 + 460
+        assert trained_weights(dataclasses.replace(SHAPE, weights=540, head=40), "separate") == (540, 465)
 
 
 class TestTheStages:
@@ -143,29 +143,39 @@ class TestTheStages:
             REFERENCE: 2000,
             VALUE: 1860,
             MOMENTS: 7720,
-            GRADIENTS: 2 * 3860,
-            ACTIVATIONS: 4 * 2 * 1560,  # two trunks, 10 tokens of 156 values
+            GRADIENTS: 3860 + 2000,  # of the first micro-batch, and the policy's of the second
+            ACTIVATIONS: 4 * 1560,  # 10 tokens of 156 values; one trunk follows the other
             ATTENTION: 4 * 3 * 2 * 2 * 25,
             LOGITS: 4 * 3 * 2 * 3 * 10,
-            KEPT: 12480,  # half the activations of both micro-batches
+            KEPT: 6240,  # half the activations of both micro-batches
         }
 
     def test_gradients_are_those_of_the_pieces_in_flight_and_the_sum_of_the_earlier(self):
         def sets(workers, micro_batch):
             work = dataclasses.replace(WORK, minibatch=8, workers=workers, micro_batch=micro_batch)
-            return parts_of("update", work=work)[GRADIENTS] / 3860
+            return parts_of("update", work=work)[GRADIENTS] / 4
 
-        assert [sets(1, 8), sets(1, 4), sets(2, 8), sets(2, 4), sets(2, 2)] == [1, 2, 1, 2, 3]
+        policy, value = 500, 465
+        assert sets(1, 8) == sets(2, 8) == policy + value
+        assert sets(1, 4) == policy + value + policy
+        assert sets(2, 4) == policy + 2 * value
+        assert sets(2, 2) == policy + value + 2 * policy
+
+    def test_one_pass_in_several_micro_batches_leaves_as_many_holes_as_two_passes_in_one(self):
+        separate, alone = WORK, dataclasses.replace(WORK, value=None)
+        whole = [parts_of("update", work=dataclasses.replace(work, micro_batch=4))[KEPT] for work in (separate, alone)]
+        halves = [parts_of("update", work=work)[KEPT] for work in (separate, alone)]
+        assert whole == [12480, 6240]
+        assert halves == [6240, 6240]
 
     def test_micro_batches_in_parallel_hold_activations_of_their_own(self):
         one, two = parts_of("update"), parts_of("update", work=dataclasses.replace(WORK, workers=2))
-        assert two[KEPT] == one[KEPT]
-        for part in (ACTIVATIONS, ATTENTION, LOGITS):
+        for part in (ACTIVATIONS, ATTENTION, LOGITS, KEPT):
             assert two[part] == 2 * one[part]
 
     def test_tokens_side_by_side_hold_no_scores_and_a_part_of_the_logits(self):
         found = parts_of("update", dataclasses.replace(SHAPE, packed=True))
-        assert found[ACTIVATIONS] == 4 * 2 * 10 * (2 * 44 + 4)
+        assert found[ACTIVATIONS] == 4 * 10 * (2 * 44 + 4)
         assert ATTENTION not in found
         assert found[LOGITS] == 4 * 3 * 5 * 7  # of 6 rows and 10 columns
 
@@ -179,13 +189,13 @@ class TestTheStages:
         assert ATTENTION not in pretraining | evaluation
 
     def test_bfloat16_keeps_a_narrow_copy_of_the_weights(self):
-        assert parts_of("update", work=dataclasses.replace(WORK, bfloat16=True))[NARROW_WEIGHTS] == 1930
+        assert parts_of("update", work=dataclasses.replace(WORK, bfloat16=True))[NARROW_WEIGHTS] == 1000  # the policy's
 
     def test_a_rollout(self):
         found = parts_of("rollout")
         assert found[ROLLOUT] == 4 * (2 * 2 * 4 * 5 * 4 + 2 * 2 * 4 * 2 * 4) + 100 * 4 * 5
         assert found[LOGITS] == 4 * 4 * 4 * 10
-        assert found[KEPT] == 18720  # 0.75 of 12480 activations and as much kept
+        assert found[KEPT] == 9360  # 0.75 of 6240 activations and as much kept
         assert GRADIENTS not in found
 
     def test_scoring(self):
@@ -217,7 +227,7 @@ class TestTheStages:
         work = dataclasses.replace(WORK, pretrain_rows=9, longest_text=5)
         # 4 · 156 · 45 activations and half of them kept; three quarters of both stay: 31590.
         assert parts_of("rollout", work=work)[KEPT] == 31590
-        assert parts_of("update", work=work)[KEPT] == 31590 - 12480  # which the update's activations lie in
+        assert parts_of("update", work=work)[KEPT] == 31590 - 6240  # which the update's activations lie in
 
     def test_the_training_peak_leaves_the_evaluation_out(self):
         plan = plan_memory(SHAPE, dataclasses.replace(WORK, evaluation_rows=1000), COSTS)

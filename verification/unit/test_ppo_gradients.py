@@ -133,3 +133,26 @@ def test_an_update_takes_one_step_a_minibatch_each_along_its_own_clipped_gradien
     for name, parameter in state.model.named_parameters():
         torch.testing.assert_close(parameter, by_hand.model.get_parameter(name), rtol=1e-4, atol=1e-5)
         assert parameter.grad is None  # the memory is free during the next rollout
+
+
+@values
+def test_a_value_model_of_its_own_has_its_passes_when_the_policys_are_over(value, monkeypatch):
+    """So that what is kept for the backward pass is kept for one of them at a time."""
+    config, state, rollout, scores, targets = off_policy_case("gpt2", value, double=False)
+    events, right = [], ppo.evaluate_rows
+
+    def noting(*args):
+        found = right(*args)
+        for name, x in zip(("policy", "entropy", "value"), found, strict=True):
+            if x is not None and x.requires_grad and name != "entropy":
+                events.append(f"{name} forward")
+                x.register_hook(lambda grad, name=name: events.append(f"{name} backward"))
+        return found
+
+    monkeypatch.setattr(ppo, "evaluate_rows", noting)
+    ppo.accumulate_gradients(state, rollout, scores, targets, [torch.arange(8)], config, StageClock(1))
+    if value == "separate":
+        assert events == ["policy forward", "policy backward", "value forward", "value backward"]
+    else:
+        assert events[:2] == ["policy forward", "value forward"]
+        assert sorted(events[2:]) == ["policy backward", "value backward"]

@@ -47,7 +47,6 @@ def attend_cached(
     values: int,
     lengths: int,
     rows: int,
-    longest: int,
     room: int,
     query_stride: int,
     key_stride: int,

@@ -178,14 +178,22 @@ cdef void one_query(
 
 def attend_cached(
     uintptr_t queries, uintptr_t key, uintptr_t value, uintptr_t keys, uintptr_t values, uintptr_t lengths,
-    int64_t rows, int64_t longest, int64_t room, int64_t query_stride, int64_t key_stride, int64_t value_stride,
-    int64_t heads, int64_t group, int64_t width, double scale, uintptr_t out, int instruction_set, int threads,
+    int64_t rows, int64_t room, int64_t query_stride, int64_t key_stride, int64_t value_stride, int64_t heads,
+    int64_t group, int64_t width, double scale, uintptr_t out, int instruction_set, int threads,
 ) -> None:
-    """Fill out[rows, heads, width]; keys[rows, shared, room / 16, width, 16] and values[rows, shared, room, width] grow."""
+    """Fill out[rows, heads, width]; keys[rows, shared, room / 16, width, 16] and values[rows, shared, room, width] grow.
+
+    Raises:
+        ValueError: a row has no room for one more token, and nothing was written.
+    """
     cdef const row_kernels *k = kernels(instruction_set)
     cdef const int64_t *length = <const int64_t *>lengths
-    cdef int64_t shared = heads // group, pieces = rows * shared, p, r, g
+    cdef int64_t shared = heads // group, pieces = rows * shared, longest = 0, p, r, g
     cdef uint32_t saved = 0
+    for r in range(rows):
+        longest = max(longest, length[r] + 1)
+    if longest > room:
+        raise ValueError(f"the cache has room for {room} tokens a row, and a row has {longest}")
     cdef int workers = threads_for(pieces, 2 * rows * heads * longest * width, threads)
     cdef float *memory = floats(workers * room)
     with nogil:

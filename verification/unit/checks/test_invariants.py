@@ -106,6 +106,34 @@ def test_the_right_loss_has_the_gradient_of_the_closed_form():
     assert metrics["value_gradient_share"] == pytest.approx(value / (policy + value), rel=1e-5)
 
 
+def test_a_probe_of_the_halves_of_a_minibatch_says_what_one_of_the_whole_does():
+    """Where policy and value model have passes of their own, the probe sees log-probs and values one by one."""
+    generator = torch.Generator().manual_seed(1)
+    start, advantages, before, returns = (torch.randn(4, 3, generator=generator) for _ in range(4))
+    mask, rows = torch.tensor([[True, True, False]] * 4), torch.arange(4)
+
+    def figures(halves, left_over=0.0):
+        probe = GradientProbe(mask, 0.5)
+        weights = [x.clone().requires_grad_() for x in (start, before)]
+        weights[1].grad = torch.full_like(before, left_over)
+        logprobs, values = (x * 1.0 for x in weights)
+        policy = clipped_policy_losses(log_ratio(logprobs, start, mask), advantages, mask, clip_range=0.2).sum() / 8
+        value = 0.5 * clipped_value_losses(values, before, returns, mask, clip_range=0.2).sum() / 8
+        if halves:
+            probe.watch(rows, logprobs, None, advantages, returns, policy)
+            policy.backward()
+            probe.watch(rows, None, values, advantages, returns, value)
+            value.backward()
+        else:
+            probe.watch(rows, logprobs, values, advantages, returns, policy + value)
+            (policy + value).backward()
+        return probe.metrics()
+
+    assert figures(halves=True) == figures(halves=False)
+    assert figures(halves=True)["first_gradient_error"] < 1e-6
+    assert figures(halves=True, left_over=0.1)["first_gradient_error"] == 1.0  # of the value model alone
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
