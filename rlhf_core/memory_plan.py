@@ -308,8 +308,8 @@ def _update(shape: ModelShape, work: Workload, costs: Costs) -> Parts:
         ATTENTION: 0 if shape.packed else int(FLOAT * scores_in_passing(shape, rows, work.length, costs)),
         LOGITS: at_once * _logits(shape, work.micro_batch * work.response, costs, costs.logits_in_update),
         NARROW_WEIGHTS: FLOAT * at_once * max(first, second) // 2 if work.bfloat16 else 0,
-        # Micro-batches of unequal lengths leave holes for each other, and the policy does for the value model: as much is
-        # kept as if they came at once.
+        # Micro-batches of unequal length leave holes for each other, the policy for the value model: as much is kept as
+        # if they came at once.
         KEPT: int(costs.kept_share * activations * max(pieces / at_once, 2 if second else 1)),
     }
 

@@ -21,8 +21,11 @@ def multiply(
     cdef const row_kernels *k = kernels(instruction_set)
     cdef int64_t panels = (columns + WIDEST_TILE - 1) // WIDEST_TILE
     cdef int64_t worthwhile = max(1, min(<int64_t>threads, rows * depth * columns // PRODUCTS_A_THREAD))
-    cdef int64_t across = min(panels, worthwhile)
-    cdef int64_t down = max(1, min(rows, worthwhile // max(across, 1)))
+    # Threads side by side each lay out all rows of a that do not lie so already; below each other, all columns of b.
+    cdef bint below = a_k != 1 and rows > columns
+    cdef int64_t first = min(rows if below else panels, worthwhile)
+    cdef int64_t second = max(1, min(panels if below else rows, worthwhile // max(first, 1)))
+    cdef int64_t across = second if below else first, down = first if below else second
     cdef int64_t pieces = across * down, p, row, end, column, last
     cdef uint32_t saved = 0
     if rows == 0 or columns == 0:
