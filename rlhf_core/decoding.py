@@ -24,7 +24,7 @@ from rlhf_core.layers import Projection
 from rlhf_core.numerics import is_portable
 from rlhf_core.packing import hidden_states, pack
 from rlhf_core.policy import ForwardArguments, position_ids
-from rlhf_kernels.attention import Cache, attends
+from rlhf_kernels.attention import Cache, attends, read_in_place
 from rlhf_kernels.native import Prepared
 
 
@@ -255,7 +255,7 @@ class _Attention:
 
     def prepared(self, query_BHK: torch.Tensor, key_BGK: torch.Tensor, value_BGK: torch.Tensor) -> Prepared | None:
         inputs = query_BHK, key_BGK, value_BGK
-        if any(x.dtype != torch.float32 for x in inputs):
+        if not all(x.dtype == torch.float32 and read_in_place(x) for x in inputs):
             return None
         attended_BHK, calls = self.cache.prepare(*inputs, self.lengths_B, self.scale)
         return attended_BHK.flatten(1), calls

@@ -106,7 +106,8 @@ class Projection:
     def prepared(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> Prepared | None:
         """Return where the result will be and the calls that put it there, as :class:`rlhf_core.chain.Chain` asks."""
         weight, bias = self._weight, self._bias
-        if weight is None or not self._joins or not takes(x, weight, bias):
+        in_place = x.is_contiguous() and (residual is None or residual.is_contiguous())
+        if weight is None or not self._joins or not in_place or not takes(x, weight, bias):
             return None
         return prepare_linear(x, weight, bias, before=self._function, parameters=self._parameters, residual=residual)
 
@@ -131,7 +132,7 @@ def _rowwise(module: nn.Module | None) -> tuple[Rowwise | None, tuple[torch.Tens
 
 def _prepared(module: nn.Module, x: torch.Tensor) -> Prepared | None:
     function, parameters = _rowwise(module)
-    if function is None or not serves((torch.float32,), x, *parameters):
+    if function is None or not x.is_contiguous() or not serves((torch.float32,), x, *parameters):
         return None
     return prepare(function, x, *parameters)
 

@@ -91,10 +91,13 @@ class Cache:
         return out_BHK, [call]
 
 
+def read_in_place(x_NHK: Tensor) -> bool:
+    """Whether the heads of a token lie without gaps, as attention reads them; tokens may have some between them."""
+    return x_NHK.stride(2) == 1 and x_NHK.stride(1) == x_NHK.shape[2]
+
+
 def _heads_side_by_side(x_NHK: Tensor) -> Tensor:
-    """The heads of a token without gaps; tokens may have some between them."""
-    width = x_NHK.shape[2]
-    return x_NHK if x_NHK.stride(2) == 1 and x_NHK.stride(1) == width else x_NHK.contiguous()
+    return x_NHK if read_in_place(x_NHK) else x_NHK.contiguous()
 
 
 class _Attend(torch.autograd.Function):

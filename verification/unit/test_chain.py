@@ -84,3 +84,19 @@ def test_memory_that_a_written_call_reads_is_not_given_away():
         chain.again()
     assert len(taken) == 50
     assert torch.equal(y, expected)
+
+
+@native
+def test_what_does_not_lie_side_by_side_is_copied_anew_each_time_and_not_once():
+    torch.manual_seed(0)
+    layers = nn.ModuleList([nn.Linear(8, 5), nn.LayerNorm(8)])
+    exchange_layers(layers)
+    projection, x, residual = Projection(layers[0], before=layers[1]), torch.randn(8, 3).t(), torch.randn(5, 3).t()
+    with torch.no_grad():
+        for inputs in ((x,), (x.contiguous(), residual), (x, residual)):
+            assert projection.prepared(*inputs) is None
+            chain = Chain()
+            y = chain.do(projection, *inputs)
+            inputs[-1].copy_(torch.randn(inputs[-1].shape))
+            chain.again()
+            assert torch.equal(y, projection(*inputs))

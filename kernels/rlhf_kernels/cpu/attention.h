@@ -9,11 +9,20 @@
 
 #include "arithmetic.h"
 
-#define TURNED_KEYS 4 /* vectors of keys whose scores are computed side by side */
+#define SIDE_BY_SIDE 4 /* vectors whose sums are added up side by side: one sum waits for itself */
+
+/* Calls f, whose argument n is one to SIDE_BY_SIDE vectors, with a number that the compiler knows. */
+#define WITH_VECTORS(n, f, ...)         \
+    switch (n) {                        \
+        case 1: f(__VA_ARGS__, 1); break; \
+        case 2: f(__VA_ARGS__, 2); break; \
+        case 3: f(__VA_ARGS__, 3); break; \
+        case 4: f(__VA_ARGS__, 4); break; \
+    }
 
 /* scores[0 ... 16 n) = query · key, the products added in the order of the width. */
-INLINE void scores_of(const float *query, int64_t width, const float *keys, int n, float *scores) {
-    lanes sum[TURNED_KEYS];
+INLINE void scores_of(const float *query, int64_t width, const float *keys, float *scores, int n) {
+    lanes sum[SIDE_BY_SIDE];
     for (int v = 0; v < n; v++) sum[v] = lanes_set(0.0f);
     for (int64_t d = 0; d < width; d++) {
         const lanes q = lanes_set(query[d]);
@@ -22,10 +31,10 @@ INLINE void scores_of(const float *query, int64_t width, const float *keys, int 
     for (int v = 0; v < n; v++) lanes_store(scores + v * LANES, sum[v]);
 }
 
-/* out[0 ... 16 n) = Σ weight · value, added in the order of the keys; `last` < 16 where the value ends inside a vector. */
-INLINE void mean_of(const float *weights, int64_t count, const float *values, int64_t value_stride, int n,
-                    float one_over_sum, float *out) {
-    lanes sum[TURNED_KEYS];
+/* out[0 ... 16 n) = Σ weight · value, added in the order of the keys. */
+INLINE void mean_of(const float *weights, int64_t count, const float *values, int64_t value_stride, float one_over_sum,
+                    float *out, int n) {
+    lanes sum[SIDE_BY_SIDE];
     for (int v = 0; v < n; v++) sum[v] = lanes_set(0.0f);
     for (int64_t j = 0; j < count; j++) {
         const lanes w = lanes_set(weights[j]);
@@ -50,9 +59,9 @@ NOT_INLINE void mean_of_some(const float *weights, int64_t count, const float *v
 /* scores[0 ... count), and on to a multiple of sixteen, of keys[blocks, width, 16]. */
 INLINE void all_scores_of(const float *query, int64_t width, const float *keys, int64_t count, float *scores) {
     int64_t j = 0;
-    for (; j + TURNED_KEYS * LANES <= count; j += TURNED_KEYS * LANES)
-        scores_of(query, width, keys + j * width, TURNED_KEYS, scores + j);
-    for (; j < count; j += LANES) scores_of(query, width, keys + j * width, 1, scores + j);
+    for (; j + SIDE_BY_SIDE * LANES <= count; j += SIDE_BY_SIDE * LANES)
+        scores_of(query, width, keys + j * width, scores + j, SIDE_BY_SIDE);
+    WITH_VECTORS((count - j + LANES - 1) / LANES, scores_of, query, width, keys + j * width, scores + j)
 }
 
 /* exp(scale (score - largest)), but for the 1 / Σ that makes it a weight. */
@@ -81,9 +90,10 @@ static void attend(const float *query, int64_t width, const float *keys, const f
         sums = lanes_add(sums, p);
     }
     const float one_over_sum = (float)(1.0 / lanes_sum(sums));
-    for (; d + TURNED_KEYS * LANES <= width; d += TURNED_KEYS * LANES)
-        mean_of(scratch, count, values + d, value_stride, TURNED_KEYS, one_over_sum, out + d);
-    for (; d + LANES <= width; d += LANES) mean_of(scratch, count, values + d, value_stride, 1, one_over_sum, out + d);
+    for (; d + SIDE_BY_SIDE * LANES <= width; d += SIDE_BY_SIDE * LANES)
+        mean_of(scratch, count, values + d, value_stride, one_over_sum, out + d, SIDE_BY_SIDE);
+    WITH_VECTORS((width - d) / LANES, mean_of, scratch, count, values + d, value_stride, one_over_sum, out + d)
+    d = width / LANES * LANES;
     if (d < width) mean_of_some(scratch, count, values + d, value_stride, width - d, one_over_sum, out + d);
     if (softmax) softmax[0] = largest, softmax[1] = one_over_sum;
 }
