@@ -76,9 +76,11 @@ def plant_positions_from_the_left_edge(monkeypatch):
 def plant_attention_to_padding(monkeypatch):
     """Let real tokens see the padding before them."""
     right = policy.ActorCritic.forward
-    monkeypatch.setattr(
-        policy.ActorCritic, "forward", lambda self, ids, mask, length: right(self, ids, torch.ones_like(mask), length)
-    )
+
+    def seeing(self, ids, mask, *rest):
+        return right(self, ids, torch.ones_like(mask), *rest)
+
+    monkeypatch.setattr(policy.ActorCritic, "forward", seeing)
 
 
 def plant_padding_in_the_mean(monkeypatch):
