@@ -6,6 +6,7 @@ run ends.
 
 import copy
 import dataclasses
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -115,16 +116,16 @@ def padding_counted_everywhere(world: Any) -> None:
 
 def advantages_not_detached(world: Any) -> None:
     """A = R − V with the live V: the policy's loss moves the value function too."""
-    live: list[torch.Tensor] = []
+    live = threading.local()  # a micro-batch has a thread
     evaluate_rows, policy_loss = ppo.evaluate_rows, ppo.clipped_policy_losses
 
     def stashing(*args: Any) -> Any:
         *same, outputs = args
-        live[:] = [evaluate_rows(*same)[2]]  # in the policy's own pass too
+        live.values = evaluate_rows(*same)[2]  # in the policy's own pass too
         return evaluate_rows(*same, outputs)
 
     def attached(log_ratio: Any, advantages: Any, mask: Any, *, clip_range: float) -> Any:
-        return policy_loss(log_ratio, advantages - (live[0] - live[0].detach()), mask, clip_range=clip_range)
+        return policy_loss(log_ratio, advantages - (live.values - live.values.detach()), mask, clip_range=clip_range)
 
     world.patch.setattr(ppo, "evaluate_rows", stashing)
     world.patch.setattr(ppo, "clipped_policy_losses", attached)
@@ -287,17 +288,17 @@ def rollout_from_the_reference(world: Any) -> None:
 
 
 def _entropy_bonus(world: Any, coef: float) -> None:
-    entropies: list[torch.Tensor] = []
+    live = threading.local()
     evaluate_rows, policy_loss = ppo.evaluate_rows, ppo.clipped_policy_losses
 
     def stashing(*args: Any) -> Any:
         found = evaluate_rows(*args)
-        entropies[:] = [found[1]]
+        live.entropies = found[1]
         return found
 
     world.patch.setattr(ppo, "evaluate_rows", stashing)
     world.patch.setattr(
-        ppo, "clipped_policy_losses", lambda *args, **options: policy_loss(*args, **options) - coef * entropies[0]
+        ppo, "clipped_policy_losses", lambda *args, **options: policy_loss(*args, **options) - coef * live.entropies
     )
 
 
