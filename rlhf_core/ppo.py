@@ -158,9 +158,10 @@ def accumulate_gradients(
         return (micro.policy_loss + config.ppo.value_coef * micro.value_loss) / count
 
     def backward(micro: MicroBatch) -> tuple[torch.Tensor | None, ...]:
-        if not loss(micro).requires_grad:  # what this pass goes through is frozen
+        total = loss(micro)
+        if not total.requires_grad:  # what this pass goes through is frozen
             return (None,) * len(parameters)
-        return torch.autograd.grad(loss(micro), parameters, allow_unused=True)
+        return torch.autograd.grad(total, parameters, allow_unused=True)
 
     groups = [minibatch[at : at + at_once] for at in range(0, len(minibatch), at_once)]
     for group, outputs in itertools.product(groups, state.model.passes):

@@ -130,6 +130,7 @@ def score_rollout(
     micro_batches = [rows.to(device) for minibatch in plan for rows in minibatch]
     for rows, scored in zip(micro_batches, together(score, micro_batches, workers(device)), strict=True):
         for all_BT, some_BT in zip((logprobs_BT, entropies_BT, values_BT, ref_logprobs_BT), scored, strict=True):
-            if all_BT is not None and some_BT is not None:
+            if all_BT is not None:
+                assert some_BT is not None
                 all_BT[rows] = some_BT
     return Scores(logprobs_BT, entropies_BT, values_BT, ref_logprobs_BT)
