@@ -3,38 +3,60 @@
 Shape suffixes: N tokens, D width, H heads, G key-value heads, K head width.
 """
 
-from typing import Any, Protocol, cast
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 from torch import nn
 from transformers import GPT2LMHeadModel, GPT2Model, LlamaForCausalLM, LlamaModel, PreTrainedModel
 
-from rlhf_core.chain import Do, do_at_once
-from rlhf_core.layers import Projection
+from rlhf_core.layers import Projection, rowwise_of
+from rlhf_kernels.program import Matrix, Program, Turns, heads_in, programmable
 
 CAPTURING = "transformers.utils.output_capturing"
+RARE = ("reorder_and_upcast_attn", "add_cross_attention")
+KNOWN = "_rlhf_blocks"
+"""The attribute of a model under which its blocks are remembered."""
+
+X = TypeVar("X", torch.Tensor, Matrix)
+Do = Callable[..., X]
+"""Does an operator to matrices: ``do(operator, *inputs)``."""
+
+
+def do_at_once(operator: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> torch.Tensor:
+    """Return ``operator(*inputs)``."""
+    return operator(*inputs)
 
 
 class Blocks(Protocol):
-    """The layers of a model's trunk; N tokens go through them side by side and meet in attention alone."""
+    """The layers of a model's trunk; N tokens go through them side by side and meet in attention alone.
+
+    What a block does it lets ``do`` do, to whole matrices.
+    """
 
     count: int
+    heads: int
     key_value_heads: int
     head_width: int
+    program: Program | None
+    """All that lies between embeddings and head; None where a program cannot have it."""
+    turns: Turns | None
+    """Of the tokens embedded last, where positions turn queries and keys."""
 
     def embed(self, ids_N: torch.Tensor, positions_N: torch.Tensor) -> torch.Tensor:
         """Return [N, D] what goes into the first block."""
         ...
 
-    def attention_inputs(self, layer: int, x_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return query [N, H, K], key and value [N, G, K] of a block."""
+    def attention_inputs(self, layer: int, x_ND: X, do: Do[X]) -> tuple[X, ...]:
+        """Return the matrices whose columns are the heads of a block's queries, keys and values: three, or one."""
         ...
 
-    def rest(self, layer: int, x_ND: torch.Tensor, attended_ND: torch.Tensor) -> torch.Tensor:
+    def rest(self, layer: int, x_ND: X, attended_ND: X, do: Do[X]) -> X:
         """Return [N, D] what a block hands on."""
         ...
 
-    def normalized(self, x_ND: torch.Tensor) -> torch.Tensor:
+    def normalized(self, x_ND: X, do: Do[X]) -> X:
         """Return [N, D] what goes into the head."""
         ...
 
@@ -46,31 +68,101 @@ class Blocks(Protocol):
         """Return the factor of query times key."""
         ...
 
+    def begin(self) -> None:
+        """Forget the tokens embedded last."""
+        ...
 
-def blocks_of(model: PreTrainedModel, do: Do = do_at_once) -> Blocks | None:
+
+def heads_of(blocks: Blocks, matrices: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return query [N, H, K], key and value [N, G, K] in what :meth:`Blocks.attention_inputs` returned."""
+    return heads_in(matrices, blocks.heads, blocks.key_value_heads, blocks.head_width)
+
+
+def blocks_of(model: PreTrainedModel) -> Blocks | None:
     """Return the blocks of transformers' GPT-2 or Llama, with its head or without, but for rare variants; else None.
-
-    What a block does, but for looking at its tensors in another shape, it lets ``do`` do.
 
     A model in training mode is None, because dropout is left out here; so is one that is hooked into, as what calls its
     layers one by one would pass the hooks by. transformers' own hooks, which stay behind when hidden states were asked
     for once, are none that matter.
     """
-    trunk: Any = model.base_model
-    config = trunk.config
     if type(model) not in (GPT2LMHeadModel, GPT2Model, LlamaForCausalLM, LlamaModel):
         return None
-    for module in model.modules():
+    signature: list[object] = []  # of which modules and parameters the blocks are made, and where those lie
+    modules: list[nn.Module] = [model]
+    for module in modules:
         if module.training:
             return None
         if module._forward_hooks or module._forward_pre_hooks:
             hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
             if any(getattr(hook, "__module__", None) != CAPTURING for hook in hooks):
                 return None
+        parameters = [p for p in module._parameters.values() if p is not None]
+        signature += [module, type(module), *parameters, *(p.data_ptr() for p in parameters)]
+        modules += [child for child in module._modules.values() if child is not None]
+    config = model.config
+    if getattr(config, "pretraining_tp", 1) != 1 or any(getattr(config, name, False) for name in RARE):
+        return None
+    known = model.__dict__.get(KNOWN)
+    if known is None or not _same(known.signature, signature):
+        known = model.__dict__[KNOWN] = _Known(signature, _new_blocks(model))
+    blocks = cast("Blocks", copy.copy(known.blocks))
+    blocks.begin()
+    return blocks
+
+
+class _Known:
+    """What is remembered of a model; a copy of the model, or one that is saved and loaded, remembers nothing."""
+
+    def __init__(self, signature: Sequence[object] = (), blocks: Blocks | None = None) -> None:
+        self.signature, self.blocks = signature, blocks
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return _Known, ()
+
+
+def _same(known: Sequence[object], signature: Sequence[object]) -> bool:
+    """Whether all is the very same object, or for addresses the same number."""
+    return len(known) == len(signature) and all(
+        one is other or (isinstance(one, int) and one == other) for one, other in zip(known, signature, strict=True)
+    )
+
+
+def _new_blocks(model: PreTrainedModel) -> Blocks:
+    trunk: Any = model.base_model
     head = getattr(model, "lm_head", None)
-    if type(trunk) is GPT2Model:
-        return None if config.reorder_and_upcast_attn or config.add_cross_attention else _GPT2Blocks(trunk, head, do)
-    return _LlamaBlocks(trunk, head, do) if getattr(config, "pretraining_tp", 1) == 1 else None
+    blocks: Blocks = _GPT2Blocks(trunk, head) if type(trunk) is GPT2Model else _LlamaBlocks(trunk, head)
+    blocks.program = _program(blocks, trunk.config.hidden_size)
+    return blocks
+
+
+def _program(blocks: Blocks, width: int) -> Program | None:
+    """Say what the blocks do to a program; None if it cannot have one of their layers or parameters."""
+    program = Program(width)
+
+    def do(operator: Any, *inputs: Matrix) -> Matrix:
+        if isinstance(operator, nn.Module):
+            function, parameters = rowwise_of(operator)
+            added = None if function is None else program.rowwise(function, inputs[0], *parameters)
+        else:
+            added = operator.add_to(program, *inputs)
+        if added is None:
+            raise _NotInAProgram
+        return added
+
+    x = program.input
+    try:
+        for layer in range(blocks.count):
+            matrices = blocks.attention_inputs(layer, x, do)
+            shape = blocks.heads, blocks.key_value_heads, blocks.head_width
+            x = blocks.rest(layer, x, program.attended(matrices, *shape, blocks.scaling(layer)), do)
+        blocks.normalized(x, do)
+    except _NotInAProgram:
+        return None
+    return program if programmable(program.parameters) else None
+
+
+class _NotInAProgram(Exception):
+    """A layer is of a kind that a program does not know."""
 
 
 class _Embeddings:
@@ -127,31 +219,35 @@ class _EmbedAndPass(torch.autograd.Function):
 
 
 class _GPT2Blocks:
-    def __init__(self, trunk: Any, head: Any, do: Do) -> None:
-        self._do = do
-        self._embeddings = _Embeddings(trunk.wte, head)
-        self.head_weight = self._embeddings.head_weight
-        self._trunk = trunk
+    def __init__(self, trunk: Any, head: Any) -> None:
+        self._trunk, self._head = trunk, head
         self._layers = [_GPT2Block(block) for block in trunk.h]
         self.count = len(self._layers)
-        self.key_value_heads = trunk.config.n_head
+        self.heads = self.key_value_heads = trunk.config.n_head
         self.head_width = trunk.config.n_embd // trunk.config.n_head
+        self.program: Program | None = None
+        self.turns: Turns | None = None
+        self.begin()
+
+    def begin(self) -> None:
+        self._embeddings = _Embeddings(self._trunk.wte, self._head)
 
     def embed(self, ids_N: torch.Tensor, positions_N: torch.Tensor) -> torch.Tensor:
         return self._embeddings.rows(ids_N) + self._trunk.wpe(positions_N)
 
-    def attention_inputs(self, layer: int, x_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        joint_N3D = self._do(self._layers[layer].joint, x_ND)
-        query, key, value = joint_N3D.view(len(x_ND), 3, self.key_value_heads, self.head_width).unbind(1)
-        return query, key, value
+    def head_weight(self) -> torch.Tensor:
+        return self._embeddings.head_weight()
 
-    def rest(self, layer: int, x_ND: torch.Tensor, attended_ND: torch.Tensor) -> torch.Tensor:
+    def attention_inputs(self, layer: int, x_ND: X, do: Do[X]) -> tuple[X, ...]:
+        return (do(self._layers[layer].joint, x_ND),)
+
+    def rest(self, layer: int, x_ND: X, attended_ND: X, do: Do[X]) -> X:
         block = self._layers[layer]
-        x_ND = self._do(block.mix, attended_ND, x_ND)
-        return self._do(block.shrink, self._do(block.widen, x_ND), x_ND)
+        x_ND = do(block.mix, attended_ND, x_ND)
+        return do(block.shrink, do(block.widen, x_ND), x_ND)
 
-    def normalized(self, x_ND: torch.Tensor) -> torch.Tensor:
-        return self._do(self._trunk.ln_f, x_ND)
+    def normalized(self, x_ND: X, do: Do[X]) -> X:
+        return do(self._trunk.ln_f, x_ND)
 
     def scaling(self, layer: int) -> float:
         return self._layers[layer].scaling
@@ -169,43 +265,44 @@ class _GPT2Block:
 
 
 class _LlamaBlocks:
-    def __init__(self, trunk: Any, head: Any, do: Do) -> None:
-        self._do = do
-        self._embeddings = _Embeddings(trunk.embed_tokens, head)
-        self.head_weight = self._embeddings.head_weight
-        self._trunk = trunk
+    def __init__(self, trunk: Any, head: Any) -> None:
+        self._trunk, self._head = trunk, head
         self._layers = [_LlamaBlock(block) for block in trunk.layers]
         self.count = len(self._layers)
+        self.heads = trunk.config.num_attention_heads
         self.key_value_heads = trunk.config.num_key_value_heads
         self.head_width = trunk.layers[0].self_attn.head_dim
-        self._cos_N1K = self._sin_N1K = torch.empty(0)
+        self.program: Program | None = None
+        self.begin()
+
+    def begin(self) -> None:
+        self._embeddings = _Embeddings(self._trunk.embed_tokens, self._head)
+        self.turns: Turns | None = None
 
     def embed(self, ids_N: torch.Tensor, positions_N: torch.Tensor) -> torch.Tensor:
         x_ND = self._embeddings.rows(ids_N)
         cos_1NK, sin_1NK = self._trunk.rotary_emb(x_ND, positions_N[None])
-        self._cos_N1K, self._sin_N1K = cos_1NK[0, :, None], sin_1NK[0, :, None]
+        self.turns = cos_1NK[0], sin_1NK[0]
         return x_ND
 
-    def _rotated(self, x_NHK: torch.Tensor) -> torch.Tensor:
-        """Su et al., "RoFormer" (2021), the halves paired as in Llama."""
-        first, second = x_NHK.chunk(2, dim=-1)
-        return x_NHK * self._cos_N1K + torch.cat([-second, first], dim=-1) * self._sin_N1K
+    def head_weight(self) -> torch.Tensor:
+        return self._embeddings.head_weight()
 
-    def attention_inputs(self, layer: int, x_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        block, shape = self._layers[layer], (len(x_ND), -1, self.head_width)
-        h_ND = self._do(block.input_norm, x_ND)
-        query, key, value = (self._do(project, h_ND).view(shape) for project in (block.query, block.key, block.value))
-        return self._do(self._rotated, query), self._do(self._rotated, key), value
+    def attention_inputs(self, layer: int, x_ND: X, do: Do[X]) -> tuple[X, ...]:
+        block, rotation = self._layers[layer], _Rotation(self.turns, self.head_width)
+        h_ND = do(block.input_norm, x_ND)
+        query, key, value = (do(project, h_ND) for project in (block.query, block.key, block.value))
+        return do(rotation, query), do(rotation, key), value
 
-    def rest(self, layer: int, x_ND: torch.Tensor, attended_ND: torch.Tensor) -> torch.Tensor:
+    def rest(self, layer: int, x_ND: X, attended_ND: X, do: Do[X]) -> X:
         block = self._layers[layer]
-        x_ND = self._do(block.mix, attended_ND, x_ND)
-        h_ND = self._do(block.inner_norm, x_ND)
-        gated = self._do(block.gated, self._do(block.gate, h_ND), self._do(block.widen, h_ND))
-        return self._do(block.shrink, gated, x_ND)
+        x_ND = do(block.mix, attended_ND, x_ND)
+        h_ND = do(block.inner_norm, x_ND)
+        gated = do(block.gated, do(block.gate, h_ND), do(block.widen, h_ND))
+        return do(block.shrink, gated, x_ND)
 
-    def normalized(self, x_ND: torch.Tensor) -> torch.Tensor:
-        return self._do(self._trunk.norm, x_ND)
+    def normalized(self, x_ND: X, do: Do[X]) -> X:
+        return do(self._trunk.norm, x_ND)
 
     def scaling(self, layer: int) -> float:
         return self._layers[layer].scaling
@@ -220,10 +317,37 @@ class _LlamaBlock:
         self.query, self.key, self.value = map(Projection, (attention.q_proj, attention.k_proj, attention.v_proj))
         self.mix = Projection(attention.o_proj)
         self.gate, self.widen, self.shrink = map(Projection, (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
-        self._activation = mlp.act_fn
+        self.gated = _Gate(mlp.act_fn)
         self.scaling: float = attention.scaling
 
-    def gated(self, gate: torch.Tensor, wide: torch.Tensor) -> torch.Tensor:
-        """Shazeer, "GLU Variants Improve Transformer" (2020), section 2."""
+
+class _Rotation:
+    """Su et al., "RoFormer" (2021), the halves of a head paired as in Llama."""
+
+    def __init__(self, turns: Turns | None, head_width: int) -> None:
+        self._turns, self._head_width = turns, head_width
+
+    def __call__(self, x_NC: torch.Tensor) -> torch.Tensor:
+        assert self._turns is not None
+        cos_N1K, sin_N1K = (turn[:, None] for turn in self._turns)
+        x_NHK = x_NC.view(len(x_NC), -1, self._head_width)
+        first, second = x_NHK.chunk(2, dim=-1)
+        return (x_NHK * cos_N1K + torch.cat([-second, first], dim=-1) * sin_N1K).view(x_NC.shape)
+
+    def add_to(self, program: Program, x: Matrix) -> Matrix:
+        return program.rotated(x, self._head_width)
+
+
+class _Gate:
+    """Shazeer, "GLU Variants Improve Transformer" (2020), section 2."""
+
+    def __init__(self, activation: nn.Module) -> None:
+        self._activation = activation
+
+    def __call__(self, gate: torch.Tensor, wide: torch.Tensor) -> torch.Tensor:
         product: torch.Tensor = self._activation(gate) * wide
         return product
+
+    def add_to(self, program: Program, gate: Matrix, wide: Matrix) -> Matrix | None:
+        function, parameters = rowwise_of(self._activation)
+        return None if function is None or parameters else program.gated(function, gate, wide)

@@ -11,21 +11,18 @@ vocabulary.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import DynamicCache, PreTrainedModel
 
-from rlhf_core.blocks import Blocks, blocks_of
-from rlhf_core.chain import Chain
-from rlhf_core.layers import Projection
+from rlhf_core.blocks import Blocks, blocks_of, do_at_once, heads_of
 from rlhf_core.numerics import is_portable
-from rlhf_core.packing import hidden_states, pack
+from rlhf_core.packing import one_by_one, pack, runnable
 from rlhf_core.policy import ForwardArguments, position_ids
-from rlhf_kernels.attention import Cache, attends, read_in_place
-from rlhf_kernels.native import Prepared
+from rlhf_kernels.attention import Cache, attends
+from rlhf_kernels.program import Step
 
 
 class Decoder(Protocol):
@@ -154,7 +151,7 @@ class BlockDecoder:
         mask_B11S = self._mask_B11S[..., : self._length]
         x_BD = blocks.embed(ids_B, self._positions_B)
         for layer in range(blocks.count):
-            query_BHK, key_BGK, value_BGK = blocks.attention_inputs(layer, x_BD)
+            query_BHK, key_BGK, value_BGK = heads_of(blocks, blocks.attention_inputs(layer, x_BD, do_at_once))
             keys, values = self._keys[layer], self._values[layer]
             keys[:, :, at] = key_BGK
             values[:, :, at] = value_BGK
@@ -166,8 +163,8 @@ class BlockDecoder:
                 scale=blocks.scaling(layer),
                 enable_gqa=query_BHK.shape[1] != blocks.key_value_heads,
             )
-            x_BD = blocks.rest(layer, x_BD, attended_BH1K.reshape(len(ids_B), -1))
-        logits_BV: torch.Tensor = self._model.lm_head(blocks.normalized(x_BD))
+            x_BD = blocks.rest(layer, x_BD, attended_BH1K.reshape(len(ids_B), -1), do_at_once)
+        logits_BV: torch.Tensor = self._model.lm_head(blocks.normalized(x_BD, do_at_once))
         return logits_BV
 
     def keep(self, rows: torch.Tensor) -> None:
@@ -180,8 +177,7 @@ class BlockDecoder:
 class RowDecoder:
     """Decodes block by block, each row over a cache of its own length: what :mod:`rlhf_core.packing` does, bit for bit.
 
-    A token goes through the same layers there and here, and its attention depends on its row alone. The first token
-    writes down what is done, and those after it do that again.
+    A token goes through the same operators there and here, and its attention depends on its row alone.
     """
 
     def __init__(self, model: PreTrainedModel, blocks: Blocks, max_new_tokens: int) -> None:
@@ -190,27 +186,45 @@ class RowDecoder:
         self._room = max_new_tokens
         self._caches: list[Cache] = []
         self._lengths_B = torch.empty(0)
-        self._step: _Step | None = None
+        self._step: Step | None = None
 
     def read_prompts(self, ids_BP: torch.Tensor, attention_BP: torch.Tensor) -> torch.Tensor:
         """Return [B, V] the logits behind left-padded prompts."""
         packed = pack(ids_BP, attention_BP, response_length=0)
+        x_ND = self._blocks.embed(packed.ids_N, packed.positions_N)
+        program, starts = runnable(self._blocks, x_ND), packed.starts
 
         def keep(key_NGK: torch.Tensor, value_NGK: torch.Tensor) -> None:
-            self._caches.append(Cache(key_NGK, value_NGK, packed.starts, self._room))
+            self._caches.append(Cache(key_NGK.float(), value_NGK.float(), starts, self._room))
 
-        hidden_ND = hidden_states(self._blocks, packed, keep)
-        self._lengths_B = packed.starts.diff()
-        return cast("torch.Tensor", self._model.lm_head(hidden_ND[packed.starts[1:] - 1]))
+        if program is None:
+            hidden_ND = one_by_one(self._blocks, packed, x_ND, keep)
+        else:
+            hidden_ND, self._caches = program.run_into_caches(x_ND, starts, self._blocks.turns, self._room)
+        self._lengths_B = starts.diff()
+        return cast("torch.Tensor", self._model.lm_head(hidden_ND[starts[1:] - 1]))
 
     def read_tokens(self, ids_B: torch.Tensor) -> torch.Tensor:
-        """Return [B, V] the logits behind one more token of each row; the next call overwrites them."""
-        if self._step is None:
-            self._step = _Step(self._model, ids_B, self._caches, self._lengths_B)
+        """Return [B, V] the logits behind one more token of each row."""
+        blocks = self._blocks
+        x_BD = blocks.embed(ids_B, self._lengths_B)
+        program = runnable(blocks, x_BD)
+        if program is None:
+            hidden_BD = self._one_by_one(x_BD)
         else:
-            self._step.again(ids_B)
+            self._step = self._step or program.over(self._caches, len(ids_B))
+            hidden_BD = self._step(x_BD, self._lengths_B, blocks.turns)
         self._lengths_B += 1
-        return self._step.logits_BV
+        return cast("torch.Tensor", self._model.lm_head(hidden_BD))
+
+    def _one_by_one(self, x_BD: torch.Tensor) -> torch.Tensor:
+        blocks = self._blocks
+        for layer, cache in enumerate(self._caches):
+            matrices = blocks.attention_inputs(layer, x_BD, do_at_once)
+            query_BHK, key_BGK, value_BGK = (x.float() for x in heads_of(blocks, matrices))
+            attended_BHK = cache.attend(query_BHK, key_BGK, value_BGK, self._lengths_B, blocks.scaling(layer))
+            x_BD = blocks.rest(layer, x_BD, attended_BHK.flatten(1).to(matrices[-1].dtype), do_at_once)
+        return blocks.normalized(x_BD, do_at_once)
 
     def keep(self, rows: torch.Tensor) -> None:
         """Go on with these rows alone, in this order."""
@@ -218,44 +232,3 @@ class RowDecoder:
             cache.keep(rows)
         self._lengths_B = self._lengths_B[rows]
         self._step = None
-
-
-class _Step:
-    """A token of each row through all blocks, whose lengths and caches are brought up to date from outside."""
-
-    def __init__(self, model: Any, ids_B: torch.Tensor, caches: list[Cache], lengths_B: torch.Tensor) -> None:
-        self._chain, self._lengths_B = Chain(), lengths_B
-        blocks = blocks_of(model, self._chain.do)
-        assert blocks is not None
-        self._embed = blocks.embed
-        x_BD = self._x_BD = blocks.embed(ids_B, lengths_B)
-        for layer, cache in enumerate(caches):
-            attention = _Attention(cache, lengths_B, blocks.scaling(layer))
-            attended_BD = self._chain.do(attention, *blocks.attention_inputs(layer, x_BD))
-            x_BD = blocks.rest(layer, x_BD, attended_BD)
-        self.logits_BV = self._chain.do(Projection(model.lm_head), blocks.normalized(x_BD))
-
-    def again(self, ids_B: torch.Tensor) -> None:
-        """Read the next token of each row."""
-        self._x_BD.copy_(self._embed(ids_B, self._lengths_B))
-        self._chain.again()
-
-
-@dataclass(frozen=True)
-class _Attention:
-    """Attention of a token of each row over a cache, in float32; what comes back has the dtype of the values."""
-
-    cache: Cache
-    lengths_B: torch.Tensor
-    scale: float
-
-    def __call__(self, query_BHK: torch.Tensor, key_BGK: torch.Tensor, value_BGK: torch.Tensor) -> torch.Tensor:
-        wide = query_BHK.float(), key_BGK.float(), value_BGK.float()
-        return self.cache.attend(*wide, self.lengths_B, self.scale).flatten(1).to(value_BGK.dtype)
-
-    def prepared(self, query_BHK: torch.Tensor, key_BGK: torch.Tensor, value_BGK: torch.Tensor) -> Prepared | None:
-        inputs = query_BHK, key_BGK, value_BGK
-        if not all(x.dtype == torch.float32 and read_in_place(x) for x in inputs):
-            return None
-        attended_BHK, calls = self.cache.prepare(*inputs, self.lengths_B, self.scale)
-        return attended_BHK.flatten(1), calls

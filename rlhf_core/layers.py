@@ -15,9 +15,9 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.pytorch_utils import Conv1D
 
 from rlhf_kernels import gelu, layer_norm, linear, rms_norm, silu
-from rlhf_kernels.dense import GELU, SILU, Norm, Rowwise, prepare, serves
-from rlhf_kernels.native import Prepared
-from rlhf_kernels.products import linear_between, prepare_linear, takes
+from rlhf_kernels.dense import GELU, SILU, Norm, Rowwise, serves
+from rlhf_kernels.products import linear_between, takes
+from rlhf_kernels.program import Matrix, Program
 
 
 class RowwiseLinear(nn.Linear):
@@ -61,10 +61,6 @@ class RowwiseLayerNorm(nn.LayerNorm):
             return super().forward(x)
         return layer_norm(x, self.weight, self.bias, self.eps)
 
-    def prepared(self, x: torch.Tensor) -> Prepared | None:
-        """Return where the result will be and the calls that put it there, as :class:`rlhf_core.chain.Chain` asks."""
-        return _prepared(self, x)
-
 
 class RowwiseRMSNorm(LlamaRMSNorm):
     """RMS norm in one order, the sums over rows in its gradient too."""
@@ -74,10 +70,6 @@ class RowwiseRMSNorm(LlamaRMSNorm):
         if not serves((torch.float32,), hidden_states, self.weight):
             return super().forward(hidden_states)
         return rms_norm(hidden_states, self.weight, self.variance_epsilon)
-
-    def prepared(self, x: torch.Tensor) -> Prepared | None:
-        """Return where the result will be and the calls that put it there, as :class:`rlhf_core.chain.Chain` asks."""
-        return _prepared(self, x)
 
 
 class Projection:
@@ -90,7 +82,7 @@ class Projection:
         """Take a linear layer, and what comes before it if anything does."""
         self._project, self._before = project, before
         self._weight, self._bias = _weights_of(project)
-        self._function, self._parameters = _rowwise(before)
+        self._function, self._parameters = rowwise_of(before)
         self._joins = before is None or self._function is not None
 
     def __call__(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
@@ -103,13 +95,20 @@ class Projection:
         y: torch.Tensor = self._project(x if self._before is None else self._before(x))
         return y if residual is None else residual + y
 
-    def prepared(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> Prepared | None:
-        """Return where the result will be and the calls that put it there, as :class:`rlhf_core.chain.Chain` asks."""
-        weight, bias = self._weight, self._bias
-        in_place = x.is_contiguous() and (residual is None or residual.is_contiguous())
-        if weight is None or not self._joins or not in_place or not takes(x, weight, bias):
+    def add_to(self, program: Program, x: Matrix, residual: Matrix | None = None) -> Matrix | None:
+        """Add this to a program; None if that cannot have it."""
+        project: Any = self._project
+        if self._weight is None or not self._joins:
             return None
-        return prepare_linear(x, weight, bias, before=self._function, parameters=self._parameters, residual=residual)
+        return program.linear(
+            x,
+            project.weight,
+            project.bias,
+            transposed=isinstance(project, RowwiseConv1D),
+            before=self._function,
+            parameters=self._parameters,
+            residual=residual,
+        )
 
 
 def _weights_of(module: nn.Module) -> tuple[torch.Tensor | None, torch.Tensor | None]:
@@ -119,8 +118,8 @@ def _weights_of(module: nn.Module) -> tuple[torch.Tensor | None, torch.Tensor | 
     return (module.weight, module.bias) if isinstance(module, RowwiseLinear) else (None, None)
 
 
-def _rowwise(module: nn.Module | None) -> tuple[Rowwise | None, tuple[torch.Tensor, ...]]:
-    """What a layer of this module does to rows, and with which parameters."""
+def rowwise_of(module: nn.Module | None) -> tuple[Rowwise | None, tuple[nn.Parameter, ...]]:
+    """Return what a layer of this module does to rows, and with which parameters; None of any other."""
     if isinstance(module, RowwiseLayerNorm) and module.bias is not None and len(module.normalized_shape) == 1:
         return Norm(module.eps, centered=True), (module.weight, module.bias)
     if isinstance(module, RowwiseRMSNorm):
@@ -128,13 +127,6 @@ def _rowwise(module: nn.Module | None) -> tuple[Rowwise | None, tuple[torch.Tens
     if isinstance(module, FusedGELU):
         return GELU, ()
     return (SILU if isinstance(module, LanewiseSiLU) else None), ()
-
-
-def _prepared(module: nn.Module, x: torch.Tensor) -> Prepared | None:
-    function, parameters = _rowwise(module)
-    if function is None or not x.is_contiguous() or not serves((torch.float32,), x, *parameters):
-        return None
-    return prepare(function, x, *parameters)
 
 
 class _Softmax(torch.autograd.Function):

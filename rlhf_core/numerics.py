@@ -61,7 +61,7 @@ def apply_environment(numerics: Numerics, threads: int) -> None:
     _keep_freed_memory()
 
 
-MALLOC_SETTINGS = {-3: 32 << 20, -1: 256 << 20}
+MALLOC_SETTINGS = {-3: 1 << 20, -1: 256 << 20}
 """M_MMAP_THRESHOLD and M_TRIM_THRESHOLD of glibc's malloc.h, in bytes."""
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 import torch
 
-from rlhf_kernels import sum_of_squares
+from rlhf_kernels import sums_of_squares
 
 
 def adamw(
@@ -38,7 +38,7 @@ def add_gradients(parameters: Iterable[torch.nn.Parameter], grads: Iterable[torc
 
 def total_norm(grads: list[torch.Tensor]) -> float:
     """Return √Σ g² over all gradients; with Python's square root, for the reason given at :func:`adamw`."""
-    return math.sqrt(math.fsum(sum_of_squares(grad) for grad in grads))
+    return math.sqrt(math.fsum(sums_of_squares(grads)))
 
 
 def clip_gradients(grads: list[torch.Tensor], norm: float, max_norm: float) -> None:

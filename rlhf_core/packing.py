@@ -17,10 +17,11 @@ from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import PreTrainedModel
 
-from rlhf_core.blocks import Blocks, blocks_of
+from rlhf_core.blocks import Blocks, blocks_of, do_at_once, heads_of
 from rlhf_core.numerics import is_portable
 from rlhf_kernels import linear_token_logprobs
 from rlhf_kernels.attention import attend, attends
+from rlhf_kernels.program import Program
 
 
 @dataclass(frozen=True)
@@ -111,36 +112,48 @@ Keep = Callable[[torch.Tensor, torch.Tensor], None]
 """Hears of a layer's keys and values [N, G, K], the layers in order."""
 
 
-def hidden_states(blocks: Blocks, packed: PackedRows, keep: Keep = lambda key, value: None) -> torch.Tensor:
+def hidden_states(blocks: Blocks, packed: PackedRows) -> torch.Tensor:
     """Return [N, D] what goes into the head."""
     x_ND = blocks.embed(packed.ids_N, packed.positions_N)
-    for layer in range(blocks.count):
-        query_NHK, key_NGK, value_NGK = blocks.attention_inputs(layer, x_ND)
-        # On the CPU attention is float32 also under bfloat16: the native kernel is.
-        dtype = value_NGK.dtype if value_NGK.device.type != "cpu" else x_ND.dtype
-        query_NHK, key_NGK, value_NGK, narrow = *(x.to(dtype) for x in (query_NHK, key_NGK, value_NGK)), value_NGK.dtype
-        keep(key_NGK, value_NGK)
-        attended_ND = _attended(packed, query_NHK, key_NGK, value_NGK, blocks.scaling(layer))
-        x_ND = blocks.rest(layer, x_ND, attended_ND.to(narrow))
-    return blocks.normalized(x_ND)
+    program = runnable(blocks, x_ND)
+    return one_by_one(blocks, packed, x_ND) if program is None else program.run(x_ND, packed.starts, blocks.turns)
 
 
-def _attended(
-    packed: PackedRows, query_NHK: torch.Tensor, key_NGK: torch.Tensor, value_NGK: torch.Tensor, scale: float
+def runnable(blocks: Blocks, x_ND: torch.Tensor) -> Program | None:
+    """Return the blocks' program if it can take what goes into them; otherwise they are done one by one."""
+    return None if torch.is_autocast_enabled(x_ND.device.type) or not attends(x_ND) else blocks.program
+
+
+def one_by_one(
+    blocks: Blocks, packed: PackedRows, x_ND: torch.Tensor, keep: Keep = lambda key, value: None
 ) -> torch.Tensor:
-    """Return [N, H · K] what each query attends to."""
+    """Return [N, D] what goes into the head, from what goes into the first block."""
+    for layer in range(blocks.count):
+        matrices = blocks.attention_inputs(layer, x_ND, do_at_once)
+        _, key_NGK, value_NGK = heads_of(blocks, matrices)
+        keep(key_NGK, value_NGK)
+        x_ND = blocks.rest(layer, x_ND, _attended(blocks, packed, layer, matrices), do_at_once)
+    return blocks.normalized(x_ND, do_at_once)
+
+
+def _attended(blocks: Blocks, packed: PackedRows, layer: int, matrices: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """Return [N, H · K] what each query attends to; on the CPU in float32 at least, as the native kernel is."""
+    narrow = matrices[-1].dtype
+    dtype = narrow if matrices[-1].device.type != "cpu" else torch.promote_types(narrow, torch.float32)
+    query_NHK, key_NGK, value_NGK = (x.to(dtype) for x in heads_of(blocks, matrices))
     if attends(query_NHK):
-        return attend(query_NHK, key_NGK, value_NGK, packed.starts, scale).flatten(1)
+        mixed_NHK = attend(query_NHK, key_NGK, value_NGK, packed.starts, blocks.scaling(layer))
+        return mixed_NHK.flatten(1).to(narrow)
     with torch.autocast(query_NHK.device.type, enabled=False):
         mixed_BHLK = scaled_dot_product_attention(
             packed.by_rows(query_NHK),
             packed.by_rows(key_NGK),
             packed.by_rows(value_NGK),
             is_causal=True,  # what lies behind the end of a row is seen by nobody in it
-            scale=scale,
-            enable_gqa=query_NHK.shape[1] != key_NGK.shape[1],
+            scale=blocks.scaling(layer),
+            enable_gqa=blocks.heads != blocks.key_value_heads,
         )
-    return packed.side_by_side(mixed_BHLK)
+    return packed.side_by_side(mixed_BHLK).to(narrow)
 
 
 def response_logprobs(

@@ -5,7 +5,7 @@ others are fast and give the same bits on every x86-64 processor and for any num
 """
 
 from rlhf_kernels.api import SampledTokens, gae, linear_token_logprobs, sample_tokens, token_logprobs, whiten
-from rlhf_kernels.dense import gelu, layer_norm, rms_norm, silu, sum_of_squares
+from rlhf_kernels.dense import gelu, layer_norm, rms_norm, silu, sum_of_squares, sums_of_squares
 from rlhf_kernels.dispatch import BackendUnavailableError, KernelFallbackWarning, available_backends
 from rlhf_kernels.products import linear
 
@@ -23,6 +23,7 @@ __all__ = [
     "sample_tokens",
     "silu",
     "sum_of_squares",
+    "sums_of_squares",
     "token_logprobs",
     "whiten",
 ]

@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from rlhf_kernels.native import Prepared, done, later, native_serves
+from rlhf_kernels.native import native_serves
 
 _native: Any
 try:
@@ -68,36 +68,26 @@ class Cache:
 
     def attend(self, query_BHK: Tensor, key_BGK: Tensor, value_BGK: Tensor, lengths_B: Tensor, scale: float) -> Tensor:
         """Put a token behind each row and return [B, H, K] what its query attends to; ``lengths_B`` are from before."""
-        return done(self.prepare(query_BHK, key_BGK, value_BGK, lengths_B, scale))
-
-    def prepare(
-        self, query_BHK: Tensor, key_BGK: Tensor, value_BGK: Tensor, lengths_B: Tensor, scale: float
-    ) -> Prepared:
-        """Return where :meth:`attend` will put its result, and the call that does it, with the lengths there are then.
-
-        It reads what it attends with where it is, if the heads of a token have no gaps, and copies from now if not.
-        """
         rows, heads, width = query_BHK.shape
         shared, room = self.values_BGSK.shape[1:3]
         query_BHK, key_BGK, value_BGK = (_heads_side_by_side(x) for x in (query_BHK, key_BGK, value_BGK))
         out_BHK = query_BHK.new_empty(rows, heads, width)
-        call = later(
-            _native.attend_cached, query_BHK.data_ptr(), key_BGK.data_ptr(), value_BGK.data_ptr(),
+        _native.attend_cached(
+            query_BHK.data_ptr(), key_BGK.data_ptr(), value_BGK.data_ptr(),
             launch.address(self.keys), launch.address(self.values_BGSK), launch.address(lengths_B), rows, room,
             query_BHK.stride(0), key_BGK.stride(0), value_BGK.stride(0), heads, heads // shared, width, scale,
             launch.address(out_BHK), launch.instruction_set(), launch.threads(),
-            over=(query_BHK, key_BGK, value_BGK, self.keys, self.values_BGSK, lengths_B, out_BHK),
         )  # fmt: skip
-        return out_BHK, [call]
+        return out_BHK
 
 
-def read_in_place(x_NHK: Tensor) -> bool:
+def _read_in_place(x_NHK: Tensor) -> bool:
     """Whether the heads of a token lie without gaps, as attention reads them; tokens may have some between them."""
     return x_NHK.stride(2) == 1 and x_NHK.stride(1) == x_NHK.shape[2]
 
 
 def _heads_side_by_side(x_NHK: Tensor) -> Tensor:
-    return x_NHK if read_in_place(x_NHK) else x_NHK.contiguous()
+    return x_NHK if _read_in_place(x_NHK) else x_NHK.contiguous()
 
 
 class _Attend(torch.autograd.Function):
@@ -108,13 +98,12 @@ class _Attend(torch.autograd.Function):
         query_NHK, key_NGK, value_NGK = (_heads_side_by_side(x) for x in (query_NHK, key_NGK, value_NGK))
         (tokens, heads, width), shared = query_NHK.shape, key_NGK.shape[1]
         out_NHK, softmax_NH2 = query_NHK.new_empty(tokens, heads, width), query_NHK.new_empty(tokens, heads, 2)
-        longest = int(starts.diff().max()) if len(starts) > 1 else 0
         _native.attend_rows(
             query_NHK.data_ptr(), key_NGK.data_ptr(), value_NGK.data_ptr(), launch.address(starts), len(starts) - 1,
-            longest, query_NHK.stride(0), key_NGK.stride(0), value_NGK.stride(0), heads, heads // shared, width, scale,
+            query_NHK.stride(0), key_NGK.stride(0), value_NGK.stride(0), heads, heads // shared, width, scale,
             launch.address(out_NHK), launch.address(softmax_NH2), launch.instruction_set(), launch.threads(),
         )  # fmt: skip
-        ctx.scale, ctx.longest = scale, longest
+        ctx.scale = scale
         ctx.save_for_backward(query_NHK, key_NGK, value_NGK, starts, softmax_NH2)
         return out_NHK
 
@@ -123,13 +112,13 @@ class _Attend(torch.autograd.Function):
     def backward(ctx: Any, grad_NHK: Tensor) -> tuple[Tensor | None, ...]:
         query_NHK, key_NGK, value_NGK, starts, softmax_NH2 = ctx.saved_tensors
         heads, (shared, width) = query_NHK.shape[1], key_NGK.shape[1:]
-        grad_query, grad_key, grad_value = (x.new_empty(x.shape) for x in (query_NHK, key_NGK, value_NGK))
+        grads = [x.new_empty(x.shape) for x in (query_NHK, key_NGK, value_NGK)]
         grad_NHK = grad_NHK.contiguous()
         _native.attend_rows_backward(
             query_NHK.data_ptr(), key_NGK.data_ptr(), value_NGK.data_ptr(), grad_NHK.data_ptr(),
-            launch.address(softmax_NH2), launch.address(starts), len(starts) - 1, ctx.longest, query_NHK.stride(0),
+            launch.address(softmax_NH2), launch.address(starts), len(starts) - 1, query_NHK.stride(0),
             key_NGK.stride(0), value_NGK.stride(0), heads, heads // shared, width, ctx.scale,
-            launch.address(grad_query), launch.address(grad_key), launch.address(grad_value),
-            launch.instruction_set(), launch.threads(),
+            *(launch.address(x) for x in grads), *(x.stride(0) for x in grads), launch.instruction_set(),
+            launch.threads(),
         )  # fmt: skip
-        return grad_query, grad_key, grad_value, None, None
+        return *grads, None, None

@@ -4,14 +4,16 @@ Native for float32 (activations for bfloat16 too) on the CPU, the same bits on e
 threads and whatever rows stand beside a row; torch's own operators elsewhere, none of which promises that.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from rlhf_kernels.native import Prepared, done, later, native_serves
+from rlhf_kernels.native import native_serves
 
 native: Any
 try:
@@ -79,11 +81,19 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
 
 def sum_of_squares(x: Tensor) -> float:
     """Return Σ x² of a tensor of any shape, added up in float64, in an order that does not depend on the threads."""
-    x = x.detach()
-    if not serves((torch.float32,), x):
-        return float(x.double().square().sum())
-    x = x.t() if x.dim() == 2 and x.t().is_contiguous() else x.contiguous()
-    return float(native.sum_of_squares(launch.address(x), x.numel(), launch.instruction_set(), launch.threads()))
+    return sums_of_squares([x])[0]
+
+
+def sums_of_squares(tensors: Sequence[Tensor]) -> list[float]:
+    """Return :func:`sum_of_squares` of each tensor, at the cost of one call."""
+    if not serves((torch.float32,), *tensors):
+        return [float(x.detach().double().square().sum()) for x in tensors]
+    lying = [x.t() if x.dim() == 2 and x.t().is_contiguous() else x.contiguous() for x in tensors]
+    addresses = np.array([x.data_ptr() for x in lying], dtype=np.int64)
+    counts = np.array([x.numel() for x in lying], dtype=np.int64)
+    sums = np.empty(len(lying))
+    native.sums_of_squares(addresses, counts, sums, launch.instruction_set(), launch.threads())
+    return sums.tolist()
 
 
 def column_sums(x_MN: Tensor) -> Tensor:
@@ -103,19 +113,14 @@ def serves(dtypes: tuple[torch.dtype, ...], *tensors: Tensor | None) -> bool:
 
 def value(function: "Rowwise", x: Tensor, *parameters: Tensor) -> Tensor:
     """Return the function of every row."""
-    return done(prepare(function, x, *parameters))
-
-
-def prepare(function: "Rowwise", x: Tensor, *parameters: Tensor) -> Prepared:
-    """Return where the function of every row will be and the calls that put it there; of x itself if contiguous."""
-    return function.prepare(x.contiguous(), *(parameter.contiguous() for parameter in parameters))
+    return function.value(x.contiguous(), *(parameter.contiguous() for parameter in parameters))
 
 
 class Rowwise(Protocol):
     """A function of each row of a matrix alone, and its gradients, which need nothing but what it was given."""
 
-    def prepare(self, x: Tensor, *parameters: Tensor) -> Prepared:
-        """Return where the function of every row will be, and how it gets there; all tensors are contiguous."""
+    def value(self, x: Tensor, *parameters: Tensor) -> Tensor:
+        """Return the function of every row; all tensors are contiguous."""
         ...
 
     def gradients(self, x: Tensor, grad: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
@@ -124,26 +129,29 @@ class Rowwise(Protocol):
 
 
 @dataclass(frozen=True)
-class _Activation:
+class Activation:
+    """GELU or SiLU, by the number that activation.h gives it."""
+
     kind: int
 
-    def prepare(self, x: Tensor, *parameters: Tensor) -> Prepared:
-        return self._prepare(x, None)
+    def value(self, x: Tensor, *parameters: Tensor) -> Tensor:
+        """Return the activation of every element."""
+        return self._call(x, None)
 
     def gradients(self, x: Tensor, grad: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
-        return (done(self._prepare(x.contiguous(), grad.to(x.dtype).contiguous())),)
+        """Return the gradient of x."""
+        return (self._call(x.contiguous(), grad.to(x.dtype).contiguous()),)
 
-    def _prepare(self, x: Tensor, grad: Tensor | None) -> Prepared:
+    def _call(self, x: Tensor, grad: Tensor | None) -> Tensor:
         out = torch.empty_like(x)
-        call = later(
-            native.activation, launch.address(x), 0 if grad is None else launch.address(grad), x.numel(),
-            launch.ELEMENT_TYPE[x.dtype], x.element_size(), self.kind, launch.address(out), launch.instruction_set(),
-            launch.threads(), over=(x, grad, out),
+        native.activation(
+            launch.address(x), 0 if grad is None else launch.address(grad), x.numel(), launch.ELEMENT_TYPE[x.dtype],
+            x.element_size(), self.kind, launch.address(out), launch.instruction_set(), launch.threads(),
         )  # fmt: skip
-        return out, [call]
+        return out
 
 
-GELU, SILU = _Activation(_GELU), _Activation(_SILU)
+GELU, SILU = Activation(_GELU), Activation(_SILU)
 
 
 @dataclass(frozen=True)
@@ -153,28 +161,27 @@ class Norm:
     epsilon: float
     centered: bool
 
-    def prepare(self, x: Tensor, *parameters: Tensor) -> Prepared:
-        """Return where the norm of rows will be, and how it gets there."""
+    def value(self, x: Tensor, *parameters: Tensor) -> Tensor:
+        """Return the norm of rows."""
         weight, *rest = parameters
-        bias = rest[0] if rest else None
         out, width = torch.empty_like(x), x.shape[-1]
-        call = later(
-            native.norm, launch.address(x), x.shape[:-1].numel(), width, launch.address(weight),
-            0 if bias is None else launch.address(bias), self.epsilon, self.centered, launch.address(out),
-            launch.instruction_set(), launch.threads(), over=(x, weight, bias, out),
+        native.norm(
+            launch.address(x), x.shape[:-1].numel(), width, launch.address(weight),
+            launch.address(rest[0]) if rest else 0, self.epsilon, self.centered, launch.address(out),
+            launch.instruction_set(), launch.threads(),
         )  # fmt: skip
-        return out, [call]
+        return out
 
     def gradients(self, x: Tensor, grad: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
         """Return the gradients of rows and of what they are multiplied with and moved by."""
         x, grad, weight = x.contiguous(), grad.contiguous(), parameters[0].contiguous()
-        grad_x, width = torch.empty_like(x), x.shape[-1]
-        sums_2D = x.new_empty(2, width)
+        grad_x, *others = (torch.empty_like(tensor) for tensor in (x, *parameters))
         native.norm_gradients(
-            launch.address(x), launch.address(grad), x.shape[:-1].numel(), width, launch.address(weight), self.epsilon,
-            self.centered, launch.address(grad_x), launch.address(sums_2D), launch.instruction_set(), launch.threads(),
+            launch.address(x), launch.address(grad), x.shape[:-1].numel(), x.shape[-1], launch.address(weight),
+            self.epsilon, self.centered, launch.address(grad_x), *map(launch.address, others), *[0] * (2 - len(others)),
+            launch.instruction_set(), launch.threads(),
         )  # fmt: skip
-        return (grad_x, *sums_2D[: len(parameters)])
+        return (grad_x, *others)
 
 
 def apply(function: Rowwise, x: Tensor, *parameters: Tensor) -> Tensor:

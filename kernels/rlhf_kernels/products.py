@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from rlhf_kernels.dense import Rowwise, column_sums, prepare, value
-from rlhf_kernels.native import Call, Prepared, done, later, native_serves
+from rlhf_kernels.dense import Rowwise, column_sums, value
+from rlhf_kernels.native import native_serves
 
 _native: Any
 try:
@@ -83,29 +83,20 @@ def linear_between(
     """
     if torch.is_grad_enabled():
         return cast("Tensor", _Linear.apply(x, weight, bias, residual, before, *parameters))
-    return done(prepare_linear(x, weight, bias, before=before, parameters=parameters, residual=residual))
+    return _linear(x, weight, bias, before, parameters, residual)
 
 
-def prepare_linear(
+def _linear(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    *,
-    before: Rowwise | None = None,
-    parameters: tuple[Tensor, ...] = (),
-    residual: Tensor | None = None,
-) -> Prepared:
-    """Return where :func:`linear_between` will put its result, and the calls that do it.
-
-    The calls read x and the residual where they are, if their rows are contiguous, and copies of them from now if not.
-    """
-    shape = *x.shape[:-1], weight.shape[0]
-    calls: list[Call] = []
-    if before is not None:
-        x, calls = prepare(before, x, *parameters)
-    residual = None if residual is None else _as_rows(residual)
-    out_MN, more = prepare_product(_as_rows(x), weight.t(), bias, residual_MN=residual)
-    return out_MN.view(shape), calls + more
+    before: Rowwise | None,
+    parameters: tuple[Tensor, ...],
+    residual: Tensor | None,
+) -> Tensor:
+    x = x if before is None else value(before, x, *parameters)
+    residual_MN = None if residual is None else _as_rows(residual)
+    return multiply(_as_rows(x), weight.t(), bias, residual_MN=residual_MN).view(*x.shape[:-1], weight.shape[0])
 
 
 def multiply(
@@ -127,19 +118,6 @@ def multiply(
         out_MN: where the result goes, its rows contiguous; by default a new matrix.
         add: keep what ``out_MN`` holds and add to it.
     """
-    return done(prepare_product(a_MK, b_KN, bias_N, residual_MN=residual_MN, out_MN=out_MN, add=add))
-
-
-def prepare_product(
-    a_MK: Tensor,
-    b_KN: Tensor,
-    bias_N: Tensor | None = None,
-    *,
-    residual_MN: Tensor | None = None,
-    out_MN: Tensor | None = None,
-    add: bool = False,
-) -> Prepared:
-    """Return where :func:`multiply` will put its result, and the call that does it."""
     (a_MK, a_row, a_k), (b_KN, b_k, b_n) = _strided(a_MK), _strided(b_KN)
     (rows, depth), columns = a_MK.shape, b_KN.shape[1]
     out_MN = a_MK.new_empty(rows, columns) if out_MN is None else out_MN
@@ -148,13 +126,12 @@ def prepare_product(
     assert out_MN.shape == (rows, columns)
     assert columns < 2 or out_MN.stride(1) == 1
     assert residual_MN is None or residual_MN.shape == out_MN.shape
-    call = later(
-        _native.multiply, a_MK.data_ptr(), a_row, a_k, b_KN.data_ptr(), b_k, b_n, rows, depth, columns, add,
+    _native.multiply(
+        a_MK.data_ptr(), a_row, a_k, b_KN.data_ptr(), b_k, b_n, rows, depth, columns, add,
         0 if bias_N is None else bias_N.data_ptr(), 0 if residual_MN is None else residual_MN.data_ptr(), columns,
         out_MN.data_ptr(), out_MN.stride(0), launch.instruction_set(), launch.threads(),
-        over=(a_MK, b_KN, bias_N, residual_MN, out_MN),
     )  # fmt: skip
-    return out_MN, [call]
+    return out_MN
 
 
 def _strided(matrix: Tensor) -> tuple[Tensor, int, int]:
@@ -183,7 +160,7 @@ class _Linear(torch.autograd.Function):
     ) -> Tensor:
         ctx.before = before
         ctx.save_for_backward(x, weight, *parameters)
-        return done(prepare_linear(x, weight, bias, before=before, parameters=parameters, residual=residual))
+        return _linear(x, weight, bias, before, parameters, residual)
 
     @staticmethod
     @torch.autograd.function.once_differentiable

@@ -27,16 +27,6 @@ cdef void put_key(const float *key, int64_t width, float *keys, int64_t at) noex
         block[d * LANES] = key[d]
 
 
-cdef void turn_rows(const float *rows, int64_t tokens, int64_t stride, int64_t width, float *turned) noexcept nogil:
-    """Make each row a column of its block of sixteen, zero behind the last."""
-    cdef int64_t i, d
-    for i in range(tokens):
-        put_key(rows + i * stride, width, turned, i)
-    for i in range(tokens, room_for(tokens)):
-        for d in range(width):
-            turned[(i // LANES * width + d) * LANES + i % LANES] = 0.0
-
-
 cdef void row_of_queries(
     const row_kernels *k, const float *queries, const float *keys, const float *values, int64_t tokens,
     int64_t query_stride, int64_t key_stride, int64_t value_stride, int64_t heads, int64_t group, int64_t width,
@@ -44,7 +34,7 @@ cdef void row_of_queries(
 ) noexcept nogil:
     """Causal attention of one row and one key-value head, by the ``group`` heads that share it."""
     cdef int64_t i, h
-    turn_rows(keys, tokens, key_stride, width, turned)
+    k.turn(keys, tokens, key_stride, width, turned)
     for h in range(group):
         for i in range(tokens):
             k.attend(
@@ -52,16 +42,23 @@ cdef void row_of_queries(
                 scratch, out + (i * heads + h) * width, softmax + 2 * (i * heads + h))
 
 
-def attend_rows(
-    uintptr_t queries, uintptr_t keys, uintptr_t values, uintptr_t starts, int64_t rows, int64_t longest,
-    int64_t query_stride, int64_t key_stride, int64_t value_stride, int64_t heads, int64_t group, int64_t width,
-    double scale, uintptr_t out, uintptr_t softmax, int instruction_set, int threads,
-) -> None:
+cdef int64_t longest_of(const int64_t *start, int64_t rows) noexcept nogil:
+    cdef int64_t longest = 0, r
+    for r in range(rows):
+        longest = max(longest, start[r + 1] - start[r])
+    return longest
+
+
+cpdef void attend_rows(
+    uintptr_t queries, uintptr_t keys, uintptr_t values, uintptr_t starts, int64_t rows, int64_t query_stride,
+    int64_t key_stride, int64_t value_stride, int64_t heads, int64_t group, int64_t width, double scale, uintptr_t out,
+    uintptr_t softmax, int instruction_set, int threads,
+) except *:
     """Fill out[N, heads, width] and softmax[N, heads, 2]; row r has the tokens starts[r] ... starts[r + 1]."""
     cdef const row_kernels *k = kernels(instruction_set)
     cdef const int64_t *start = <const int64_t *>starts
-    cdef int64_t shared = heads // group, pieces = rows * shared, room = room_for(longest), p, first, g
-    cdef int64_t size = (width + 1) * room
+    cdef int64_t shared = heads // group, pieces = rows * shared, longest = longest_of(start, rows), p, first, g
+    cdef int64_t room = room_for(longest), size = (width + 1) * room
     cdef uint32_t saved = 0
     cdef int workers = threads_for(pieces, rows * heads * longest * longest * width, threads)
     cdef float *memory = floats(workers * size)
@@ -94,7 +91,7 @@ cdef void gradients_of_row(
     const row_kernels *k, const float *queries, const float *keys, const float *values, const float *grads,
     const float *softmax, int64_t tokens, int64_t query_stride, int64_t key_stride, int64_t value_stride, int64_t heads,
     int64_t group, int64_t width, double scale, float *memory, float *grad_queries, float *grad_keys,
-    float *grad_values,
+    float *grad_values, int64_t grad_query_stride, int64_t grad_key_stride, int64_t grad_value_stride,
 ) noexcept nogil:
     """Gradients of :func:`row_of_queries`; ``memory`` has room for all that stands in it below."""
     cdef int64_t room = room_for(tokens), padded = room_for(width), h, i, n
@@ -110,8 +107,8 @@ cdef void gradients_of_row(
     cdef float *slopes = weights + QUERIES * room
     memset(memory, 0, <size_t>((3 * room + 3 * QUERIES) * padded) * sizeof(float))
     copy_rows(keys, tokens, key_stride, width, padded_keys, padded)
-    turn_rows(keys, tokens, key_stride, width, turned_keys)
-    turn_rows(values, tokens, value_stride, width, turned_values)
+    k.turn(keys, tokens, key_stride, width, turned_keys)
+    k.turn(values, tokens, value_stride, width, turned_values)
     for h in range(group):
         i = 0
         while i < tokens:
@@ -123,22 +120,24 @@ cdef void gradients_of_row(
             k.attend_backward(
                 some_queries, some_grads, softmax + 2 * (i * heads + h), 2 * heads, n, i, width, padded, turned_keys,
                 turned_values, padded_keys, scale, room, weights, slopes, to_queries, to_keys, to_values)
-            copy_rows(to_queries, n, padded, width, grad_queries + (i * heads + h) * width, heads * width)
+            copy_rows(
+                to_queries, n, padded, width, grad_queries + i * grad_query_stride + h * width, grad_query_stride)
             i += QUERIES
-    copy_rows(to_keys, tokens, padded, width, grad_keys, heads // group * width)
-    copy_rows(to_values, tokens, padded, width, grad_values, heads // group * width)
+    copy_rows(to_keys, tokens, padded, width, grad_keys, grad_key_stride)
+    copy_rows(to_values, tokens, padded, width, grad_values, grad_value_stride)
 
 
-def attend_rows_backward(
+cpdef void attend_rows_backward(
     uintptr_t queries, uintptr_t keys, uintptr_t values, uintptr_t grads, uintptr_t softmax, uintptr_t starts,
-    int64_t rows, int64_t longest, int64_t query_stride, int64_t key_stride, int64_t value_stride, int64_t heads,
-    int64_t group, int64_t width, double scale, uintptr_t grad_queries, uintptr_t grad_keys, uintptr_t grad_values,
-    int instruction_set, int threads,
-) -> None:
+    int64_t rows, int64_t query_stride, int64_t key_stride, int64_t value_stride, int64_t heads, int64_t group,
+    int64_t width, double scale, uintptr_t grad_queries, uintptr_t grad_keys, uintptr_t grad_values,
+    int64_t grad_query_stride, int64_t grad_key_stride, int64_t grad_value_stride, int instruction_set, int threads,
+) except *:
     """Fill the gradients of attend_rows, [N, heads, width] and twice [N, shared, width], from grads[N, heads, width]."""
     cdef const row_kernels *k = kernels(instruction_set)
     cdef const int64_t *start = <const int64_t *>starts
-    cdef int64_t shared = heads // group, pieces = rows * shared, room = room_for(longest), p, first, g
+    cdef int64_t shared = heads // group, pieces = rows * shared, longest = longest_of(start, rows), p, first, g
+    cdef int64_t room = room_for(longest)
     cdef int64_t size = 3 * (room + QUERIES) * room_for(width) + 2 * room * (width + QUERIES)
     cdef uint32_t saved = 0
     cdef int workers = threads_for(pieces, 3 * rows * heads * longest * longest * width, threads)
@@ -156,9 +155,10 @@ def attend_rows_backward(
                     <const float *>grads + (first * heads + g * group) * width,
                     <const float *>softmax + 2 * (first * heads + g * group), start[p // shared + 1] - first,
                     query_stride, key_stride, value_stride, heads, group, width, scale, memory + threadid() * size,
-                    <float *>grad_queries + (first * heads + g * group) * width,
-                    <float *>grad_keys + (first * shared + g) * width,
-                    <float *>grad_values + (first * shared + g) * width)
+                    <float *>grad_queries + first * grad_query_stride + g * group * width,
+                    <float *>grad_keys + first * grad_key_stride + g * width,
+                    <float *>grad_values + first * grad_value_stride + g * width, grad_query_stride, grad_key_stride,
+                    grad_value_stride)
             leave_rounding(saved)
         free(memory)
 
@@ -176,11 +176,11 @@ cdef void one_query(
         k.attend(queries + h * width, width, keys, values, width, length + 1, scale, scratch, out + h * width, NULL)
 
 
-def attend_cached(
+cpdef void attend_cached(
     uintptr_t queries, uintptr_t key, uintptr_t value, uintptr_t keys, uintptr_t values, uintptr_t lengths,
     int64_t rows, int64_t room, int64_t query_stride, int64_t key_stride, int64_t value_stride, int64_t heads,
     int64_t group, int64_t width, double scale, uintptr_t out, int instruction_set, int threads,
-) -> None:
+) except *:
     """Fill out[rows, heads, width]; keys[rows, shared, room / 16, width, 16] and values[rows, shared, room, width] grow.
 
     Raises:

@@ -1,3 +1,6 @@
+from numpy import float64, int64
+from numpy.typing import NDArray
+
 def activation(
     x: int,
     grad: int,
@@ -9,7 +12,9 @@ def activation(
     instruction_set: int,
     threads: int,
 ) -> None: ...
-def sum_of_squares(x: int, n: int, instruction_set: int, threads: int) -> float: ...
+def sums_of_squares(
+    addresses: NDArray[int64], counts: NDArray[int64], sums: NDArray[float64], instruction_set: int, threads: int
+) -> None: ...
 def norm(
     x: int,
     rows: int,
@@ -31,8 +36,23 @@ def norm_gradients(
     epsilon: float,
     centered: bool,
     grad_x: int,
-    sums: int,
+    grad_weight: int,
+    grad_bias: int,
     instruction_set: int,
     threads: int,
 ) -> None: ...
 def column_sums(x: int, rows: int, columns: int, stride: int, out: int, instruction_set: int, threads: int) -> None: ...
+def add(a: int, b: int, n: int, out: int, instruction_set: int, threads: int) -> None: ...
+def times(a: int, b: int, n: int, out: int, instruction_set: int, threads: int) -> None: ...
+def rotate(
+    x: int,
+    rows: int,
+    heads: int,
+    width: int,
+    cos: int,
+    sin: int,
+    back: bool,
+    out: int,
+    instruction_set: int,
+    threads: int,
+) -> None: ...

@@ -13,10 +13,10 @@ cdef int64_t ROWS = 32
 cdef int64_t COLUMNS = 64
 
 
-def activation(
+cpdef void activation(
     uintptr_t x, uintptr_t grad, int64_t n, int element_type, int element_bytes, int kind, uintptr_t out,
     int instruction_set, int threads,
-) -> None:
+) except *:
     """Fill out[n] from contiguous x[n], or from x[n] and grad[n] where grad is not 0."""
     cdef const row_kernels *k = kernels(instruction_set)
     cdef int64_t chunks = (n + CHUNK - 1) // CHUNK
@@ -33,33 +33,45 @@ def activation(
         leave_rounding(saved)
 
 
-def sum_of_squares(uintptr_t x, int64_t n, int instruction_set, int threads) -> float:
-    """Return Σ x² of x[n], chunk by chunk and the chunks added in order, so that threads change no bit."""
+def sums_of_squares(
+    const int64_t[::1] addresses, const int64_t[::1] counts, double[::1] sums, int instruction_set, int threads,
+) -> None:
+    """Fill sums with Σ x² of every array, chunk by chunk and the chunks added in order, so that threads change no bit."""
     cdef const row_kernels *k = kernels(instruction_set)
-    cdef int64_t chunks = (n + CHUNK - 1) // CHUNK
-    cdef int64_t c
+    cdef int64_t arrays = counts.shape[0], chunks = 0, elements = 0, a, c, n
     cdef uint32_t saved = 0
-    cdef double total = 0.0
-    cdef int workers = threads_for(chunks, n, threads)
-    cdef double *sums = <double *>malloc(<size_t>chunks * sizeof(double))
-    if sums == NULL and chunks > 0:
+    for a in range(arrays):
+        chunks += (counts[a] + CHUNK - 1) // CHUNK
+        elements += counts[a]
+        sums[a] = 0.0
+    cdef int workers = threads_for(chunks, elements, threads)
+    cdef double *parts = <double *>malloc(<size_t>max(1, chunks) * (sizeof(double) + 2 * sizeof(int64_t)))
+    if parts == NULL:
         raise MemoryError(f"no memory for {chunks} partial sums")
+    cdef int64_t *array = <int64_t *>(parts + chunks)
+    cdef int64_t *first = array + chunks
     with nogil:
+        c = 0
+        for a in range(arrays):
+            for n in range((counts[a] + CHUNK - 1) // CHUNK):
+                array[c] = a
+                first[c] = n * CHUNK
+                c += 1
         with parallel(num_threads=workers):
             saved = enter_rounding()
             for c in prange(chunks, schedule="static"):
-                sums[c] = k.sum_of_squares(<const float *>x + c * CHUNK, min(CHUNK, n - c * CHUNK))
+                parts[c] = k.sum_of_squares(
+                    <const float *>addresses[array[c]] + first[c], min(CHUNK, counts[array[c]] - first[c]))
             leave_rounding(saved)
         for c in range(chunks):
-            total += sums[c]
-        free(sums)
-    return total
+            sums[array[c]] += parts[c]
+        free(parts)
 
 
-def norm(
+cpdef void norm(
     uintptr_t x, int64_t rows, int64_t width, uintptr_t weight, uintptr_t bias, double epsilon, bint centered,
     uintptr_t out, int instruction_set, int threads,
-) -> None:
+) except *:
     """Fill out[rows, width] from x[rows, width]; bias may be 0."""
     cdef const row_kernels *k = kernels(instruction_set)
     cdef int64_t chunks = (rows + ROWS - 1) // ROWS
@@ -75,11 +87,11 @@ def norm(
         leave_rounding(saved)
 
 
-def norm_gradients(
+cpdef void norm_gradients(
     uintptr_t x, uintptr_t grad, int64_t rows, int64_t width, uintptr_t weight, double epsilon, bint centered,
-    uintptr_t grad_x, uintptr_t sums, int instruction_set, int threads,
-) -> None:
-    """Fill grad_x[rows, width] and sums[2, width], the gradients of weight and bias, chunks of rows added in order."""
+    uintptr_t grad_x, uintptr_t grad_weight, uintptr_t grad_bias, int instruction_set, int threads,
+) except *:
+    """Fill grad_x[rows, width] and, where not 0, grad_weight[width] and grad_bias[width], chunks of rows in order."""
     cdef const row_kernels *k = kernels(instruction_set)
     cdef int64_t chunks = (rows + ROWS - 1) // ROWS
     cdef int64_t c
@@ -97,14 +109,17 @@ def norm_gradients(
                     <float *>grad_x + c * ROWS * width, parts + c * 2 * width)
             leave_rounding(saved)
         saved = enter_rounding()
-        k.column_sums(parts, chunks, 2 * width, 2 * width, <float *>sums)
+        if grad_weight:
+            k.column_sums(parts, chunks, width, 2 * width, <float *>grad_weight)
+        if grad_bias:
+            k.column_sums(parts + width, chunks, width, 2 * width, <float *>grad_bias)
         leave_rounding(saved)
         free(parts)
 
 
-def column_sums(
+cpdef void column_sums(
     uintptr_t x, int64_t rows, int64_t columns, int64_t stride, uintptr_t out, int instruction_set, int threads,
-) -> None:
+) except *:
     """Fill out[columns] with the sums of x[rows, columns], whose rows lie ``stride`` floats apart."""
     cdef const row_kernels *k = kernels(instruction_set)
     cdef int64_t strips = (columns + COLUMNS - 1) // COLUMNS
@@ -117,4 +132,52 @@ def column_sums(
             k.column_sums(
                 <const float *>x + s * COLUMNS, rows, min(COLUMNS, columns - s * COLUMNS), stride,
                 <float *>out + s * COLUMNS)
+        leave_rounding(saved)
+
+
+cpdef void add(uintptr_t a, uintptr_t b, int64_t n, uintptr_t out, int instruction_set, int threads) except *:
+    """Fill out[n] with a + b."""
+    cdef const row_kernels *k = kernels(instruction_set)
+    cdef int64_t chunks = (n + CHUNK - 1) // CHUNK, c, at
+    cdef int workers = threads_for(chunks, n, threads)
+    cdef uint32_t saved = 0
+    with nogil, parallel(num_threads=workers):
+        saved = enter_rounding()
+        for c in prange(chunks, schedule="static"):
+            at = c * CHUNK
+            k.add(<const float *>a + at, <const float *>b + at, min(CHUNK, n - at), <float *>out + at)
+        leave_rounding(saved)
+
+
+cpdef void times(uintptr_t a, uintptr_t b, int64_t n, uintptr_t out, int instruction_set, int threads) except *:
+    """Fill out[n] with a b."""
+    cdef const row_kernels *k = kernels(instruction_set)
+    cdef int64_t chunks = (n + CHUNK - 1) // CHUNK, c, at
+    cdef int workers = threads_for(chunks, n, threads)
+    cdef uint32_t saved = 0
+    with nogil, parallel(num_threads=workers):
+        saved = enter_rounding()
+        for c in prange(chunks, schedule="static"):
+            at = c * CHUNK
+            k.times(<const float *>a + at, <const float *>b + at, min(CHUNK, n - at), <float *>out + at)
+        leave_rounding(saved)
+
+
+cpdef void rotate(
+    uintptr_t x, int64_t rows, int64_t heads, int64_t width, uintptr_t cos, uintptr_t sin, bint back, uintptr_t out,
+    int instruction_set, int threads,
+) except *:
+    """Fill out[rows, heads, width] from x, turned by cos[rows, width] and sin[rows, width], or turned back."""
+    cdef const row_kernels *k = kernels(instruction_set)
+    cdef int64_t r, h, at
+    cdef int workers = threads_for(rows, rows * heads * width, threads)
+    cdef uint32_t saved = 0
+    with nogil, parallel(num_threads=workers):
+        saved = enter_rounding()
+        for r in prange(rows, schedule="static"):
+            for h in range(heads):
+                at = (r * heads + h) * width
+                k.rotate(
+                    <const float *>x + at, width, <const float *>cos + r * width, <const float *>sin + r * width, back,
+                    <float *>out + at)
         leave_rounding(saved)

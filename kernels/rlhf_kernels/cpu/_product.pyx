@@ -12,11 +12,11 @@ from rlhf_kernels.cpu._rows cimport (
 cdef int64_t PRODUCTS_A_THREAD = 524288
 
 
-def multiply(
+cpdef void multiply(
     uintptr_t a, int64_t a_row, int64_t a_k, uintptr_t b, int64_t b_k, int64_t b_n, int64_t rows, int64_t depth,
     int64_t columns, bint add, uintptr_t bias, uintptr_t residual, int64_t residual_row, uintptr_t out, int64_t out_row,
     int instruction_set, int threads,
-) -> None:
+) except *:
     """Fill out[rows, columns] from a[rows, depth] b[depth, columns] as product.h does; strides in floats."""
     cdef const row_kernels *k = kernels(instruction_set)
     cdef int64_t panels = (columns + WIDEST_TILE - 1) // WIDEST_TILE

@@ -67,14 +67,20 @@ cdef extern from "rows.h":
             int centered, float *grad_x, float *sums) noexcept nogil
         void (*column_sums)(
             const float *x, int64_t rows, int64_t columns, int64_t stride, float *out) noexcept nogil
+        void (*turn)(
+            const float *rows, int64_t count, int64_t stride, int64_t width, float *turned) noexcept nogil
         void (*attend)(
             const float *query, int64_t width, const float *keys, const float *values, int64_t value_stride,
             int64_t count, double scale, float *scratch, float *out, float *softmax) noexcept nogil
         void (*attend_backward)(
             const float *queries, const float *grads, const float *softmax, int64_t softmax_stride,
             int64_t count, int64_t first, int64_t width, int64_t padded, const float *turned_keys,
-            const float *turned_values, const float *keys, double scale, int64_t room, float *weights, float *slopes, float *grad_queries, float *grad_keys,
-            float *grad_values) noexcept nogil
+            const float *turned_values, const float *keys, double scale, int64_t room, float *weights, float *slopes,
+            float *grad_queries, float *grad_keys, float *grad_values) noexcept nogil
+        void (*add)(const float *a, const float *b, int64_t n, float *out) noexcept nogil
+        void (*times)(const float *a, const float *b, int64_t n, float *out) noexcept nogil
+        void (*rotate)(
+            const float *x, int64_t width, const float *cos, const float *sin, int back, float *out) noexcept nogil
 
 
 cdef const row_kernels *kernels(int instruction_set) noexcept nogil

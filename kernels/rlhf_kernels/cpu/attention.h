@@ -20,6 +20,26 @@
         case 4: f(__VA_ARGS__, 4); break; \
     }
 
+/* turned[blocks, width, 16]: rows of `width` lie `stride` apart; each becomes a column of its block, zeros behind the last. */
+static void turn(const float *rows, int64_t count, int64_t stride, int64_t width, float *turned) {
+    int64_t j = 0;
+    for (; j + LANES <= count; j += LANES) {
+        const float *block = rows + j * stride;
+        int64_t d = 0;
+        for (; d + 4 <= width; d += 4) {
+            lanes square[4]; /* quarter q of square[i]: row 4 q + i */
+            for (int i = 0; i < 4; i++) square[i] = lanes_load_quarters(block + i * stride + d, 4 * stride);
+            lanes_turn_quarters(square);
+            for (int i = 0; i < 4; i++) lanes_store(turned + j * width + (d + i) * LANES, square[i]);
+        }
+        for (; d < width; d++)
+            for (int64_t i = 0; i < LANES; i++) turned[j * width + d * LANES + i] = block[i * stride + d];
+    }
+    for (int64_t d = 0; j < count && d < width; d++)
+        for (int64_t i = 0; i < LANES; i++)
+            turned[j * width + d * LANES + i] = j + i < count ? rows[(j + i) * stride + d] : 0.0f;
+}
+
 /* scores[0 ... 16 n) = query · key, the products added in the order of the width. */
 INLINE void scores_of(const float *query, int64_t width, const float *keys, float *scores, int n) {
     lanes sum[SIDE_BY_SIDE];

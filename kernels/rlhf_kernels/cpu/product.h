@@ -22,7 +22,9 @@ _Static_assert(WIDEST_TILE % TILE_COLUMNS == 0, "threads share out whole tiles")
 #define BLOCK_COLUMNS 256 /* of b, with BLOCK_DEPTH of its rows: 384 KiB */
 #define BLOCK_DEPTH 384
 #define READ_IN_PLACE 64 /* Rows of a, up to which it does not pay to copy b. */
-_Static_assert(PRODUCT_SCRATCH >= (BLOCK_COLUMNS + TILE_ROWS) * BLOCK_DEPTH + LANES, "a block of b and a tile of a fit");
+#define CROWDED 1024      /* Rows this many floats apart, or a multiple, share one place of the first cache. */
+#define LEFT (TILE_ROWS * (BLOCK_DEPTH + LANES) + LANES)
+_Static_assert(PRODUCT_SCRATCH >= BLOCK_COLUMNS * BLOCK_DEPTH + LEFT, "a block of b and a tile of a fit");
 
 /* c[rows, TILE_COLUMNS], which starts as it is, as `bias` or as 0, plus a b; and, where it is not NULL, `residual`. */
 INLINE void tile(int rows, const float *a, int64_t a_row, int64_t a_k, const float *b, int64_t b_k, int64_t depth,
@@ -124,7 +126,8 @@ static void edge(int rows, const float *a, int64_t a_row, int64_t a_k, const flo
 static void multiply(const float *a, int64_t a_row, int64_t a_k, const float *b, int64_t b_k, int64_t b_n, int64_t rows,
                      int64_t depth, int64_t columns, int add, const float *bias, const float *residual,
                      int64_t residual_row, float *scratch, float *c, int64_t c_row) {
-    float *const packed = scratch + TILE_ROWS * BLOCK_DEPTH + LANES;
+    float *const packed = scratch + (LEFT + LANES - 1) / LANES * LANES;
+    const int crowded = a_k == 1 && a_row % CROWDED == 0 && columns > TILE_COLUMNS;
     const int64_t tiles = (rows + TILE_ROWS - 1) / TILE_ROWS, blocks = (depth + BLOCK_DEPTH - 1) / BLOCK_DEPTH;
     const int in_place = b_n == 1 && rows <= READ_IN_PLACE;
     for (int64_t n = 0; n < columns; n += BLOCK_COLUMNS)
@@ -140,9 +143,14 @@ static void multiply(const float *a, int64_t a_row, int64_t a_k, const float *b,
             for (int64_t t = 0; t < tiles; t++) {
                 const int64_t m = t * rows / tiles;
                 const int here = (int)((t + 1) * rows / tiles - m);
+                const int64_t left_row = crowded ? deep + LANES : a_row;
                 const float *left = a + m * a_row + k * a_k;
                 if (a_k != 1) {
                     pack_rows(left, a_k, here, deep, scratch);
+                    left = scratch;
+                } else if (crowded) {
+                    for (int r = 0; r < here; r++)
+                        memcpy(scratch + r * left_row, left + r * a_row, (size_t)deep * sizeof(float));
                     left = scratch;
                 }
                 for (int64_t i = n; i < end; i += TILE_COLUMNS) {
@@ -150,12 +158,12 @@ static void multiply(const float *a, int64_t a_row, int64_t a_k, const float *b,
                     const float *beside = residual && last ? residual + m * residual_row + i : NULL;
                     float *out = c + m * c_row + i;
                     if (i + TILE_COLUMNS > end)
-                        edge(here, left, a_row, a_k, right, deep, end - i, more, start, beside, residual_row, out, c_row);
+                        edge(here, left, left_row, a_k, right, deep, end - i, more, start, beside, residual_row, out, c_row);
                     else if (in_place)
-                        some_rows(here, left, a_row, a_k, b + k * b_k + i, b_k, deep, more, start, beside,
+                        some_rows(here, left, left_row, a_k, b + k * b_k + i, b_k, deep, more, start, beside,
                                   residual_row, out, c_row);
                     else
-                        some_rows(here, left, a_row, a_k, right, TILE_COLUMNS, deep, more, start, beside, residual_row,
+                        some_rows(here, left, left_row, a_k, right, TILE_COLUMNS, deep, more, start, beside, residual_row,
                                   out, c_row);
                 }
             }

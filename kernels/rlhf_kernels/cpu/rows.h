@@ -13,7 +13,7 @@
 #define SHORT_ROWS 8
 #define QUERIES 4                   /* of attention, whose gradients are computed side by side */
 #define WIDEST_TILE 32              /* columns of a product's tile, over all instruction sets */
-#define PRODUCT_SCRATCH (271 * 384) /* floats, for all instruction sets */
+#define PRODUCT_SCRATCH (272 * 384) /* floats, for all instruction sets */
 
 typedef struct {
     /* logp[1]; entropy[1] or NULL; statistics[2] = largest logit and log2 of Σ 2^((x - largest) log2(e) / temperature). */
@@ -67,12 +67,17 @@ typedef struct {
                            double epsilon, int centered, float *grad_x, float *sums);
     void (*column_sums)(const float *x, int64_t rows, int64_t columns, int64_t stride, float *out);
     /* Attention of one query, and the gradients of up to four: see attention.h. */
+    void (*turn)(const float *rows, int64_t count, int64_t stride, int64_t width, float *turned);
     void (*attend)(const float *query, int64_t width, const float *keys, const float *values, int64_t value_stride,
                    int64_t count, double scale, float *scratch, float *out, float *softmax);
     void (*attend_backward)(const float *queries, const float *grads, const float *softmax, int64_t softmax_stride,
                             int64_t count, int64_t first, int64_t width, int64_t padded, const float *turned_keys,
                             const float *turned_values, const float *keys, double scale, int64_t room, float *weights,
                             float *slopes, float *grad_queries, float *grad_keys, float *grad_values);
+    /* Element by element, and rotary embeddings of one head, forward and back: see elementwise.h. */
+    void (*add)(const float *a, const float *b, int64_t n, float *out);
+    void (*times)(const float *a, const float *b, int64_t n, float *out);
+    void (*rotate)(const float *x, int64_t width, const float *cos, const float *sin, int back, float *out);
 } row_kernels;
 
 enum instruction_set { PORTABLE = 0, AVX2 = 1, AVX512 = 2 };

@@ -3,6 +3,7 @@
 
 #include "activation.h"
 #include "attention.h"
+#include "elementwise.h"
 #include "gae.h"
 #include "logprob.h"
 #include "norm.h"
@@ -33,6 +34,10 @@ const row_kernels UNIT_KERNELS = {
     .norm = norm,
     .norm_gradients = norm_gradients,
     .column_sums = column_sums,
+    .turn = turn,
     .attend = attend,
     .attend_backward = attend_backward,
+    .add = add,
+    .times = times,
+    .rotate = rotate,
 };

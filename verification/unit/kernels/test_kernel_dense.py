@@ -137,6 +137,16 @@ def test_a_sum_of_squares_is_that_of_float64(shape, dtype):
         assert rlhf_kernels.sum_of_squares(x.t()) == rlhf_kernels.sum_of_squares(x)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_sums_of_squares_of_many_are_those_of_each(dtype):
+    generator = torch.Generator().manual_seed(3)
+    shapes = [(40_001,), (0,), (3, 5), (16_384,), ()]
+    tensors = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+    tensors.append(tensors[2].t())
+    assert rlhf_kernels.sums_of_squares(tensors) == [rlhf_kernels.sum_of_squares(x) for x in tensors]
+    assert rlhf_kernels.sums_of_squares([]) == []
+
+
 def test_a_sum_of_squares_of_float32_overflows_never_and_shows_what_is_not_finite():
     assert rlhf_kernels.sum_of_squares(torch.full((100,), 3e38)) == pytest.approx(9e78, rel=1e-6)
     assert rlhf_kernels.sum_of_squares(torch.full((3,), 1e-40)) == pytest.approx(3e-80, rel=1e-4)

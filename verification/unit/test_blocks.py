@@ -1,0 +1,140 @@
+import copy
+
+import pytest
+import torch
+from tiny_models import ARCHITECTURES, tiny_lm
+from torch import nn
+
+from rlhf_core.blocks import KNOWN, blocks_of
+from rlhf_core.layers import exchange_layers
+from rlhf_core.packing import hidden_states, pack
+from rlhf_kernels.products import available
+
+IDS = torch.tensor([[9, 1, 2, 3, 4], [5, 6, 7, 9, 9], [1, 2, 3, 4, 5]])
+MASK = torch.tensor([[0, 1, 1, 1, 1], [1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
+native = pytest.mark.skipif(not available(), reason="no native products on this processor")
+
+
+def model_of(architecture, seed=4):
+    model = tiny_lm(architecture, seed=seed)
+    exchange_layers(model)
+    return model
+
+
+def found(model, *, program=True):
+    """Hidden states and the gradient of each parameter that has a part in them."""
+    blocks = blocks_of(model)
+    if not program:
+        blocks.program = None
+    hidden = hidden_states(blocks, pack(IDS, MASK, 3))
+    upstream = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(1))
+    learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return [hidden.detach(), *torch.autograd.grad(hidden, learned, upstream, allow_unused=True)]
+
+
+def same(one, other):
+    return all(x is y is None or torch.equal(x, y) for x, y in zip(one, other, strict=True))
+
+
+@native
+@pytest.mark.parametrize("frozen", ["nothing", "embeddings", "the first block"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_program_gives_the_bits_of_the_blocks_one_by_one(architecture, frozen):
+    model = model_of(architecture)
+    if frozen != "nothing":
+        for name, parameter in model.named_parameters():
+            first = ".0." in name and frozen == "the first block"
+            parameter.requires_grad_(not (first or "embed" in name or "wte" in name or "wpe" in name))
+    assert blocks_of(model).program is not None
+    assert same(found(model), found(model, program=False))
+
+
+@native
+def test_a_program_is_made_once():
+    model = model_of("gpt2")
+    assert blocks_of(model).program is blocks_of(model).program
+
+
+@native
+def test_rows_that_are_read_at_the_same_time_keep_their_own_positions():
+    model = model_of("llama")
+    one, other = blocks_of(model), blocks_of(model)
+    one.embed(torch.tensor([1, 2]), torch.tensor([0, 1]))
+    other.embed(torch.tensor([3]), torch.tensor([5]))
+    assert len(one.turns[0]) == 2
+    assert len(other.turns[0]) == 1
+
+
+def replaced_weight(model):
+    model.transformer.h[0].mlp.c_fc.weight = nn.Parameter(2 * model.transformer.h[0].mlp.c_fc.weight.detach())
+
+
+def weight_elsewhere(model):
+    model.transformer.h[1].attn.c_attn.weight.data = 2 * model.transformer.h[1].attn.c_attn.weight.data
+
+
+def replaced_layer(model):
+    model.transformer.h[0].ln_1 = copy.deepcopy(model.transformer.ln_f)
+    exchange_layers(model)
+    nn.init.constant_(model.transformer.h[0].ln_1.weight, 3.0)
+
+
+def changed_in_place(model):
+    with torch.no_grad():
+        model.transformer.h[0].mlp.c_proj.bias.add_(1.0)
+
+
+@native
+@pytest.mark.parametrize("change", [replaced_weight, weight_elsewhere, replaced_layer, changed_in_place])
+def test_what_is_remembered_of_a_model_follows_its_changes(change):
+    model = model_of("gpt2")
+    before = found(model)
+    change(model)
+    after = found(model)
+    assert not torch.equal(before[0], after[0])
+    assert same(after, found(model, program=False))
+
+
+@native
+def test_a_copy_of_a_model_has_blocks_of_its_own():
+    model = model_of("llama")
+    right = found(model)
+    blocks_of(model).embed(torch.tensor([1]), torch.tensor([0]))
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in twin.model.layers.parameters():
+            parameter.zero_()
+    assert not torch.equal(found(twin)[0], right[0])
+    assert same(found(model), right)
+
+
+def test_what_is_remembered_is_no_part_of_what_is_saved(tmp_path):
+    model = model_of("gpt2")
+    names = set(model.state_dict())
+    blocks_of(model)
+    assert KNOWN in model.__dict__
+    assert set(model.state_dict()) == names
+    model.save_pretrained(tmp_path)
+    assert KNOWN not in (tmp_path / "config.json").read_text()
+
+
+class Widening(nn.Module):
+    """Stands for a layer that somebody else put in: an adapter, a quantised weight."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        return 2.0 * self.layer(x)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_layers_that_a_program_does_not_know_are_done_one_by_one(architecture):
+    model = model_of(architecture)
+    mlp = model.transformer.h[0].mlp if architecture == "gpt2" else model.model.layers[0].mlp
+    name = "c_fc" if architecture == "gpt2" else "up_proj"
+    before = found(model)[0]
+    setattr(mlp, name, Widening(getattr(mlp, name)).eval())
+    assert blocks_of(model).program is None
+    assert not torch.equal(found(model)[0], before)
