@@ -59,7 +59,7 @@ class Costs:
     """Share of that which stays when the texts are read no more."""
     rollout_token: int = 200
     """Bytes of a position of a rollout: ids, masks, log-probs, values, targets, with the copies made of them."""
-    kept_share: float = 1.4
+    kept_share: float = 0.1
     """What the C library's allocator holds beside a minibatch's activations, because freed pieces lie between: a
     share of them."""
     left_share: float = 0.8
@@ -182,17 +182,19 @@ def saved_floats(shape: ModelShape, rows: int, length: int, costs: Costs, *, bfl
 def saved_packed_floats(shape: ModelShape, tokens: int, *, bfloat16: bool = False) -> float:
     """Return what :func:`saved_floats` is for tokens side by side, of rows of unequal length.
 
-    Of the scores two numbers a head are kept. In float32 what norms and activations make of a token is computed again:
-    GPT-2 keeps 6 widths (two norms' input, query, key, value, what attention mixed) and one of the MLP's, Llama, whose
-    products share a norm, 8 and 4. Under bfloat16 query, key and value are float32 all the same.
+    Of the scores two numbers a head are kept. In float32 it is the arena of a program (:mod:`rlhf_kernels.program`),
+    with room for two matrices of the MLP's width in passing: what norms and activations make of a token is computed
+    again. GPT-2 keeps query, key and value, what attention mixed, two sums and one of the MLP's widths; Llama also two
+    norms, unturned queries and keys, and three. Under bfloat16 query, key and value are float32 all the same.
     """
+    inside, heads = 2 * shape.width, 2 * shape.heads
     if bfloat16:
-        block, outside = _block_floats(shape, bfloat16) + 2 * shape.width, 2 * shape.width
+        block = _block_floats(shape, bfloat16) + 2 * shape.width
     elif shape.family == "gpt2":
-        block, outside = 6 * shape.width + shape.inner, shape.width
+        block, inside = 6 * shape.width + shape.inner, inside + 2 * shape.inner
     else:
-        block, outside = 8 * shape.width + 4 * shape.inner, shape.width
-    return tokens * (shape.layers * (block + 2 * shape.heads) + outside)
+        block, inside = 7 * shape.width + 3 * (shape.key_value_width + shape.inner), inside + 2 * shape.inner
+    return tokens * (shape.layers * (block + heads) + inside)
 
 
 def _block_floats(shape: ModelShape, bfloat16: bool) -> float:

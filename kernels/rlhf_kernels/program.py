@@ -144,6 +144,10 @@ class Program:
         """What the last operator returned."""
         return self._operations[-1].out
 
+    def floats_a_token(self) -> int:
+        """Return how many float32 values of a token are held while all parameters learn."""
+        return self._keeping(self.parameters, True)[1].columns
+
     # -- doing it ------------------------------------------------------------------------------------------------------
 
     def run(self, x_ND: Tensor, starts: Tensor, turns: Turns | None = None) -> Tensor:
