@@ -87,7 +87,9 @@ def blocks_of(model: PreTrainedModel) -> Blocks | None:
     """
     if type(model) not in (GPT2LMHeadModel, GPT2Model, LlamaForCausalLM, LlamaModel):
         return None
-    signature: list[object] = []  # of which modules and parameters the blocks are made, and where those lie
+    # Of which modules and parameters the blocks are made, and where those lie. Nothing that is remembered refers to the
+    # model: it would live on until cycles are collected.
+    signature: list[object] = []
     modules: list[nn.Module] = [model]
     for module in modules:
         if module.training:
@@ -97,7 +99,7 @@ def blocks_of(model: PreTrainedModel) -> Blocks | None:
             if any(getattr(hook, "__module__", None) != CAPTURING for hook in hooks):
                 return None
         parameters = [p for p in module._parameters.values() if p is not None]
-        signature += [module, type(module), *parameters, *(p.data_ptr() for p in parameters)]
+        signature += [id(module), type(module), *parameters, *(p.data_ptr() for p in parameters)]
         modules += [child for child in module._modules.values() if child is not None]
     config = model.config
     if getattr(config, "pretraining_tp", 1) != 1 or any(getattr(config, name, False) for name in RARE):
@@ -121,7 +123,7 @@ class _Known:
 
 
 def _same(known: Sequence[object], signature: Sequence[object]) -> bool:
-    """Whether all is the very same object, or for addresses the same number."""
+    """Whether all are the very same objects, or for numbers the same."""
     return len(known) == len(signature) and all(
         one is other or (isinstance(one, int) and one == other) for one, other in zip(known, signature, strict=True)
     )
@@ -220,7 +222,7 @@ class _EmbedAndPass(torch.autograd.Function):
 
 class _GPT2Blocks:
     def __init__(self, trunk: Any, head: Any) -> None:
-        self._trunk, self._head = trunk, head
+        self._tokens, self._positions, self._last_norm, self._head = trunk.wte, trunk.wpe, trunk.ln_f, head
         self._layers = [_GPT2Block(block) for block in trunk.h]
         self.count = len(self._layers)
         self.heads = self.key_value_heads = trunk.config.n_head
@@ -230,10 +232,10 @@ class _GPT2Blocks:
         self.begin()
 
     def begin(self) -> None:
-        self._embeddings = _Embeddings(self._trunk.wte, self._head)
+        self._embeddings = _Embeddings(self._tokens, self._head)
 
     def embed(self, ids_N: torch.Tensor, positions_N: torch.Tensor) -> torch.Tensor:
-        return self._embeddings.rows(ids_N) + self._trunk.wpe(positions_N)
+        return self._embeddings.rows(ids_N) + self._positions(positions_N)
 
     def head_weight(self) -> torch.Tensor:
         return self._embeddings.head_weight()
@@ -247,7 +249,7 @@ class _GPT2Blocks:
         return do(block.shrink, do(block.widen, x_ND), x_ND)
 
     def normalized(self, x_ND: X, do: Do[X]) -> X:
-        return do(self._trunk.ln_f, x_ND)
+        return do(self._last_norm, x_ND)
 
     def scaling(self, layer: int) -> float:
         return self._layers[layer].scaling
@@ -266,7 +268,7 @@ class _GPT2Block:
 
 class _LlamaBlocks:
     def __init__(self, trunk: Any, head: Any) -> None:
-        self._trunk, self._head = trunk, head
+        self._tokens, self._angles, self._last_norm, self._head = trunk.embed_tokens, trunk.rotary_emb, trunk.norm, head
         self._layers = [_LlamaBlock(block) for block in trunk.layers]
         self.count = len(self._layers)
         self.heads = trunk.config.num_attention_heads
@@ -276,12 +278,12 @@ class _LlamaBlocks:
         self.begin()
 
     def begin(self) -> None:
-        self._embeddings = _Embeddings(self._trunk.embed_tokens, self._head)
+        self._embeddings = _Embeddings(self._tokens, self._head)
         self.turns: Turns | None = None
 
     def embed(self, ids_N: torch.Tensor, positions_N: torch.Tensor) -> torch.Tensor:
         x_ND = self._embeddings.rows(ids_N)
-        cos_1NK, sin_1NK = self._trunk.rotary_emb(x_ND, positions_N[None])
+        cos_1NK, sin_1NK = self._angles(x_ND, positions_N[None])
         self.turns = cos_1NK[0], sin_1NK[0]
         return x_ND
 
@@ -302,7 +304,7 @@ class _LlamaBlocks:
         return do(block.shrink, gated, x_ND)
 
     def normalized(self, x_ND: X, do: Do[X]) -> X:
-        return do(self._trunk.norm, x_ND)
+        return do(self._last_norm, x_ND)
 
     def scaling(self, layer: int) -> float:
         return self._layers[layer].scaling

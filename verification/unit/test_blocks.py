@@ -1,4 +1,6 @@
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -106,6 +108,21 @@ def test_a_copy_of_a_model_has_blocks_of_its_own():
             parameter.zero_()
     assert not torch.equal(found(twin)[0], right[0])
     assert same(found(model), right)
+
+
+@pytest.mark.parametrize("part", ["whole", "trunk"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_what_is_remembered_keeps_no_model_alive(architecture, part):
+    model = model_of(architecture)
+    model = model.base_model if part == "trunk" else model
+    found(model)
+    gone = weakref.ref(model)
+    gc.disable()
+    try:
+        del model
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 def test_what_is_remembered_is_no_part_of_what_is_saved(tmp_path):
