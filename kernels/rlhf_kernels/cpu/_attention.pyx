@@ -74,7 +74,8 @@ cpdef void attend_rows(
                     <const float *>values + first * value_stride + g * width,
                     start[p // shared + 1] - first, query_stride, key_stride, value_stride, heads, group, width, scale,
                     memory + threadid() * size, memory + threadid() * size + width * room,
-                    <float *>out + (first * heads + g * group) * width, <float *>softmax + 2 * (first * heads + g * group))
+                    <float *>out + (first * heads + g * group) * width,
+                    <float *>softmax + 2 * (first * heads + g * group))
             leave_rounding(saved)
         free(memory)
 

@@ -17,8 +17,9 @@ cpdef void norm_gradients(
 cpdef void column_sums(
     uintptr_t x, int64_t rows, int64_t columns, int64_t stride, uintptr_t out, int instruction_set, int threads,
 ) except *
-cpdef void add(uintptr_t a, uintptr_t b, int64_t n, uintptr_t out, int instruction_set, int threads) except *
-cpdef void times(uintptr_t a, uintptr_t b, int64_t n, uintptr_t out, int instruction_set, int threads) except *
+cpdef void combine(
+    uintptr_t a, uintptr_t b, int64_t n, bint product, uintptr_t out, int instruction_set, int threads,
+) except *
 cpdef void rotate(
     uintptr_t x, int64_t rows, int64_t heads, int64_t width, uintptr_t cos, uintptr_t sin, bint back, uintptr_t out,
     int instruction_set, int threads,

@@ -36,7 +36,7 @@ cpdef void activation(
 def sums_of_squares(
     const int64_t[::1] addresses, const int64_t[::1] counts, double[::1] sums, int instruction_set, int threads,
 ) -> None:
-    """Fill sums with Σ x² of every array, chunk by chunk and the chunks added in order, so that threads change no bit."""
+    """Fill sums with Σ x² of every array, chunk by chunk, the chunks added in order, so that threads change no bit."""
     cdef const row_kernels *k = kernels(instruction_set)
     cdef int64_t arrays = counts.shape[0], chunks = 0, elements = 0, a, c, n
     cdef uint32_t saved = 0
@@ -135,8 +135,10 @@ cpdef void column_sums(
         leave_rounding(saved)
 
 
-cpdef void add(uintptr_t a, uintptr_t b, int64_t n, uintptr_t out, int instruction_set, int threads) except *:
-    """Fill out[n] with a + b."""
+cpdef void combine(
+    uintptr_t a, uintptr_t b, int64_t n, bint product, uintptr_t out, int instruction_set, int threads,
+) except *:
+    """Fill out[n] with a + b, or with a b."""
     cdef const row_kernels *k = kernels(instruction_set)
     cdef int64_t chunks = (n + CHUNK - 1) // CHUNK, c, at
     cdef int workers = threads_for(chunks, n, threads)
@@ -145,21 +147,7 @@ cpdef void add(uintptr_t a, uintptr_t b, int64_t n, uintptr_t out, int instructi
         saved = enter_rounding()
         for c in prange(chunks, schedule="static"):
             at = c * CHUNK
-            k.add(<const float *>a + at, <const float *>b + at, min(CHUNK, n - at), <float *>out + at)
-        leave_rounding(saved)
-
-
-cpdef void times(uintptr_t a, uintptr_t b, int64_t n, uintptr_t out, int instruction_set, int threads) except *:
-    """Fill out[n] with a b."""
-    cdef const row_kernels *k = kernels(instruction_set)
-    cdef int64_t chunks = (n + CHUNK - 1) // CHUNK, c, at
-    cdef int workers = threads_for(chunks, n, threads)
-    cdef uint32_t saved = 0
-    with nogil, parallel(num_threads=workers):
-        saved = enter_rounding()
-        for c in prange(chunks, schedule="static"):
-            at = c * CHUNK
-            k.times(<const float *>a + at, <const float *>b + at, min(CHUNK, n - at), <float *>out + at)
+            k.combine(<const float *>a + at, <const float *>b + at, min(CHUNK, n - at), product, <float *>out + at)
         leave_rounding(saved)
 
 

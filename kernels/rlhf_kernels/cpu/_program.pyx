@@ -1,14 +1,14 @@
-"""Carries out the instructions of a program one after the other. Tensors arrive as addresses; program.py writes the code.
+"""Carries out the instructions of a program one after the other. Tensors arrive as addresses; _operations.py writes.
 
-An instruction is a row of int64: its kind, a float64, ten numbers, and the places of eight matrices. A place is a base, a
-number of columns of as many floats as there are tokens, and a number of floats: so far behind the address of the base.
+An instruction is a row of int64: its kind, a float64, ten numbers, and the places of eight matrices. A place is a base,
+a number of columns of as many floats as there are tokens, and a number of floats: so far behind the base's address.
 """
 
 from libc.stdint cimport int64_t, uintptr_t
 from libc.string cimport memcpy
 
 from rlhf_kernels.cpu._attention cimport attend_cached, attend_rows, attend_rows_backward
-from rlhf_kernels.cpu._dense cimport activation, add, column_sums, norm, norm_gradients, rotate, times
+from rlhf_kernels.cpu._dense cimport activation, column_sums, combine, norm, norm_gradients, rotate
 from rlhf_kernels.cpu._product cimport multiply
 
 cdef enum:
@@ -78,9 +78,9 @@ def run(
         elif i[0] == COLUMN_SUMS:
             column_sums(p[0], tokens, n[0], n[0], p[1], instruction_set, threads)
         elif i[0] == ADD:
-            add(p[0], p[1], tokens * n[0], p[2], instruction_set, threads)
+            combine(p[0], p[1], tokens * n[0], False, p[2], instruction_set, threads)
         elif i[0] == TIMES:
-            times(p[0], p[1], tokens * n[0], p[2], instruction_set, threads)
+            combine(p[0], p[1], tokens * n[0], True, p[2], instruction_set, threads)
         elif i[0] == ROTATE:
             rotate(p[0], tokens, n[0], n[1], p[1], p[2], n[2], p[3], instruction_set, threads)
         elif i[0] == ATTEND:

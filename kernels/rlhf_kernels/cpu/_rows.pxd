@@ -77,8 +77,7 @@ cdef extern from "rows.h":
             int64_t count, int64_t first, int64_t width, int64_t padded, const float *turned_keys,
             const float *turned_values, const float *keys, double scale, int64_t room, float *weights, float *slopes,
             float *grad_queries, float *grad_keys, float *grad_values) noexcept nogil
-        void (*add)(const float *a, const float *b, int64_t n, float *out) noexcept nogil
-        void (*times)(const float *a, const float *b, int64_t n, float *out) noexcept nogil
+        void (*combine)(const float *a, const float *b, int64_t n, int product, float *out) noexcept nogil
         void (*rotate)(
             const float *x, int64_t width, const float *cos, const float *sin, int back, float *out) noexcept nogil
 
@@ -91,6 +90,6 @@ cdef int threads_for(int64_t rows, int64_t elements, int threads) noexcept nogil
 # Memory that a kernel works with, for the caller to free; MemoryError where there is none.
 cdef float *floats(int64_t count) except NULL
 
-# Whether an output has pages that are not there yet; and how a thread brings those that it is about to write, all at once.
+# Whether an output has pages that are not there yet; and how a thread brings those that it is about to write, at once.
 cdef bint untouched(uintptr_t start, int64_t bytes) noexcept nogil
 cdef void bring(uintptr_t start, int64_t bytes) noexcept nogil

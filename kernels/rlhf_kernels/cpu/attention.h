@@ -20,7 +20,8 @@
         case 4: f(__VA_ARGS__, 4); break; \
     }
 
-/* turned[blocks, width, 16]: rows of `width` lie `stride` apart; each becomes a column of its block, zeros behind the last. */
+/* turned[blocks, width, 16]: rows of `width` lie `stride` apart, and each becomes a column of its block of sixteen, zeros
+ * behind the last. */
 static void turn(const float *rows, int64_t count, int64_t stride, int64_t width, float *turned) {
     int64_t j = 0;
     for (; j + LANES <= count; j += LANES) {

@@ -4,22 +4,18 @@
 
 #include "lanes.h"
 
-/* out[n] = a + b; out may be either. */
-static void add(const float *a, const float *b, int64_t n, float *out) {
+/* out[n] = a + b, or a b; out may be either. */
+static void combine(const float *a, const float *b, int64_t n, int product, float *out) {
     int64_t i = 0;
-    for (; i + LANES <= n; i += LANES) lanes_store(out + i, lanes_add(lanes_load(a + i), lanes_load(b + i)));
-    for (; i < n; i++) out[i] = a[i] + b[i];
+    for (; i + LANES <= n; i += LANES) {
+        const lanes x = lanes_load(a + i), y = lanes_load(b + i);
+        lanes_store(out + i, product ? lanes_mul(x, y) : lanes_add(x, y));
+    }
+    for (; i < n; i++) out[i] = product ? a[i] * b[i] : a[i] + b[i];
 }
 
-/* out[n] = a b; out may be either. */
-static void times(const float *a, const float *b, int64_t n, float *out) {
-    int64_t i = 0;
-    for (; i + LANES <= n; i += LANES) lanes_store(out + i, lanes_mul(lanes_load(a + i), lanes_load(b + i)));
-    for (; i < n; i++) out[i] = a[i] * b[i];
-}
-
-/* Su et al., "RoFormer" (2021), the halves of a head paired: out = (x1 cos1 - x2 sin1, x2 cos2 + x1 sin2), cos[width] and
- * sin[width] being those of a position. `back`: the gradient of x from that of out, which differs in where sin stands. */
+/* Su et al., "RoFormer" (2021), the halves of a head paired: out = (x1 cos1 - x2 sin1, x2 cos2 + x1 sin2), cos[width]
+ * and sin[width] being those of a position. `back`: the gradient of x from that of out. */
 static void rotate(const float *x, int64_t width, const float *cos, const float *sin, int back, float *out) {
     const int64_t half = width / 2;
     int64_t i = 0;
@@ -28,7 +24,8 @@ static void rotate(const float *x, int64_t width, const float *cos, const float 
         const lanes sin_1 = lanes_load(sin + i), sin_2 = lanes_load(sin + half + i);
         const lanes from_second = lanes_mul(second, back ? sin_2 : sin_1);
         const lanes from_first = lanes_mul(first, back ? sin_1 : sin_2);
-        const lanes kept_1 = lanes_mul(first, lanes_load(cos + i)), kept_2 = lanes_mul(second, lanes_load(cos + half + i));
+        const lanes kept_1 = lanes_mul(first, lanes_load(cos + i));
+        const lanes kept_2 = lanes_mul(second, lanes_load(cos + half + i));
         lanes_store(out + i, back ? lanes_add(kept_1, from_second) : lanes_sub(kept_1, from_second));
         lanes_store(out + half + i, back ? lanes_sub(kept_2, from_first) : lanes_add(kept_2, from_first));
     }

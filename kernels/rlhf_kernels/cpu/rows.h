@@ -75,8 +75,7 @@ typedef struct {
                             const float *turned_values, const float *keys, double scale, int64_t room, float *weights,
                             float *slopes, float *grad_queries, float *grad_keys, float *grad_values);
     /* Element by element, and rotary embeddings of one head, forward and back: see elementwise.h. */
-    void (*add)(const float *a, const float *b, int64_t n, float *out);
-    void (*times)(const float *a, const float *b, int64_t n, float *out);
+    void (*combine)(const float *a, const float *b, int64_t n, int product, float *out);
     void (*rotate)(const float *x, int64_t width, const float *cos, const float *sin, int back, float *out);
 } row_kernels;
 

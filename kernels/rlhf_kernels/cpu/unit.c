@@ -37,7 +37,6 @@ const row_kernels UNIT_KERNELS = {
     .turn = turn,
     .attend = attend,
     .attend_backward = attend_backward,
-    .add = add,
-    .times = times,
+    .combine = combine,
     .rotate = rotate,
 };
