@@ -1,4 +1,7 @@
-"""The layers of GPT-2 and Llama one by one: for decoding over a cache, and for tokens of many rows side by side.
+"""The blocks of GPT-2 and Llama: for decoding over a cache, and for tokens of many rows side by side.
+
+What they do is said once, for tensors, whose operators are done one by one, and for matrices of a program, which is
+carried out as a whole.
 
 Shape suffixes: N tokens, D width, H heads, G key-value heads, K head width.
 """

@@ -66,7 +66,11 @@ MALLOC_SETTINGS = {-3: 1 << 20, -1: 256 << 20}
 
 
 def _keep_freed_memory() -> None:
-    """Let malloc keep up to 256 MiB of what was freed, for the next tensor; the system would clear each page again."""
+    """Let malloc keep up to 256 MiB of what was freed, for the next tensor: the system would clear each page again.
+
+    Not so blocks of 1 MiB and more, which would leave holes: what is large and comes again in each pass is the arena of
+    a program (:mod:`rlhf_kernels.program`), which is kept as it is.
+    """
     if platform.libc_ver()[0] == "glibc":
         for parameter, size in MALLOC_SETTINGS.items():
             ctypes.CDLL(None).mallopt(parameter, size)
