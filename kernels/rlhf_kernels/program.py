@@ -287,7 +287,7 @@ class Step:
 
     def __init__(self, program: Program, code: _Finished, caches: list[Cache], rows: int) -> None:
         self._code, self._caches, self._rows = code, caches, rows
-        self._arena = torch.empty(code.columns * rows)
+        self._arena = _new_arena(code.columns * rows)
         self._x_BD = _columns(self._arena, code.where[0], rows, program.input.width)
         self._out_BD = _columns(self._arena, code.where[program.output.number], rows, program.output.width)
 
@@ -308,8 +308,12 @@ def _take_arena(size: int) -> Tensor:
     try:
         arena = _arenas.pop()
     except IndexError:
-        return torch.empty(size)
-    return arena if arena.numel() >= size else torch.empty(size)
+        return _new_arena(size)
+    return arena if arena.numel() >= size else _new_arena(size)
+
+
+def _new_arena(size: int) -> Tensor:
+    return torch.empty(size, dtype=torch.float32, device="cpu")  # whatever torch's defaults are just now
 
 
 class _Run(torch.autograd.Function):

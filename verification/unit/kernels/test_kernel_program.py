@@ -180,6 +180,21 @@ def test_memory_of_a_pass_that_is_over_serves_the_next():
     assert [arena.data_ptr() for arena in module._arenas] == addresses
 
 
+def test_torchs_default_dtype_is_not_that_of_the_arena(monkeypatch):
+    program, parameters = new_program("turned attention")
+    right = with_gradients(program, parameters)
+    inputs = rows_in().requires_grad_()
+    upstream = torch.randn(right[0].shape, generator=torch.Generator().manual_seed(2))
+    monkeypatch.setattr(module, "_arenas", [])
+    torch.set_default_dtype(torch.float64)
+    try:
+        y = program.run(inputs, STARTS, TURNS)
+        found = [y.detach(), *torch.autograd.grad(y, [inputs, *parameters], upstream)]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert same(found, right)
+
+
 @pytest.mark.parametrize("frozen", [[0], [1], [2], [0, 1, 2]])
 def test_frozen_parameters_get_no_gradient_and_others_the_same_bits(frozen):
     program, parameters = new_program("turned attention")
