@@ -43,7 +43,7 @@ class Blocks(Protocol):
     key_value_heads: int
     head_width: int
     program: Program | None
-    """All that lies between embeddings and head; None where a program cannot have it."""
+    """All that lies between embeddings and head, of the tokens that are read; None where a program cannot have it."""
     turns: Turns | None
     """Of the tokens embedded last, where positions turn queries and keys."""
 
@@ -105,7 +105,8 @@ def blocks_of(model: PreTrainedModel) -> Blocks | None:
         signature += [id(module), type(module), *parameters, *(p.data_ptr() for p in parameters)]
         modules += [child for child in module._modules.values() if child is not None]
     config = model.config
-    if getattr(config, "pretraining_tp", 1) != 1 or any(getattr(config, name, False) for name in RARE):
+    rare = getattr(config, "pretraining_tp", 1) != 1 or any(getattr(config, name, False) for name in RARE)
+    if rare or config.num_hidden_layers == 0:
         return None
     known = model.__dict__.get(KNOWN)
     if known is None or not _same(known.signature, signature):
@@ -159,7 +160,10 @@ def _program(blocks: Blocks, width: int) -> Program | None:
         for layer in range(blocks.count):
             matrices = blocks.attention_inputs(layer, x, do)
             shape = blocks.heads, blocks.key_value_heads, blocks.head_width
-            x = blocks.rest(layer, x, program.attended(matrices, *shape, blocks.scaling(layer)), do)
+            attended = program.attended(matrices, *shape, blocks.scaling(layer))
+            if layer == blocks.count - 1:
+                x, attended = program.selected(x), program.selected(attended)
+            x = blocks.rest(layer, x, attended, do)
         blocks.normalized(x, do)
     except _NotInAProgram:
         return None

@@ -193,16 +193,18 @@ class RowDecoder:
         packed = pack(ids_BP, attention_BP, response_length=0)
         x_ND = self._blocks.embed(packed.ids_N, packed.positions_N)
         program, starts = runnable(self._blocks, x_ND), packed.starts
+        last_B = starts[1:] - 1
 
         def keep(key_NGK: torch.Tensor, value_NGK: torch.Tensor) -> None:
             self._caches.append(Cache(key_NGK.float(), value_NGK.float(), starts, self._room))
 
         if program is None:
-            hidden_ND = one_by_one(self._blocks, packed, x_ND, keep)
+            hidden_BD = one_by_one(self._blocks, packed, x_ND, last_B, keep)
         else:
-            hidden_ND, self._caches = program.run_into_caches(x_ND, starts, self._blocks.turns, self._room)
+            turns = self._blocks.turns
+            hidden_BD, self._caches = program.run_into_caches(x_ND, starts, turns, self._room, last_B)
         self._lengths_B = starts.diff()
-        return cast("torch.Tensor", self._model.lm_head(hidden_ND[starts[1:] - 1]))
+        return cast("torch.Tensor", self._model.lm_head(hidden_BD))
 
     def read_tokens(self, ids_B: torch.Tensor) -> torch.Tensor:
         """Return [B, V] the logits behind one more token of each row."""

@@ -185,16 +185,18 @@ def saved_packed_floats(shape: ModelShape, tokens: int, *, bfloat16: bool = Fals
     Of the scores two numbers a head are kept. In float32 it is the arena of a program (:mod:`rlhf_kernels.program`),
     with room for two matrices of the MLP's width in passing: what norms and activations make of a token is computed
     again. GPT-2 keeps query, key and value, what attention mixed, two sums and one of the MLP's widths; Llama also two
-    norms, unturned queries and keys, and three. Under bfloat16 query, key and value are float32 all the same.
+    norms, unturned queries and keys, and three; in the last block, what it reads of two matrices. Under bfloat16 query,
+    key and value are float32 all the same.
     """
-    inside, heads = 2 * shape.width, 2 * shape.heads
+    around, heads = 2 * shape.width, 2 * shape.heads
     if bfloat16:
         block = _block_floats(shape, bfloat16) + 2 * shape.width
-    elif shape.family == "gpt2":
-        block, inside = 6 * shape.width + shape.inner, inside + 2 * shape.inner
     else:
-        block, inside = 7 * shape.width + 3 * (shape.key_value_width + shape.inner), inside + 2 * shape.inner
-    return tokens * (shape.layers * (block + heads) + inside)
+        around += 2 * (shape.width + shape.inner)
+        block = 6 * shape.width + shape.inner
+        if shape.family != "gpt2":
+            block += shape.width + 3 * shape.key_value_width + 2 * shape.inner
+    return tokens * (shape.layers * (block + heads) + around)
 
 
 def _block_floats(shape: ModelShape, bfloat16: bool) -> float:

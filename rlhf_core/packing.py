@@ -112,11 +112,16 @@ Keep = Callable[[torch.Tensor, torch.Tensor], None]
 """Hears of a layer's keys and values [N, G, K], the layers in order."""
 
 
-def hidden_states(blocks: Blocks, packed: PackedRows) -> torch.Tensor:
-    """Return [N, D] what goes into the head."""
+def hidden_states(blocks: Blocks, packed: PackedRows, read_M: torch.Tensor) -> torch.Tensor:
+    """Return [M, D] what goes into the head at the tokens that are read, each of which is named once.
+
+    Of the others the last block makes keys and values alone.
+    """
     x_ND = blocks.embed(packed.ids_N, packed.positions_N)
     program = runnable(blocks, x_ND)
-    return one_by_one(blocks, packed, x_ND) if program is None else program.run(x_ND, packed.starts, blocks.turns)
+    if program is None:
+        return one_by_one(blocks, packed, x_ND, read_M)
+    return program.run(x_ND, packed.starts, blocks.turns, read_M)
 
 
 def runnable(blocks: Blocks, x_ND: torch.Tensor) -> Program | None:
@@ -125,14 +130,21 @@ def runnable(blocks: Blocks, x_ND: torch.Tensor) -> Program | None:
 
 
 def one_by_one(
-    blocks: Blocks, packed: PackedRows, x_ND: torch.Tensor, keep: Keep = lambda key, value: None
+    blocks: Blocks,
+    packed: PackedRows,
+    x_ND: torch.Tensor,
+    read_M: torch.Tensor,
+    keep: Keep = lambda key, value: None,
 ) -> torch.Tensor:
-    """Return [N, D] what goes into the head, from what goes into the first block."""
+    """Return [M, D] what goes into the head, from what goes into the first block."""
     for layer in range(blocks.count):
         matrices = blocks.attention_inputs(layer, x_ND, do_at_once)
         _, key_NGK, value_NGK = heads_of(blocks, matrices)
         keep(key_NGK, value_NGK)
-        x_ND = blocks.rest(layer, x_ND, _attended(blocks, packed, layer, matrices), do_at_once)
+        attended_ND = _attended(blocks, packed, layer, matrices)
+        if layer == blocks.count - 1:
+            x_ND, attended_ND = x_ND.index_select(0, read_M), attended_ND.index_select(0, read_M)
+        x_ND = blocks.rest(layer, x_ND, attended_ND, do_at_once)
     return blocks.normalized(x_ND, do_at_once)
 
 
@@ -157,10 +169,10 @@ def _attended(blocks: Blocks, packed: PackedRows, layer: int, matrices: tuple[to
 
 
 def response_logprobs(
-    blocks: Blocks, packed: PackedRows, hidden_ND: torch.Tensor, temperature: float
+    blocks: Blocks, packed: PackedRows, hidden_MD: torch.Tensor, temperature: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return [B, T] log-probs of the response tokens and entropies, from their :func:`hidden_states`."""
-    hidden_MD, weight_VD = hidden_ND[packed.predicting_M], blocks.head_weight()
+    """Return [B, T] log-probs and entropies of response tokens, from the :func:`hidden_states` that predict them."""
+    weight_VD = blocks.head_weight()
     if torch.is_autocast_enabled(hidden_MD.device.type):
         dtype = torch.get_autocast_dtype(hidden_MD.device.type)
         hidden_MD, weight_VD = hidden_MD.to(dtype), weight_VD.to(dtype)

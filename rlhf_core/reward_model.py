@@ -45,7 +45,7 @@ class RewardModel(nn.Module):
         blocks = packable(self.model.base_model)
         if blocks is not None:
             packed = pack(input_ids_BL, attention_mask_BL, response_length=0)
-            return hidden_states(blocks, packed)[packed.starts[1:] - 1]
+            return hidden_states(blocks, packed, packed.starts[1:] - 1)
         hidden_BLD: torch.Tensor = self.model.base_model(
             input_ids=input_ids_BL,
             attention_mask=attention_mask_BL,

@@ -60,11 +60,11 @@ def evaluate_rows(
                     )
                 continue
             packed = pack(ids_BL, attention_BL, length)
-            hidden_ND = hidden_states(blocks, packed)
+            hidden_MD = hidden_states(blocks, packed, packed.predicting_M)
             if "logits" in given:
-                logprobs_BT, entropies_BT = response_logprobs(blocks, packed, hidden_ND, temperature)
+                logprobs_BT, entropies_BT = response_logprobs(blocks, packed, hidden_MD, temperature)
             if "values" in given:
-                values_BT = packed.on_responses(model.values(hidden_ND[packed.predicting_M]))
+                values_BT = packed.on_responses(model.values(hidden_MD))
     return logprobs_BT, entropies_BT, values_BT
 
 
@@ -89,7 +89,8 @@ def response_scores(
     blocks = packable(lm)
     if blocks is not None:
         packed = pack(input_ids_BL, attention_mask_BL, response_length)
-        return response_logprobs(blocks, packed, hidden_states(blocks, packed), temperature)
+        hidden_MD = hidden_states(blocks, packed, packed.predicting_M)
+        return response_logprobs(blocks, packed, hidden_MD, temperature)
     logits_BTV = logits_of(input_ids_BL, attention_mask_BL, response_length)
     labels_BT = input_ids_BL[:, input_ids_BL.shape[1] - response_length :]
     return token_logprobs(logits_BTV, labels_BT, temperature=temperature, with_entropy=True)

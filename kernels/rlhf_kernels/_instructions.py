@@ -1,6 +1,6 @@
 """Instructions of a program in the making: the columns of the arena, the places of matrices, lines for _program.pyx.
 
-Shape suffixes: N tokens of all rows side by side.
+Shape suffixes: N tokens of all rows side by side, M of them that are read.
 """
 
 import struct
@@ -21,7 +21,7 @@ except ImportError:  # not built
 
 _LANES = 16
 TOKENS = -1
-"""Stands for N in an instruction."""
+"""Stands in an instruction for the rows that its matrices have."""
 
 ZERO, ARENA, COSINE, SINE, OTHERS = range(5)
 """Bases of places: address 0, the arena, the turns, and from there on gradients of parameters, or keys and values."""
@@ -44,10 +44,11 @@ NOWHERE = Place(ZERO)
 
 @dataclass(frozen=True)
 class Matrix:
-    """[N, width], a result of a program's operator or its input."""
+    """[N, width] or, of the tokens read, [M, width]: a result of a program's operator or its input."""
 
     number: int
     width: int
+    read: bool = False
 
 
 @dataclass
@@ -91,15 +92,17 @@ class Code:
         self.lines: list[list[int]] = []
         self.where: dict[int, int] = {}
         """The first column of a matrix, by its number."""
-        self.kept: dict[int, int] = {}
-        """The first column of what an operator keeps beside its result, by the result's number."""
+        self.moving: set[int] = set()
+        """The numbers of the matrices that have a gradient."""
         self.gradients: dict[int, int] = {}
         """The first column of a matrix's gradient."""
         self._learned = {id(parameter): OTHERS + at for at, parameter in enumerate(learned)}
 
-    def add(self, kind: int, places: Sequence[Place], numbers: Sequence[int], real: float = 0.0) -> None:
-        """Write an instruction down."""
-        line = [kind, struct.unpack("q", struct.pack("d", real))[0], *numbers]
+    def add(
+        self, kind: int, places: Sequence[Place], numbers: Sequence[int], real: float = 0.0, *, read: bool = False
+    ) -> None:
+        """Write an instruction down, for the tokens that are read or for all."""
+        line = [kind, struct.unpack("q", struct.pack("d", real))[0], read, *numbers]
         line += [0] * (_native.FIRST_PLACE - len(line))
         line += [number for place in places for number in place]
         self.lines.append(line + [0] * (_native.INSTRUCTION - len(line)))
@@ -121,6 +124,10 @@ class Code:
         """Whether any of the parameters has a gradient."""
         return any(id(parameter) in self._learned for parameter in parameters)
 
+    def moves(self, matrix: Matrix) -> bool:
+        """Whether a matrix has a gradient."""
+        return matrix.number in self.moving
+
     def add_gradient(self, matrix: Matrix, write: Callable[[Place], None]) -> None:
         """Let ``write`` put a gradient of a matrix somewhere, and add it to what there is."""
         first = self.arena.take(matrix.width)
@@ -132,28 +139,31 @@ class Code:
         before = self.gradients.setdefault(matrix.number, first)
         if before != first:
             place = in_arena(before)
-            self.add(_native.Kind.ADD, [place, in_arena(first), place], [matrix.width])
+            self.add(_native.Kind.ADD, [place, in_arena(first), place], [matrix.width], read=matrix.read)
             self.arena.give(first, matrix.width)
 
-    def rowwise(self, function: Rowwise, x: Place, width: int, parameters: Sequence[Tensor], out: Place) -> None:
+    def rowwise(self, function: Rowwise, x: Matrix, parameters: Sequence[Tensor], out: Place) -> None:
         """Write down out = function(x)."""
         if isinstance(function, Norm):
             weight, bias = (*parameters, None)[:2]
-            places = [x, self.weight(weight), self.weight(bias), out]
-            self.add(_native.Kind.NORM, places, [width, function.centered], function.epsilon)
+            places = [self.place(x), self.weight(weight), self.weight(bias), out]
+            self.add(_native.Kind.NORM, places, [x.width, function.centered], function.epsilon, read=x.read)
         else:
-            self.add(_native.Kind.ACTIVATION, [x, NOWHERE, out], [width, cast("Activation", function).kind])
+            numbers = [x.width, cast("Activation", function).kind]
+            self.add(_native.Kind.ACTIVATION, [self.place(x), NOWHERE, out], numbers, read=x.read)
 
     def rowwise_gradients(
-        self, function: Rowwise, x: Place, grad: Place, width: int, parameters: Sequence[Tensor], out: Place
+        self, function: Rowwise, x: Matrix, grad: Place, parameters: Sequence[Tensor], out: Place
     ) -> None:
         """Write down the gradient of x, and those of the parameters."""
         if isinstance(function, Norm):
             weight, bias = (*parameters, None)[:2]
-            places = [x, grad, self.weight(weight), out, self.weight_gradient(weight), self.weight_gradient(bias)]
-            self.add(_native.Kind.NORM_GRADIENTS, places, [width, function.centered], function.epsilon)
+            learned = [self.weight_gradient(weight), self.weight_gradient(bias)]
+            places = [self.place(x), grad, self.weight(weight), out, *learned]
+            self.add(_native.Kind.NORM_GRADIENTS, places, [x.width, function.centered], function.epsilon, read=x.read)
         else:
-            self.add(_native.Kind.ACTIVATION, [x, grad, out], [width, cast("Activation", function).kind])
+            numbers = [x.width, cast("Activation", function).kind]
+            self.add(_native.Kind.ACTIVATION, [self.place(x), grad, out], numbers, read=x.read)
 
 
 def in_arena(first: int) -> Place:

@@ -6,12 +6,13 @@ by side; it writes down the instructions, backward pass included, and where in o
 matrix lies. Its operators are those of :mod:`rlhf_kernels.products`, :mod:`rlhf_kernels.dense` and
 :mod:`rlhf_kernels.attention`, and its bits theirs. Float32 on the CPU.
 
-Shape suffixes: N tokens of all rows side by side, D width, H heads, G key-value heads, K head width.
+Shape suffixes: N tokens of all rows side by side, M of them that are read in the end, D width, H heads, G key-value
+heads, K head width.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from rlhf_kernels._instructions import Code, Matrix
-from rlhf_kernels._operations import Attended, EachRow, Gated, Linear, Operation, Rotated
+from rlhf_kernels._operations import Attended, EachRow, Gated, Linear, Operation, Rotated, Selected
 from rlhf_kernels.attention import Cache, attends
 from rlhf_kernels.dense import Rowwise
 from rlhf_kernels.products import multiplies
@@ -36,6 +37,14 @@ except ImportError:  # not built
 
 Turns = tuple[Tensor, Tensor]
 """Cosine and sine [N, K] of the angles by which :meth:`Program.rotated` turns each token."""
+
+
+class _Layout(NamedTuple):
+    """How the tokens of a run lie: where rows begin (over caches, how long they are), their turns, which are read."""
+
+    starts: Tensor
+    turns: Turns | None
+    read_M: Tensor
 
 
 @dataclass(frozen=True)
@@ -59,21 +68,24 @@ def _finished(code: Code, incoming: int = 0, outgoing: int | None = None) -> _Fi
 class Program:
     """What there is to do to a matrix [N, D]: its methods say it, and return the matrices to come.
 
-    The last matrix said is the result. Parameters are float32, contiguous and stay where they are.
+    The last matrix said is the result. What is made of :meth:`selected` matrices has M rows, not N. Parameters are
+    float32, contiguous and stay where they are.
     """
 
     def __init__(self, width: int) -> None:
         """Begin with an input of a width."""
         self.input = Matrix(0, width)
         self._operations: list[Operation] = []
-        self._layers = 0
-        self._written: dict[Any, _Finished] = {}
+        self._matrices, self._layers = 1, 0
+        # Threads may write the same down at the same time; then one of the equal results stays.
+        self._pass: dict[Any, _Finished] = {}
+        self._pass_and_back: dict[Any, tuple[_Finished, _Finished]] = {}
 
     # -- what there is to do -------------------------------------------------------------------------------------------
 
     def rowwise(self, function: Rowwise, x: Matrix, *parameters: Parameter) -> Matrix:
         """Return the function of each row."""
-        return self._add(EachRow(function, x, parameters, self._new(x.width)))
+        return self._add(EachRow(function, x, parameters, self._new(x.width, x.read)))
 
     def linear(
         self,
@@ -97,19 +109,19 @@ class Program:
             parameters: of f.
             residual: [N, out].
         """
-        out = self._new(weight.shape[1 if transposed else 0])
+        out = self._new(weight.shape[1 if transposed else 0], x.read)
         return self._add(Linear(x, weight, transposed, bias, before, parameters, residual, out))
 
     def gated(self, function: Rowwise, gate: Matrix, wide: Matrix) -> Matrix:
         """Return function(gate) · wide, element by element, of a function without parameters."""
-        return self._add(Gated(function, gate, wide, self._new(wide.width)))
+        return self._add(Gated(function, gate, wide, self._new(wide.width, wide.read)))
 
     def rotated(self, x: Matrix, head_width: int) -> Matrix:
         """Return each head of a token turned by the angles given with the run; the halves of a head are paired.
 
         Su et al., "RoFormer" (2021), section 3.2.2.
         """
-        return self._add(Rotated(x, head_width, self._new(x.width)))
+        return self._add(Rotated(x, head_width, self._new(x.width, x.read)))
 
     def attended(
         self, matrices: tuple[Matrix, ...], heads: int, key_value_heads: int, head_width: int, scale: float
@@ -124,11 +136,16 @@ class Program:
             scale: of the scores.
         """
         layer, self._layers = self._layers, self._layers + 1
-        out = self._new(heads * head_width)
-        return self._add(Attended(matrices, heads, key_value_heads, head_width, scale, layer, out))
+        softmax, out = self._new(2 * heads), self._new(heads * head_width)
+        return self._add(Attended(matrices, heads, key_value_heads, head_width, scale, layer, softmax, out))
 
-    def _new(self, width: int) -> Matrix:
-        return Matrix(len(self._operations) + 1, width)
+    def selected(self, x: Matrix) -> Matrix:
+        """Return [M, D] the rows of the tokens that are read in the end, which a run names."""
+        return self._add(Selected(x, self._new(x.width, read=True)))
+
+    def _new(self, width: int, read: bool = False) -> Matrix:
+        self._matrices += 1
+        return Matrix(self._matrices - 1, width, read)
 
     def _add(self, operation: Operation) -> Matrix:
         self._operations.append(operation)
@@ -150,93 +167,107 @@ class Program:
 
     # -- doing it ------------------------------------------------------------------------------------------------------
 
-    def run(self, x_ND: Tensor, starts: Tensor, turns: Turns | None = None) -> Tensor:
+    def run(self, x_ND: Tensor, starts: Tensor, turns: Turns | None = None, read_M: Tensor | None = None) -> Tensor:
         """Return the result for an input, differentiable once in it and in the parameters.
 
         Args:
             x_ND: the input.
             starts: [B + 1] int64, where each row begins, and N.
             turns: for :meth:`rotated`.
+            read_M: int64, for :meth:`selected`, each token at most once; by default all.
+
+        Raises:
+            IndexError: a token that is read is none of the N.
         """
+        layout = _Layout(starts, turns, torch.arange(len(x_ND)) if read_M is None else read_M)
         parameters = self.parameters
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x_ND, *parameters)):
-            return cast("Tensor", _Run.apply(self, x_ND, starts, turns, *parameters))
+            return cast("Tensor", _Run.apply(self, x_ND, layout, *parameters))
         code = self._passing()
         arena = x_ND.new_empty(code.columns * len(x_ND))
-        return self._carried_out(code, arena, x_ND, starts, turns)
+        return self._carried_out(code, arena, x_ND, layout)
 
     def run_into_caches(
-        self, x_ND: Tensor, starts: Tensor, turns: Turns | None, more: int
+        self, x_ND: Tensor, starts: Tensor, turns: Turns | None, more: int, read_M: Tensor
     ) -> tuple[Tensor, list[Cache]]:
-        """Return the result, without a gradient, and each layer's keys and values with room for ``more`` of a row."""
+        """Return what :meth:`run` does, without a gradient, and each layer's keys and values.
+
+        Those have room for ``more`` tokens of a row.
+        """
         attended = [operation for operation in self._operations if isinstance(operation, Attended)]
         code = self._passing(frozenset(matrix.number for one in attended for matrix in one.inputs))
         tokens = len(x_ND)
         arena = x_ND.new_empty(code.columns * tokens)
-        out_ND = self._carried_out(code, arena, x_ND, starts, turns)
+        out = self._carried_out(code, arena, x_ND, _Layout(starts, turns, read_M))
         caches = []
         for one in attended:
-            matrices = [_columns(arena, code.where[matrix.number], tokens, matrix.width) for matrix in one.inputs]
+            matrices = [_matrix(arena, code.where[each.number], tokens, each.width) for each in one.inputs]
             _, key_NGK, value_NGK = heads_in(matrices, one.heads, one.shared, one.head_width)
             caches.append(Cache(key_NGK, value_NGK, starts, more))
-        return out_ND, caches
+        return out, caches
 
     def over(self, caches: list[Cache], rows: int) -> "Step":
         """Return what reads one more token of each row, with attention over caches."""
         return Step(self, self._passing(cached=True), caches, rows)
 
-    def _carried_out(self, code: _Finished, arena: Tensor, x_ND: Tensor, starts: Tensor, turns: Turns | None) -> Tensor:
+    def _carried_out(self, code: _Finished, arena: Tensor, x_ND: Tensor, layout: _Layout) -> Tensor:
         tokens = len(x_ND)
-        _columns(arena, code.where[0], tokens, self.input.width).copy_(x_ND)
-        _do(code, arena, tokens, starts, turns)
-        return _columns(arena, code.where[self.output.number], tokens, self.output.width).clone()
+        _matrix(arena, code.where[0], tokens, self.input.width).copy_(x_ND)
+        _do(code, arena, tokens, layout)
+        return self._result(code, arena, tokens, layout).clone()
+
+    def _result(self, code: _Finished, arena: Tensor, tokens: int, layout: _Layout) -> Tensor:
+        rows = len(layout.read_M) if self.output.read else tokens
+        return _matrix(arena, code.where[self.output.number], tokens, self.output.width, rows)
 
     # -- writing it down -----------------------------------------------------------------------------------------------
 
     def _passing(self, lasting: frozenset[int] = frozenset(), *, cached: bool = False) -> _Finished:
         """The forward pass, in which a matrix lies where others lay that nobody reads any more, unless those last."""
-        key = "passing", lasting, cached
-        if key not in self._written:
+        key = lasting, cached
+        if key not in self._pass:
             code = Code()
             last = {number: at for at, one in enumerate(self._operations) for number in _numbers(one.inputs)}
             code.where[0] = code.arena.take(self.input.width)
             for at, operation in enumerate(self._operations):
-                code.where[operation.out.number] = code.arena.take(operation.out.width)
+                for matrix in (operation.out, *operation.kept):
+                    code.where[matrix.number] = code.arena.take(matrix.width)
                 if cached and isinstance(operation, Attended):
                     operation.forward_cached(code)
                 else:
                     operation.forward(code)
-                if operation.out.number in code.kept:
-                    code.arena.give(code.kept[operation.out.number], 2 * cast("Any", operation).heads)
-                for matrix in dict.fromkeys(operation.inputs):
-                    if last[matrix.number] == at and matrix.number not in lasting:
+                over = [one for one in dict.fromkeys(operation.inputs) if last[one.number] == at]
+                for matrix in (*operation.kept, *over):
+                    if matrix.number not in lasting:
                         code.arena.give(code.where[matrix.number], matrix.width)
-            self._written[key] = _finished(code)
-        return self._written[key]
+            self._pass[key] = _finished(code)
+        return self._pass[key]
 
     def _keeping(self, learned: tuple[Parameter, ...], through_input: bool) -> tuple[_Finished, _Finished]:
         """The forward pass that keeps every matrix, and the backward pass for these parameters."""
-        key = "keeping", tuple(map(id, learned)), through_input
-        if key not in self._written:
+        key = tuple(map(id, learned)), through_input
+        if key not in self._pass_and_back:
             code = Code(learned)
             code.where[0] = code.arena.take(self.input.width)
-            for operation in self._operations:
-                code.where[operation.out.number] = code.arena.take(operation.out.width)
+            for matrix in [matrix for operation in self._operations for matrix in (operation.out, *operation.kept)]:
+                code.where[matrix.number] = code.arena.take(matrix.width)
             for operation in self._operations:
                 operation.forward(code)
-            self._written[key] = _finished(code)
+            forward = _finished(code)
             code.lines = []
-            moving = {0} if through_input else set()
+            code.moving = {0} if through_input else set()
             for operation in self._operations:
-                if code.learns(*operation.parameters) or moving.intersection(_numbers(operation.inputs)):
-                    moving.add(operation.out.number)
+                if code.learns(*operation.parameters) or any(map(code.moves, operation.inputs)):
+                    code.moving.add(operation.out.number)
             incoming = code.gradients[self.output.number] = code.arena.take(self.output.width)
             for operation in reversed(self._operations):
-                if operation.out.number in moving:
+                if code.moves(operation.out):
                     code.arena.give(code.where[operation.out.number], operation.out.width)  # its readers are done
-                    operation.backward(code, code.gradients.pop(operation.out.number), moving)
-            self._written["backward", *key[1:]] = _finished(code, incoming, code.gradients.get(0))
-        return self._written[key], self._written["backward", *key[1:]]
+                    operation.backward(code, code.gradients.pop(operation.out.number))
+                    for matrix in operation.kept:
+                        code.arena.give(code.where[matrix.number], matrix.width)
+            self._pass_and_back[key] = forward, _finished(code, incoming, code.gradients.get(0))
+        return self._pass_and_back[key]
 
 
 def _numbers(matrices: Sequence[Matrix]) -> list[int]:
@@ -254,21 +285,21 @@ def heads_in(
     return query_NHK, key_NGK, value_NGK
 
 
-def _columns(arena: Tensor, first: int, tokens: int, width: int) -> Tensor:
-    return arena[first * tokens : (first + width) * tokens].view(tokens, width)
+def _matrix(arena: Tensor, first: int, tokens: int, width: int, rows: int | None = None) -> Tensor:
+    """[tokens, width], or with fewer rows, from a column of the arena on."""
+    return arena[first * tokens :][: width * (tokens if rows is None else rows)].view(-1, width)
 
 
 def _do(
     code: _Finished,
     arena: Tensor,
     tokens: int,
-    starts: Tensor,
-    turns: Turns | None,
+    layout: _Layout,
     others: Sequence[Tensor | None] = (),
-    rows: int | None = None,
-    room: int = 0,
+    room: int | None = None,
 ) -> None:
-    cosine, sine = (0, 0) if turns is None else (launch.address(turn) for turn in turns)
+    """Carry out; ``others`` are gradients of parameters, or keys and values of caches of that room."""
+    cosine, sine = (0, 0) if layout.turns is None else (launch.address(turn) for turn in layout.turns)
     bases = [
         0,
         launch.address(arena),
@@ -276,8 +307,9 @@ def _do(
         sine,
         *(0 if other is None else launch.address(other) for other in others),
     ]
+    rows = len(layout.starts) - (room is None)
     _native.run(
-        code.lines, np.array(bases), tokens, len(starts) - 1 if rows is None else rows, launch.address(starts), room,
+        code.lines, np.array(bases), tokens, rows, launch.address(layout.starts), layout.read_M.numpy(), room or 0,
         launch.threads(), launch.instruction_set(),
     )  # fmt: skip
 
@@ -287,16 +319,17 @@ class Step:
 
     def __init__(self, program: Program, code: _Finished, caches: list[Cache], rows: int) -> None:
         self._code, self._caches, self._rows = code, caches, rows
+        self._all = torch.arange(rows)
         self._arena = _new_arena(code.columns * rows)
-        self._x_BD = _columns(self._arena, code.where[0], rows, program.input.width)
-        self._out_BD = _columns(self._arena, code.where[program.output.number], rows, program.output.width)
+        self._x_BD = _matrix(self._arena, code.where[0], rows, program.input.width)
+        self._out_BD = _matrix(self._arena, code.where[program.output.number], rows, program.output.width)
 
     def __call__(self, x_BD: Tensor, lengths_B: Tensor, turns: Turns | None = None) -> Tensor:
         """Return [B, D] the results, which the next call overwrites; ``lengths_B`` are from before."""
         self._x_BD.copy_(x_BD)
         others = [tensor for cache in self._caches for tensor in (cache.keys, cache.values_BGSK)]
         room = self._caches[0].values_BGSK.shape[2]
-        _do(self._code, self._arena, self._rows, lengths_B, turns, others, self._rows, room)
+        _do(self._code, self._arena, self._rows, _Layout(lengths_B, turns, self._all), others, room)
         return self._out_BD
 
 
@@ -318,34 +351,31 @@ def _new_arena(size: int) -> Tensor:
 
 class _Run(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, program: Program, x_ND: Tensor, starts: Tensor, turns: Turns | None, *parameters: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, program: Program, x_ND: Tensor, layout: _Layout, *parameters: Tensor) -> Tensor:
         learned = tuple(cast("Parameter", parameter) for parameter in parameters if parameter.requires_grad)
         forward, backward = program._keeping(learned, x_ND.requires_grad)
-        ctx.program, ctx.code, ctx.starts, ctx.turns = program, backward, starts, turns
+        ctx.program, ctx.code, ctx.layout, ctx.tokens = program, backward, layout, len(x_ND)
         ctx.arena = _take_arena(backward.columns * len(x_ND))
-        ctx.tokens = len(x_ND)
         ctx.save_for_backward(*learned)  # so that autograd sees when they change before the backward pass
-        return program._carried_out(forward, ctx.arena, x_ND, starts, turns)
+        return program._carried_out(forward, ctx.arena, x_ND, layout)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         learned, code, arena, tokens = ctx.saved_tensors, ctx.code, ctx.arena, ctx.tokens
         if arena is None:
             raise RuntimeError("what was kept for the backward pass is gone after the first; run forward again")
-        _columns(arena, code.incoming, tokens, grad_ND.shape[1]).copy_(grad_ND)
+        _matrix(arena, code.incoming, tokens, grad.shape[1], len(grad)).copy_(grad)
         grads = [torch.empty_like(parameter) for parameter in learned]
-        _do(code, arena, tokens, ctx.starts, ctx.turns, grads)
+        _do(code, arena, tokens, ctx.layout, grads)
         grad_x = None
         if code.outgoing is not None:
-            grad_x = _columns(arena, code.outgoing, tokens, ctx.program.input.width).clone()
+            grad_x = _matrix(arena, code.outgoing, tokens, ctx.program.input.width).clone()
         ctx.arena = None
         _arenas.append(arena)
         of_learned = iter(grads)
-        needed = ctx.needs_input_grad[4:]
-        return None, grad_x, None, None, *(next(of_learned) if need else None for need in needed)
+        needed = ctx.needs_input_grad[3:]
+        return None, grad_x, None, *(next(of_learned) if need else None for need in needed)
 
 
 def programmable(parameters: Sequence[Parameter]) -> bool:

@@ -47,12 +47,14 @@ def prompts(count: int = PROMPTS) -> list[list[int]]:
 def operations(shape: Shape, new_tokens: int = NEW_TOKENS, batch: int = BATCH) -> dict[str, float]:
     """Return the floating-point operations of a step's matrix products that cannot be left out, by stage.
 
-    A product of [M, K] and [K, N] counts 2 M K N; a backward pass counts twice its forward. Policy and value trunk see
-    all tokens, the head only those that predict a response; attention counts the causal half.
+    A product of [M, K] and [K, N] counts 2 M K N; a backward pass counts twice its forward. Attention counts the causal
+    half. The head sees only tokens that predict a response, and of the others the last block of policy and value model
+    makes keys and values alone.
     """
     tokens = PROMPT_TOKENS + new_tokens
-    attention = 2 * tokens**2 * shape.width * shape.layers  # of scores and mixing, half of each
-    trunk = 2 * tokens * shape.block_weights + attention
+    attention = 2 * tokens**2 * shape.width  # of scores and mixing, half of each
+    block = 2 * tokens * shape.block_weights // shape.layers + attention
+    trunk = shape.layers * block - 2 * PROMPT_TOKENS * (10 * shape.width**2 + PROMPT_TOKENS * shape.width)
     head = 2 * new_tokens * shape.vocabulary * shape.width
     return {
         "rollout": batch * (trunk + head),

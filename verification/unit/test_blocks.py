@@ -23,12 +23,13 @@ def model_of(architecture, seed=4):
     return model
 
 
-def found(model, *, program=True):
-    """Hidden states and the gradient of each parameter that has a part in them."""
+def found(model, *, program=True, read=None):
+    """Hidden states, those that predict or others, and the gradient of each parameter that has a part in them."""
     blocks = blocks_of(model)
     if not program:
         blocks.program = None
-    hidden = hidden_states(blocks, pack(IDS, MASK, 3))
+    packed = pack(IDS, MASK, 3)
+    hidden = hidden_states(blocks, packed, packed.predicting_M if read is None else read)
     upstream = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(1))
     learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return [hidden.detach(), *torch.autograd.grad(hidden, learned, upstream, allow_unused=True)]
@@ -49,6 +50,15 @@ def test_a_program_gives_the_bits_of_the_blocks_one_by_one(architecture, frozen)
             parameter.requires_grad_(not (first or "embed" in name or "wte" in name or "wpe" in name))
     assert blocks_of(model).program is not None
     assert same(found(model), found(model, program=False))
+
+
+@native
+@pytest.mark.parametrize("program", [True, False])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_what_is_read_has_the_bits_of_the_whole(architecture, program):
+    model, read = model_of(architecture), torch.tensor([0, 3, 4, 11])
+    whole = found(model, program=program, read=torch.arange(12))
+    assert torch.equal(found(model, program=program, read=read)[0], whole[0][read])
 
 
 @native

@@ -107,9 +107,9 @@ class TestWhatIsCounted:
         assert 4 * saved_floats(shape_of(model, "eager"), 16, 24, COSTS) == pytest.approx(total, rel=0.03)
 
     def test_tokens_side_by_side_keep_two_numbers_a_head_and_no_scores(self):
-        # (6·4 + 16 of the MLP + 4 of the heads) · 2 layers + 2·4 + 2·16 outside, for 15 tokens.
-        assert saved_packed_floats(SHAPE, 15) == 15 * (2 * 44 + 40)
-        assert saved_packed_floats(LLAMA, 15) == 15 * (2 * (40 + 36 + 4) + 32)
+        # (6·4 + 16 of the MLP + 4 of the heads) · 2 layers + 2·4 + 2·16 outside + 2·4 read, for 15 tokens.
+        assert saved_packed_floats(SHAPE, 15) == 15 * (2 * 44 + 48)
+        assert saved_packed_floats(LLAMA, 15) == 15 * (2 * (40 + 36 + 4) + 40)
         assert saved_packed_floats(SHAPE, 15, bfloat16=True) == 15 * (2 * (8 + 28 + 8 + 4) + 8)
 
     @pytest.mark.parametrize("architecture", ["gpt2", "llama"])
@@ -171,7 +171,7 @@ class TestTheStages:
 
     def test_tokens_side_by_side_hold_no_scores_and_a_part_of_the_logits(self):
         found = parts_of("update", dataclasses.replace(SHAPE, packed=True))
-        assert found[ACTIVATIONS] == 4 * 10 * (2 * 44 + 40)
+        assert found[ACTIVATIONS] == 4 * 10 * (2 * 44 + 48)
         assert ATTENTION not in found
         assert found[LOGITS] == 4 * 3 * 5 * 7  # of 6 rows and 10 columns
 
@@ -179,7 +179,7 @@ class TestTheStages:
         packed = dataclasses.replace(SHAPE, packed=True)
         work = dataclasses.replace(WORK, pretrain_rows=3, longest_text=4, evaluation_rows=5)
         pretraining, evaluation = (parts_of(stage, packed, work) for stage in (PRETRAINING, EVALUATION))
-        assert pretraining[ACTIVATIONS] == 4 * 3 * 4 * (2 * 44 + 40)
+        assert pretraining[ACTIVATIONS] == 4 * 3 * 4 * (2 * 44 + 48)
         assert pretraining[LOGITS] == 4 * 3 * 5 * 7
         assert evaluation[LOGITS] == 4 * 2 * 5 * 7
         assert ATTENTION not in pretraining | evaluation

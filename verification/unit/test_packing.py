@@ -37,7 +37,7 @@ def test_log_probs_are_those_of_each_row_alone_in_float64(architecture):
     model = tiny_lm(architecture, seed=4)
     blocks, packed = packable(model), pack(IDS, MASK, 3)
     with torch.no_grad():
-        logprobs, entropies = response_logprobs(blocks, packed, hidden_states(blocks, packed), 0.7)
+        logprobs, entropies = response_logprobs(blocks, packed, hidden_states(blocks, packed, packed.predicting_M), 0.7)
     exact = tiny_lm(architecture, seed=4).double()
     for row, (ids, mask) in enumerate(zip(IDS, MASK.bool(), strict=True)):
         alone = ids[mask]
@@ -56,7 +56,7 @@ def test_float64_goes_through_torchs_attention_to_the_same_log_probs(architectur
     found = []
     for model in (narrow, wide):
         blocks, packed = packable(model), pack(IDS, MASK, 3)
-        logprobs, _ = response_logprobs(blocks, packed, hidden_states(blocks, packed), 0.7)
+        logprobs, _ = response_logprobs(blocks, packed, hidden_states(blocks, packed, packed.predicting_M), 0.7)
         (gradient,) = torch.autograd.grad(logprobs.sum(), [model.base_model.get_input_embeddings().weight])
         found.append((logprobs.detach().double(), gradient.double()))
     torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-5)
@@ -74,7 +74,7 @@ def test_tied_embeddings_get_the_gradient_that_the_whole_model_has():
     full = torch.ones_like(MASK)
     packed = pack(IDS, full, 3)
     blocks = packable(packed_model)
-    logprobs, _ = response_logprobs(blocks, packed, hidden_states(blocks, packed), 1.0)
+    logprobs, _ = response_logprobs(blocks, packed, hidden_states(blocks, packed, packed.predicting_M), 1.0)
     (gradient,) = torch.autograd.grad(logprobs.sum(), [packed_model.lm_head.weight])
     wanted = torch.log_softmax(whole(IDS).logits[:, -4:-1], dim=-1).gather(2, IDS[:, -3:, None])
     (expected,) = torch.autograd.grad(wanted.sum(), [whole.lm_head.weight])

@@ -24,3 +24,9 @@ cpdef void rotate(
     uintptr_t x, int64_t rows, int64_t heads, int64_t width, uintptr_t cos, uintptr_t sin, bint back, uintptr_t out,
     int instruction_set, int threads,
 ) except *
+cpdef void select_rows(
+    uintptr_t x, uintptr_t places, int64_t count, int64_t width, uintptr_t out, int threads,
+) except *
+cpdef void spread_rows(
+    uintptr_t x, uintptr_t places, int64_t count, int64_t rows, int64_t width, uintptr_t out,
+) except *

@@ -1,9 +1,9 @@
-"""Activations, norms and sums over threads. Tensors arrive as addresses; dense.py owns shapes."""
+"""Activations, norms, sums and choices of rows over threads. Tensors arrive as addresses; dense.py owns shapes."""
 
 from cython.parallel cimport parallel, prange
 from libc.stdint cimport int64_t, uint32_t, uintptr_t
 from libc.stdlib cimport free, malloc
-from libc.string cimport memset
+from libc.string cimport memcpy, memset
 
 from rlhf_kernels.cpu._rows cimport enter_rounding, floats, kernels, leave_rounding, row_kernels, threads_for
 
@@ -169,3 +169,27 @@ cpdef void rotate(
                     <const float *>x + at, width, <const float *>cos + r * width, <const float *>sin + r * width, back,
                     <float *>out + at)
         leave_rounding(saved)
+
+
+cpdef void select_rows(
+    uintptr_t x, uintptr_t places, int64_t count, int64_t width, uintptr_t out, int threads,
+) except *:
+    """Fill out[count, width] with rows of x; int64 places[count] says which."""
+    cdef const int64_t *place = <const int64_t *>places
+    cdef int64_t r, row_bytes = width * <int64_t>sizeof(float)
+    cdef int workers = threads_for(count, count * width, threads)
+    with nogil:
+        for r in prange(count, schedule="static", num_threads=workers):
+            memcpy(<void *>(out + r * row_bytes), <const void *>(x + place[r] * row_bytes), <size_t>row_bytes)
+
+
+cpdef void spread_rows(
+    uintptr_t x, uintptr_t places, int64_t count, int64_t rows, int64_t width, uintptr_t out,
+) except *:
+    """Fill out[rows, width] with x[count, width] at int64 places[count], no two of them equal, and zeros elsewhere."""
+    cdef const int64_t *place = <const int64_t *>places
+    cdef int64_t r, row_bytes = width * <int64_t>sizeof(float)
+    with nogil:
+        memset(<void *>out, 0, <size_t>(rows * row_bytes))
+        for r in range(count):
+            memcpy(<void *>(out + place[r] * row_bytes), <const void *>(x + r * row_bytes), <size_t>row_bytes)

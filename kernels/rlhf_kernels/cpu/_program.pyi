@@ -23,6 +23,8 @@ class Kind(IntEnum):
     ATTEND = ...
     ATTEND_GRADIENTS = ...
     ATTEND_CACHED = ...
+    SELECT = ...
+    SPREAD = ...
 
 def run(
     code: NDArray[int64],
@@ -30,6 +32,7 @@ def run(
     tokens: int,
     rows: int,
     starts: int,
+    read: NDArray[int64],
     room: int,
     threads: int,
     instruction_set: int,

@@ -23,6 +23,7 @@ _Static_assert(WIDEST_TILE % TILE_COLUMNS == 0, "threads share out whole tiles")
 #define BLOCK_DEPTH 384
 #define READ_IN_PLACE 64 /* Rows of a, up to which it does not pay to copy b. */
 #define CROWDED 1024      /* Rows this many floats apart, or a multiple, share one place of the first cache. */
+#define AHEAD 48          /* Floats that a row of b is asked for before they are laid out. */
 #define LEFT (TILE_ROWS * (BLOCK_DEPTH + LANES) + LANES)
 _Static_assert(PRODUCT_SCRATCH >= BLOCK_COLUMNS * BLOCK_DEPTH + LEFT, "a block of b and a tile of a fit");
 
@@ -83,16 +84,16 @@ INLINE void pack_rows(const float *a, int64_t a_k, int rows, int64_t depth, floa
 #endif
 }
 
-/* packed[depth, TILE_COLUMNS] of b's columns, zeros behind the last. */
-static void pack_columns(const float *b, int64_t b_k, int64_t b_n, int64_t depth, int64_t columns, float *packed) {
+/* One tile: packed[depth, TILE_COLUMNS] of b's columns, zeros behind the last. */
+static void pack_tile(const float *b, int64_t b_k, int64_t b_n, int64_t depth, int64_t columns, float *packed) {
     int64_t n = 0;
     for (; n + LANES <= columns; n += LANES) {
         int64_t k = 0;
-        if (b_n == 1)
-            for (; k < depth; k++) lanes_store(packed + k * TILE_COLUMNS + n, lanes_load(b + k * b_k + n));
-        else if (b_k == 1)
+        if (b_k == 1)
             for (; k + 4 <= depth; k += 4) {
                 lanes square[4]; /* quarter q of square[j]: column n + 4 q + j */
+                if (k % LANES == 0)
+                    for (int j = 0; j < LANES; j++) __builtin_prefetch(b + (n + j) * b_n + k + AHEAD);
                 for (int j = 0; j < 4; j++) square[j] = lanes_load_quarters(b + (n + j) * b_n + k, 4 * b_n);
                 lanes_turn_quarters(square);
                 for (int j = 0; j < 4; j++) lanes_store(packed + (k + j) * TILE_COLUMNS + n, square[j]);
@@ -103,6 +104,18 @@ static void pack_columns(const float *b, int64_t b_k, int64_t b_n, int64_t depth
     for (int64_t k = 0; k < depth; k++)
         for (int64_t i = n; i < TILE_COLUMNS; i++)
             packed[k * TILE_COLUMNS + i] = i < columns ? b[k * b_k + i * b_n] : 0.0f;
+}
+
+/* Tiles of b's columns one behind the other. Where columns lie side by side, b is read row by row. */
+static void pack_columns(const float *b, int64_t b_k, int64_t b_n, int64_t depth, int64_t columns, float *packed) {
+    const int64_t whole = b_n == 1 ? columns / TILE_COLUMNS * TILE_COLUMNS : 0;
+    for (int64_t k = 0; k < (whole ? depth : 0); k++)
+        for (int64_t n = 0; n < whole; n += TILE_COLUMNS)
+            for (int64_t v = 0; v < TILE_COLUMNS; v += LANES)
+                lanes_store(packed + n * depth + k * TILE_COLUMNS + v, lanes_load(b + k * b_k + n + v));
+    for (int64_t n = whole; n < columns; n += TILE_COLUMNS)
+        pack_tile(b + n * b_n, b_k, b_n, depth, columns - n < TILE_COLUMNS ? columns - n : TILE_COLUMNS,
+                  packed + n * depth);
 }
 
 /* A tile whose columns end inside it. */
@@ -136,10 +149,8 @@ static void multiply(const float *a, int64_t a_row, int64_t a_k, const float *b,
             const int64_t deep = blocks ? (block + 1) * depth / blocks - k : 0;
             const int64_t end = columns < n + BLOCK_COLUMNS ? columns : n + BLOCK_COLUMNS;
             const int more = add || block > 0, last = block + 1 >= blocks;
-            for (int64_t i = n; i < end; i += TILE_COLUMNS)
-                if (!in_place || i + TILE_COLUMNS > end)
-                    pack_columns(b + k * b_k + i * b_n, b_k, b_n, deep, end - i < TILE_COLUMNS ? end - i : TILE_COLUMNS,
-                                 packed + (i - n) * deep);
+            const int64_t first = in_place ? end - (end - n) % TILE_COLUMNS : n; /* columns that are packed */
+            pack_columns(b + k * b_k + first * b_n, b_k, b_n, deep, end - first, packed + (first - n) * deep);
             for (int64_t t = 0; t < tiles; t++) {
                 const int64_t m = t * rows / tiles;
                 const int here = (int)((t + 1) * rows / tiles - m);

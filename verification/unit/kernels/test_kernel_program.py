@@ -1,5 +1,7 @@
 """Programs: each operator and its gradients against float64, and the same bits however a program is carried out."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from torch.nn import Parameter
@@ -22,6 +24,8 @@ if not available():
 LENGTHS = [5, 1, 20]
 STARTS = torch.tensor([0, 5, 6, 26])
 TOKENS = 26
+READ = torch.tensor([1, 4, 5, 6, 20, 25])
+NONE = torch.zeros(0, dtype=torch.int64).numpy()
 HEADS, SHARED, WIDTH = 4, 2, 6
 TURNS = tuple(torch.randn(TOKENS, WIDTH, generator=torch.Generator().manual_seed(9)) for _ in range(2))
 
@@ -72,6 +76,18 @@ def say_turned_attention(program, query, key, value):
     program.attended((query, key, value), HEADS, SHARED, WIDTH, 0.3)
 
 
+def say_selection(program, joint, mix, wide):
+    """What a model's last block does: attention over all tokens, the rest for those that are read."""
+    attended = program.attended((program.linear(program.input, joint, None),), HEADS, SHARED, WIDTH, 0.3)
+    x = program.linear(program.selected(attended), mix, None, residual=program.selected(program.input))
+    program.linear(program.rowwise(GELU, x), wide, None)
+
+
+def selection(x, turns, joint, mix, wide):
+    y = attention([x @ joint.t()])[READ] @ mix.t() + x[READ]
+    return gelu(y, approximate="tanh") @ wide.t()
+
+
 def projections(x, turns, narrow, bias, weight, shift, wide, back, last):
     y = layer_norm(x, (10,), weight, shift) @ narrow.t() + bias
     return y + gelu(y @ wide, approximate="tanh") @ back.t() + last
@@ -89,6 +105,7 @@ PROGRAMS = {  # how it is said, the shapes of its parameters, and what it is in 
             [turned(x @ query.t(), turns), turned(x @ key.t(), turns), x @ value.t()]
         ),
     ),
+    "selection": (say_selection, [(48, 10), (10, 24), (7, 10)], selection),
 }
 
 
@@ -106,7 +123,7 @@ def rows_in(seed=1):
 def with_gradients(program, parameters, seed=1, upstream=None):
     """The result, and the gradients of input and parameters."""
     x = rows_in(seed).requires_grad_()
-    y = program.run(x, STARTS, TURNS)
+    y = program.run(x, STARTS, TURNS, READ)
     upstream = torch.randn(y.shape, generator=torch.Generator().manual_seed(2)) if upstream is None else upstream
     return [y.detach(), *torch.autograd.grad(y, [x, *parameters], upstream)]
 
@@ -135,18 +152,18 @@ def test_parameters_that_a_program_cannot_have_are_told():
     assert not programmable(2 * weights((3, 4)))  # its gradient would be that of one operator
 
 
-@pytest.mark.parametrize("name", ["projections", "gate", "joint attention", "turned attention"])
+@pytest.mark.parametrize("name", ["projections", "gate", "joint attention", "turned attention", "selection"])
 def test_without_gradients_the_bits_are_the_same_in_less_memory(name):
     program, parameters = new_program(name)
-    kept = program.run(rows_in().requires_grad_(), STARTS, TURNS)
+    kept = program.run(rows_in().requires_grad_(), STARTS, TURNS, READ)
     with torch.no_grad():
-        passing = program.run(rows_in(), STARTS, TURNS)
+        passing = program.run(rows_in(), STARTS, TURNS, READ)
     assert torch.equal(kept, passing)
     forward, _ = program._keeping(tuple(parameters), True)
     assert program._passing().columns < forward.columns
 
 
-@pytest.mark.parametrize("name", ["projections", "gate", "joint attention", "turned attention"])
+@pytest.mark.parametrize("name", ["projections", "gate", "joint attention", "turned attention", "selection"])
 def test_every_instruction_set_and_number_of_threads_gives_the_same_bits(name):
     program, parameters = new_program(name)
     found, threads = [], torch.get_num_threads()
@@ -170,6 +187,24 @@ def test_passes_in_flight_keep_to_their_own_memory():
     upstream = torch.randn(outputs[0].shape, generator=torch.Generator().manual_seed(2))
     for x, y, right in zip(inputs, outputs, alone, strict=True):
         assert same([y.detach(), *torch.autograd.grad(y, [x, *parameters], upstream)], right)
+
+
+@pytest.mark.parametrize("at", ["the forward pass", "the backward pass"])
+def test_another_thread_may_write_a_program_down_at_the_same_time(monkeypatch, at):
+    program, parameters = new_program("turned attention")
+    right, finished, calls, others = with_gradients(*new_program("turned attention")), module._finished, [], []
+
+    def interrupted(*code):
+        calls.append(code)
+        if at == ("the forward pass", "the backward pass")[len(calls) - 1]:
+            monkeypatch.setattr(module, "_finished", finished)
+            with ThreadPoolExecutor(1) as other:
+                others.append(other.submit(with_gradients, program, parameters).result())
+        return finished(*code)
+
+    monkeypatch.setattr(module, "_finished", interrupted)
+    assert same(with_gradients(program, parameters), right)
+    assert same(others[0], right)
 
 
 def test_memory_of_a_pass_that_is_over_serves_the_next():
@@ -232,7 +267,34 @@ def test_parameters_that_changed_before_the_backward_pass_are_found_out():
         torch.autograd.grad(y.sum(), parameters)
 
 
-@pytest.mark.parametrize("name", ["joint attention", "turned attention"])
+def test_every_token_is_read_unless_some_are_named():
+    program, _ = new_program("selection")
+    with torch.no_grad():
+        whole = program.run(rows_in(), STARTS, TURNS)
+        assert whole.shape == (TOKENS, 7)
+        assert torch.equal(program.run(rows_in(), STARTS, TURNS, READ), whole[READ])
+        assert program.run(rows_in(), STARTS, TURNS, READ[:0]).shape == (0, 7)
+
+
+def test_what_nobody_reads_adds_nothing_to_a_gradient():
+    program, parameters = new_program("selection")
+    x = rows_in().requires_grad_()
+    upstream = torch.randn(TOKENS, 7, generator=torch.Generator().manual_seed(2))
+    zeros = torch.zeros_like(upstream)
+    zeros[READ] = upstream[READ]
+    whole = torch.autograd.grad(program.run(x, STARTS, TURNS), [x, *parameters], zeros)
+    read = torch.autograd.grad(program.run(x, STARTS, TURNS, READ), [x, *parameters], upstream[READ])
+    assert same(whole, read)
+
+
+@pytest.mark.parametrize("token", [-1, TOKENS])
+def test_a_token_that_is_not_there_cannot_be_read(token):
+    program, _ = new_program("selection")
+    with torch.no_grad(), pytest.raises(IndexError, match=f"token {token} is read; there are {TOKENS}"):
+        program.run(rows_in(), STARTS, TURNS, torch.tensor([0, token]))
+
+
+@pytest.mark.parametrize("name", ["joint attention", "turned attention", "selection"])
 def test_a_token_over_caches_has_the_bits_of_the_token_in_its_row(name):
     program, _ = new_program(name)
     x, lengths = rows_in(), torch.tensor(LENGTHS)
@@ -240,7 +302,7 @@ def test_a_token_over_caches_has_the_bits_of_the_token_in_its_row(name):
         whole = program.run(x, STARTS, TURNS)
         first = torch.cat([torch.arange(0, 3), torch.arange(6, 24)])  # the second row has no token to go on with
         starts, rows = torch.tensor([0, 3, 21]), [0, 2]
-        begun, caches = program.run_into_caches(x[first], starts, [turn[first] for turn in TURNS], 2)
+        begun, caches = program.run_into_caches(x[first], starts, [turn[first] for turn in TURNS], 2, torch.arange(21))
         assert torch.equal(begun, whole[first])
         step, seen = program.over(caches, len(rows)), torch.tensor([3, 18])
         for _ in range(2):
@@ -255,6 +317,6 @@ def test_instructions_that_are_none_are_named():
     line = torch.zeros(1, _program.INSTRUCTION, dtype=torch.int64)
     line[0, 0] = 99
     with pytest.raises(ValueError, match="instruction 0 has the unknown kind 99"):
-        _program.run(line.numpy(), bases, 1, 1, 0, 0, 1, 0)
-    with pytest.raises(ValueError, match="has 3 numbers; it must have 36"):
-        _program.run(line[:, :3].contiguous().numpy(), bases, 1, 1, 0, 0, 1, 0)
+        _program.run(line.numpy(), bases, 1, 1, 0, NONE, 0, 1, 0)
+    with pytest.raises(ValueError, match="has 3 numbers; it must have 37"):
+        _program.run(line[:, :3].contiguous().numpy(), bases, 1, 1, 0, NONE, 0, 1, 0)
