@@ -30,7 +30,7 @@ KEPT = "kept by the allocator"
 class Costs:
     """What was measured, not counted; ``python verification/benchmarks/memory_runs.py`` sets predictions beside runs.
 
-    Everything that depends on how ``ppo.py``, ``scoring.py``, ``layers.py`` and ``evaluation.py`` compute stands here.
+    All that depends on how ``updates.py``, ``scoring.py``, ``layers.py`` and ``evaluation.py`` compute stands here.
     """
 
     logits_in_update: float = 3.0
@@ -212,6 +212,11 @@ def _block_floats(shape: ModelShape, bfloat16: bool) -> float:
     return of_norms + of_products / (2 if bfloat16 else 1)
 
 
+def keeps_little(tokens: int, layers: int, width: int) -> bool:
+    """Whether a pass keeps little for its backward pass: some 50 MiB at the most."""
+    return tokens * layers * width <= 2**20
+
+
 def scores_in_passing(shape: ModelShape, rows: int, length: int, costs: Costs) -> float:
     """Return the values that live only while one layer's eager attention is computed."""
     return costs.scores_in_passing * rows * shape.heads * length**2 if shape.eager else 0.0
@@ -302,8 +307,10 @@ def _update(shape: ModelShape, work: Workload, costs: Costs) -> Parts:
         if shape.packed
         else saved_floats(shape, rows, work.length, costs, bfloat16=work.bfloat16)
     )
-    activations = int(FLOAT * saved)  # of the policy or of the value model: one follows the other
     first, second = trained_weights(shape, work.value)
+    # Policy and value model follow one another, unless they keep little and would leave threads idle.
+    both = bool(second) and pieces < work.workers and keeps_little(tokens, shape.layers, shape.width)
+    activations = int(FLOAT * saved) * (2 if both else 1)
     together = first + second + at_once * max(first, second) if pieces > at_once else 0
     return {
         # A set of each piece in flight, the sum of the pieces before, and the other pass's.
@@ -314,7 +321,7 @@ def _update(shape: ModelShape, work: Workload, costs: Costs) -> Parts:
         NARROW_WEIGHTS: FLOAT * at_once * max(first, second) // 2 if work.bfloat16 else 0,
         # Micro-batches of unequal length leave holes for each other, the policy for the value model: as much is kept as
         # if they came at once.
-        KEPT: int(costs.kept_share * activations * max(pieces / at_once, 2 if second else 1)),
+        KEPT: int(costs.kept_share * activations * max(pieces / at_once, 2 if second and not both else 1)),
     }
 
 

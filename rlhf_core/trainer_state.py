@@ -16,8 +16,8 @@ from rlhf_core.checkpoint import load_optimizer, save_optimizer
 from rlhf_core.config import TrainConfig
 from rlhf_core.optim import adamw
 from rlhf_core.policy import ActorCritic, Reference, load_model
-from rlhf_core.ppo import PPOState
 from rlhf_core.seeding import rng_state, set_rng_state
+from rlhf_core.updates import PPOState
 
 
 def new_state(model: ActorCritic, reference: Reference, config: TrainConfig) -> PPOState:

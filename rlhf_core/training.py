@@ -17,7 +17,7 @@ from rlhf_core.evaluation import Evaluation, evaluate
 from rlhf_core.experiment import Experiment, Inputs, prepare
 from rlhf_core.metrics import log_row
 from rlhf_core.policy import ActorCritic, Reference
-from rlhf_core.ppo import PPOState, train
+from rlhf_core.ppo import train
 from rlhf_core.profiler import Profiler, timing_row
 from rlhf_core.profiles.files import PROFILES_FOLDER
 from rlhf_core.profiling import StageClock
@@ -30,6 +30,7 @@ from rlhf_core.step_rows import sample_rows
 from rlhf_core.stopping import StopRequest, by_alert, by_signal
 from rlhf_core.terminal import console, progress_bar
 from rlhf_core.trainer_state import load_state, new_state, save_state
+from rlhf_core.updates import PPOState
 
 
 def run_training(

@@ -44,10 +44,10 @@ def plant_host_name() -> None:
 def plant_unseeded_shuffle() -> None:
     import numpy as np
 
-    from rlhf_core import ppo
+    from rlhf_core import updates
 
     generator = np.random.default_rng()
-    ppo.permutation = lambda seed, purpose, n, *counter: generator.permutation(n)
+    updates.permutation = lambda seed, purpose, n, *counter: generator.permutation(n)
 
 
 def plant_hash_order() -> None:
@@ -85,7 +85,7 @@ def plant_junk(kind: str) -> None:
     """Fill every tensor of the step with junk where the response mask is False."""
     import torch
 
-    from rlhf_core import ppo, scoring, targets
+    from rlhf_core import ppo, scoring, targets, updates
 
     planted = [0]
 
@@ -93,7 +93,7 @@ def plant_junk(kind: str) -> None:
         planted[0] += int((~mask).sum()) * sum(tensor is not None for tensor in tensors)
         return [None if tensor is None else torch.where(mask, tensor, float(kind)) for tensor in tensors]
 
-    sample, evaluate_rows, score_rollout = ppo.sample, ppo.evaluate_rows, ppo.score_rollout
+    sample, evaluate_rows, score_rollout = ppo.sample, updates.evaluate_rows, ppo.score_rollout
     token_rewards, make_targets, gae = ppo.token_rewards, ppo.make_targets, targets.gae
 
     def sample_with_junk_tokens(*args: Any, **kwargs: Any) -> Any:
@@ -115,7 +115,7 @@ def plant_junk(kind: str) -> None:
         scores = score_rollout(model, reference, rollout, *args)
         names = [field.name for field in dataclasses.fields(scores)]
         tensors = spoil(rollout.response_mask_BT, *(getattr(scores, name) for name in names))
-        return ppo.Scores(**dict(zip(names, tensors, strict=True)))
+        return scoring.Scores(**dict(zip(names, tensors, strict=True)))
 
     def spoiled_rewards(scores: Any, logprobs: Any, ref_logprobs: Any, mask: Any, **kwargs: Any) -> Any:
         return spoil(mask, token_rewards(scores, logprobs, ref_logprobs, mask, **kwargs))[0]
@@ -126,13 +126,13 @@ def plant_junk(kind: str) -> None:
     def spoiled_targets(rewards: Any, values: Any, mask: Any, config: Any) -> Any:
         right, raw = make_targets(rewards, values, mask, config)
         advantages, returns, raw = spoil(mask, right.advantages_BT, right.returns_BT, raw)
-        return ppo.Targets(advantages, returns), raw
+        return targets.Targets(advantages, returns), raw
 
     if kind == "tokens":
         ppo.sample = sample_with_junk_tokens
     else:
         ppo.sample, ppo.score_rollout = spoiled_sample, spoiled_scores
-        ppo.evaluate_rows = scoring.evaluate_rows = spoiled_rows
+        updates.evaluate_rows = scoring.evaluate_rows = spoiled_rows
         ppo.token_rewards, ppo.make_targets, targets.gae = spoiled_rewards, spoiled_targets, spoiled_gae
 
     train = ppo.train

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from rlhf_core import ppo, targets
+from rlhf_core import ppo, targets, updates
 from rlhf_core.rollout import Rollout
 
 
@@ -86,7 +86,7 @@ def dropout_left_on(world: Any) -> None:
             module.p = 0.1
         if hasattr(module, "attention_dropout"):
             module.attention_dropout = 0.1
-    right = ppo.evaluate_rows
+    right = updates.evaluate_rows
 
     def evaluate_rows(model: Any, *args: Any) -> Any:
         model.train()
@@ -95,7 +95,7 @@ def dropout_left_on(world: Any) -> None:
         finally:
             model.eval()
 
-    world.patch.setattr(ppo, "evaluate_rows", evaluate_rows)
+    world.patch.setattr(updates, "evaluate_rows", evaluate_rows)
 
 
 def _all_count(rollout: Rollout) -> Rollout:
@@ -103,9 +103,9 @@ def _all_count(rollout: Rollout) -> Rollout:
 
 
 def padding_counted_in_the_loss(world: Any) -> None:
-    right = ppo.accumulate_gradients
+    right = updates.accumulate_gradients
     world.patch.setattr(
-        ppo, "accumulate_gradients", lambda state, rollout, *args: right(state, _all_count(rollout), *args)
+        updates, "accumulate_gradients", lambda state, rollout, *args: right(state, _all_count(rollout), *args)
     )
 
 
@@ -117,7 +117,7 @@ def padding_counted_everywhere(world: Any) -> None:
 def advantages_not_detached(world: Any) -> None:
     """A = R − V with the live V: the policy's loss moves the value function too."""
     live = threading.local()  # a micro-batch has a thread
-    evaluate_rows, policy_loss = ppo.evaluate_rows, ppo.clipped_policy_losses
+    evaluate_rows, policy_loss = updates.evaluate_rows, updates.clipped_policy_losses
 
     def stashing(*args: Any) -> Any:
         *same, outputs = args
@@ -127,13 +127,13 @@ def advantages_not_detached(world: Any) -> None:
     def attached(log_ratio: Any, advantages: Any, mask: Any, *, clip_range: float) -> Any:
         return policy_loss(log_ratio, advantages - (live.values - live.values.detach()), mask, clip_range=clip_range)
 
-    world.patch.setattr(ppo, "evaluate_rows", stashing)
-    world.patch.setattr(ppo, "clipped_policy_losses", attached)
+    world.patch.setattr(updates, "evaluate_rows", stashing)
+    world.patch.setattr(updates, "clipped_policy_losses", attached)
 
 
 def advantages_with_the_wrong_sign(world: Any) -> None:
-    right = ppo.clipped_policy_losses
-    world.patch.setattr(ppo, "clipped_policy_losses", lambda x, a, mask, **options: right(x, -a, mask, **options))
+    right = updates.clipped_policy_losses
+    world.patch.setattr(updates, "clipped_policy_losses", lambda x, a, mask, **options: right(x, -a, mask, **options))
 
 
 def _lengths(rollout: Rollout) -> torch.Tensor:
@@ -150,8 +150,8 @@ def reward_pays_for_length_too(world: Any) -> None:
 
 
 def value_loss_x100(world: Any) -> None:
-    right = ppo.clipped_value_losses
-    world.patch.setattr(ppo, "clipped_value_losses", lambda *args, **options: 100 * right(*args, **options))
+    right = updates.clipped_value_losses
+    world.patch.setattr(updates, "clipped_value_losses", lambda *args, **options: 100 * right(*args, **options))
 
 
 def value_coef_x100(world: Any) -> None:
@@ -166,14 +166,14 @@ def constant_reward(world: Any) -> None:
 
 
 def nan_gradient(world: Any) -> None:
-    right = ppo.gradients
+    right = updates.gradients
 
     def gradients(parameters: Any) -> Any:
         found = right(parameters)
         found[0][...] = torch.nan
         return found
 
-    world.patch.setattr(ppo, "gradients", gradients)
+    world.patch.setattr(updates, "gradients", gradients)
 
 
 def stale_rollouts(world: Any) -> None:
@@ -289,16 +289,16 @@ def rollout_from_the_reference(world: Any) -> None:
 
 def _entropy_bonus(world: Any, coef: float) -> None:
     live = threading.local()
-    evaluate_rows, policy_loss = ppo.evaluate_rows, ppo.clipped_policy_losses
+    evaluate_rows, policy_loss = updates.evaluate_rows, updates.clipped_policy_losses
 
     def stashing(*args: Any) -> Any:
         found = evaluate_rows(*args)
         live.entropies = found[1]
         return found
 
-    world.patch.setattr(ppo, "evaluate_rows", stashing)
+    world.patch.setattr(updates, "evaluate_rows", stashing)
     world.patch.setattr(
-        ppo, "clipped_policy_losses", lambda *args, **options: policy_loss(*args, **options) - coef * live.entropies
+        updates, "clipped_policy_losses", lambda *args, **options: policy_loss(*args, **options) - coef * live.entropies
     )
 
 

@@ -16,16 +16,16 @@ import torch
 from calibration_faults import FAULTS
 from transformers import PreTrainedModel
 
-from rlhf_core import ppo
+from rlhf_core import ppo, updates
 from rlhf_core.alerting.thresholds import default_thresholds
 from rlhf_core.alerts import Alert, Monitor, check, nonfinite_alert
 from rlhf_core.config import ModelConfig, PPOConfig, PretrainConfig, SamplingConfig, TrainConfig
 from rlhf_core.data import reviews
 from rlhf_core.data.batches import prompt_rows
 from rlhf_core.data.tokenization import encode_prompts, encode_sentences
+from rlhf_core.finite import NonFiniteError
 from rlhf_core.metrics import log_row
 from rlhf_core.policy import ActorCritic, Reference, build_model
-from rlhf_core.ppo import NonFiniteError
 from rlhf_core.reward import TextReward
 from rlhf_core.seeding import set_all_seeds
 from rlhf_core.sft import train_language_model
@@ -174,7 +174,7 @@ class World:
     """What a fault may change."""
 
     patch: pytest.MonkeyPatch
-    state: ppo.PPOState
+    state: updates.PPOState
     config: TrainConfig
     eos_id: int
     reward: Callable[..., torch.Tensor]

@@ -5,7 +5,7 @@ import shutil
 import pytest
 from alert_columns import healthy
 
-from rlhf_core import ppo
+from rlhf_core import ppo, updates
 from rlhf_core.alerts import Alert
 from rlhf_core.testing.command import TINY_RUN, run_command
 
@@ -184,14 +184,14 @@ def test_resume_cuts_the_alerts_of_steps_after_the_checkpoint(tmp_path, dropout_
 
 
 def test_a_step_that_is_not_finite_leaves_its_alert(tmp_path, monkeypatch):
-    right = ppo.gradients
+    right = updates.gradients
 
     def gradients(parameters):
         found = right(parameters)
         found[0][...] = float("nan")
         return found
 
-    monkeypatch.setattr(ppo, "gradients", gradients)
+    monkeypatch.setattr(updates, "gradients", gradients)
     outcome = train(tmp_path, "run")
     assert outcome.code == 2
     assert "not finite" in outcome.complaint

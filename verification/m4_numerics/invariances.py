@@ -17,9 +17,10 @@ from trainer_cases import algorithm_case, padded_more, rollout_of
 from rlhf_core import scoring
 from rlhf_core.config import TrainConfig
 from rlhf_core.policy import ActorCritic
-from rlhf_core.ppo import PPOState, learn
+from rlhf_core.ppo import learn
 from rlhf_core.profiling import StageClock
 from rlhf_core.rollout import Rollout
+from rlhf_core.updates import PPOState
 
 RATE = 0.05
 Outcome = tuple[dict[str, float], dict[str, torch.Tensor]]

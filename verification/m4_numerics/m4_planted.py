@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from rlhf_core import policy, ppo, rollout, scoring, targets
+from rlhf_core import policy, ppo, rollout, scoring, targets, updates
 
 Plant = Callable[[pytest.MonkeyPatch], None]
 PLANTED: dict[str, Plant] = {}
@@ -22,9 +22,10 @@ def plant(function: Plant) -> Plant:
     return function
 
 
-def replace(monkeypatch: pytest.MonkeyPatch, name: str, make: Callable[[Any], Any], module: Any = ppo) -> None:
-    """Put ``make(what is there)`` in place of a function of the trainer."""
-    monkeypatch.setattr(module, name, make(getattr(module, name)))
+def replace(monkeypatch: pytest.MonkeyPatch, name: str, make: Callable[[Any], Any], *modules: Any) -> None:
+    """Put ``make(what is there)`` in place of a function of the trainer, by default of a step and its updates."""
+    for module in modules or [module for module in (ppo, updates) if hasattr(module, name)]:
+        monkeypatch.setattr(module, name, make(getattr(module, name)))
 
 
 # -- the ten of the specification --------------------------------------------------------------------------------------
@@ -157,7 +158,7 @@ def gradient_clipped_tensor_by_tensor(monkeypatch):
     def make(right):
         def wrong(grads, norm, max_norm):
             for grad in grads:
-                right([grad], ppo.total_norm([grad]), max_norm)
+                right([grad], updates.total_norm([grad]), max_norm)
 
         return wrong
 
@@ -176,7 +177,7 @@ def each_micro_batch_divides_by_its_own_tokens(monkeypatch):
             parts = [right(state, rollout, scores, targets, [rows], config, *rest) for rows in minibatch]
             tokens = sum(part.tokens for part in parts)
             sums = torch.stack([part.sums for part in parts]).sum(0)
-            return ppo.MinibatchSums(sums, torch.stack([part.deviation for part in parts]).max(), tokens, tokens)
+            return updates.MinibatchSums(sums, torch.stack([part.deviation for part in parts]).max(), tokens, tokens)
 
         return wrong
 
@@ -279,8 +280,7 @@ def value_of_the_next_state(monkeypatch):
 
         return wrong
 
-    for module in (ppo, scoring):
-        replace(monkeypatch, "evaluate_rows", make, module)
+    replace(monkeypatch, "evaluate_rows", make, updates, scoring)
 
 
 @plant
@@ -382,8 +382,7 @@ def temperature_missing_in_the_trainer(monkeypatch):
     def make(right):
         return lambda model, rollout, rows, temperature, *rest: right(model, rollout, rows, 1.0, *rest)
 
-    for module in (ppo, scoring):
-        replace(monkeypatch, "evaluate_rows", make, module)
+    replace(monkeypatch, "evaluate_rows", make, updates, scoring)
 
 
 @plant
@@ -661,7 +660,7 @@ def loss_divided_by_the_number_of_micro_batches_too(monkeypatch):
 def a_minibatch_divides_by_the_tokens_of_the_batch(monkeypatch):
     def make(right):
         def wrong(state, rollout, *rest):
-            monkeypatch.setattr(ppo, "loss_count", lambda mask, mean, longest: int(rollout.response_mask_BT.sum()))
+            monkeypatch.setattr(updates, "loss_count", lambda mask, mean, longest: int(rollout.response_mask_BT.sum()))
             return right(state, rollout, *rest)
 
         return wrong

@@ -14,7 +14,6 @@ import torch
 from rlhf_core.advantages import token_rewards
 from rlhf_core.config import PPOConfig, SamplingConfig, TrainConfig
 from rlhf_core.policy import ActorCritic, Reference
-from rlhf_core.ppo import accumulate_gradients
 from rlhf_core.profiling import StageClock
 from rlhf_core.rollout import Rollout
 from rlhf_core.scoring import Scores, score_rollout
@@ -33,6 +32,7 @@ from rlhf_core.testing.world import (
 )
 from rlhf_core.testing.world_models import ARCHITECTURES, tiny_transformer
 from rlhf_core.trainer_state import new_state
+from rlhf_core.updates import accumulate_gradients
 
 pytestmark = pytest.mark.m4
 WORLD = World(vocabulary=3, length=3, prompts=((2,), (1, 2)))

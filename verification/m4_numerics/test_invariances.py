@@ -12,7 +12,7 @@ import torch
 from invariances import EXACT, OF_VALUES, case, learned, padded_rows
 from trainer_cases import algorithms
 
-from rlhf_core import packing, policy, ppo, scoring
+from rlhf_core import packing, policy, ppo, scoring, updates
 
 pytestmark = pytest.mark.m4
 
@@ -49,8 +49,8 @@ def test_the_value_model_may_be_shared_or_separate(name, architecture, tolerance
 
 def plant_micro_batch_mean(monkeypatch):
     """Divide a micro-batch's loss by its own tokens."""
-    right = ppo.loss_sum
-    monkeypatch.setattr(ppo, "loss_sum", lambda losses, mask, mean: right(losses, mask, mean) / mask.sum() * 10)
+    right = updates.loss_sum
+    monkeypatch.setattr(updates, "loss_sum", lambda losses, mask, mean: right(losses, mask, mean) / mask.sum() * 10)
 
 
 def plant_whitening_by_half(monkeypatch):
@@ -85,7 +85,7 @@ def plant_attention_to_padding(monkeypatch):
 
 def plant_padding_in_the_mean(monkeypatch):
     """Divide by every position of the responses, padding included."""
-    monkeypatch.setattr(ppo, "loss_count", lambda mask, mean, longest: mask.numel())
+    monkeypatch.setattr(updates, "loss_count", lambda mask, mean, longest: mask.numel())
 
 
 def plant_shifted_positions(monkeypatch):

@@ -169,6 +169,14 @@ class TestTheStages:
         for part in (ACTIVATIONS, ATTENTION, LOGITS, KEPT):
             assert two[part] == 2 * one[part]
 
+    def test_both_passes_at_once_hold_activations_of_both_and_leave_no_holes_for_each_other(self):
+        work = dataclasses.replace(WORK, micro_batch=4)
+        one, both = parts_of("update", work=work), parts_of("update", work=dataclasses.replace(work, workers=2))
+        assert both[ACTIVATIONS] == 2 * one[ACTIVATIONS]
+        assert both[KEPT] == one[KEPT]
+        large = dataclasses.replace(SHAPE, layers=2**20)
+        assert parts_of("update", large, work) == parts_of("update", large, dataclasses.replace(work, workers=2))
+
     def test_tokens_side_by_side_hold_no_scores_and_a_part_of_the_logits(self):
         found = parts_of("update", dataclasses.replace(SHAPE, packed=True))
         assert found[ACTIVATIONS] == 4 * 10 * (2 * 44 + 48)

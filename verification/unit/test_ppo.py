@@ -12,17 +12,13 @@ from trainer_cases import (
     values,
 )
 
-from rlhf_core import ppo
+from rlhf_core import updates
 from rlhf_core.config import PPOConfig, SamplingConfig
 from rlhf_core.metrics import METRICS, log_row
-from rlhf_core.ppo import (
-    MinibatchSums,
-    UpdateStatistics,
-    learning_rate,
-    plan_epoch,
-    train,
-)
+from rlhf_core.ppo import learning_rate, train
 from rlhf_core.scoring import score_rollout
+from rlhf_core.update_statistics import MinibatchSums, UpdateStatistics
+from rlhf_core.updates import plan_epoch
 
 
 def test_the_rate_falls_linearly_or_stays():
@@ -56,13 +52,13 @@ def test_an_epoch_has_every_row_once_and_is_a_function_of_seed_step_and_epoch():
 
 def test_each_epoch_of_a_step_goes_through_its_own_plan_once(monkeypatch):
     config = tiny_config(epochs=3)
-    seen, right = [], ppo.accumulate_gradients
+    seen, right = [], updates.accumulate_gradients
 
     def spy(state, rollout, scores, targets, minibatch, *others):
         seen.append([rows.tolist() for rows in minibatch])
         return right(state, rollout, scores, targets, minibatch, *others)
 
-    monkeypatch.setattr(ppo, "accumulate_gradients", spy)
+    monkeypatch.setattr(updates, "accumulate_gradients", spy)
     step_once(tiny_state("gpt2", "shared", config), config)
     plans = [plan_epoch(config.ppo, config.seed, 1, epoch) for epoch in range(3)]
     assert seen == [[rows.tolist() for rows in minibatch] for plan in plans for minibatch in plan]

@@ -5,10 +5,8 @@ import torch
 from tiny_models import EOS, PAD, PROMPTS, same_bits, share_of_sevens, snapshot, tiny_config, tiny_state
 from trainer_cases import architectures, step_once, values
 
-from rlhf_core.ppo import (
-    NonFiniteError,
-    ppo_step,
-)
+from rlhf_core.finite import NonFiniteError
+from rlhf_core.ppo import ppo_step
 
 
 def assert_stops(state, config, name, reward=share_of_sevens):

@@ -15,7 +15,7 @@ from trainer_cases import (
     values,
 )
 
-from rlhf_core import ppo
+from rlhf_core import ppo, updates
 from rlhf_core.metrics import log_row
 from rlhf_core.scoring import Scores
 from rlhf_core.targets import Targets
@@ -36,7 +36,7 @@ def test_the_tokens_under_the_padding_change_no_bit_of_any_metric_or_weight(arch
 
 def put_garbage_outside_the_mask(monkeypatch, garbage):
     """Into everything that the trainer computes from a rollout, in the gradient's pass too."""
-    rows, score, make = ppo.evaluate_rows, ppo.score_rollout, ppo.make_targets
+    rows, score, make = updates.evaluate_rows, ppo.score_rollout, ppo.make_targets
 
     def spoil(x, mask):
         return None if x is None else torch.where(mask, x, garbage)
@@ -53,7 +53,7 @@ def put_garbage_outside_the_mask(monkeypatch, garbage):
         targets, raw = make(spoil(rewards, mask), values, mask, config)
         return Targets(spoil(targets.advantages_BT, mask), spoil(targets.returns_BT, mask)), spoil(raw, mask)
 
-    monkeypatch.setattr(ppo, "evaluate_rows", spoiled_rows)
+    monkeypatch.setattr(updates, "evaluate_rows", spoiled_rows)
     monkeypatch.setattr(ppo, "score_rollout", spoiled_scores)
     monkeypatch.setattr(ppo, "make_targets", spoiled_targets)
 

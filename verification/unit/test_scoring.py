@@ -5,13 +5,10 @@ import torch
 from tiny_models import PROMPTS, draw, tiny_config, tiny_state
 from trainer_cases import architectures, sequences_alone, step_once, values
 
-from rlhf_core.ppo import (
-    plan_epoch,
-    update,
-)
 from rlhf_core.profiling import StageClock
 from rlhf_core.scoring import score_rollout
 from rlhf_core.targets import Targets
+from rlhf_core.updates import plan_epoch, update
 
 
 @architectures

@@ -10,10 +10,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from rlhf_core.config import PPOConfig, SamplingConfig, TrainConfig
 from rlhf_core.policy import ActorCritic, Reference
-from rlhf_core.ppo import PPOState
 from rlhf_core.rollout import Rollout, sample
 from rlhf_core.seeding import CounterUniforms
 from rlhf_core.trainer_state import new_state
+from rlhf_core.updates import PPOState
 
 ARCHITECTURES = ("gpt2", "llama")
 VALUES = ("shared", "separate")

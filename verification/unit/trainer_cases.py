@@ -20,10 +20,11 @@ from tiny_models import (
     tiny_state,
 )
 
-from rlhf_core.ppo import accumulate_gradients, learn, ppo_step
+from rlhf_core.ppo import learn, ppo_step
 from rlhf_core.profiling import StageClock
 from rlhf_core.scoring import Scores, evaluate_rows
 from rlhf_core.targets import Targets
+from rlhf_core.updates import accumulate_gradients
 
 ALGORITHM_NAMES = ("ppo", "grpo", "dr-grpo", "rloo", "reinforce++", "reinforce++-baseline")
 CRITIC_FREE = ALGORITHM_NAMES[1:]

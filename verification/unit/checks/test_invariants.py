@@ -5,7 +5,7 @@ import pytest
 import torch
 from tiny_models import EOS, PAD, PROMPTS, share_of_sevens, tiny_config, tiny_state
 
-from rlhf_core import ppo
+from rlhf_core import ppo, updates
 from rlhf_core.checks.gradient_probe import GradientProbe, leaves
 from rlhf_core.checks.invariants import target_error, tokens_after_end
 from rlhf_core.losses import clipped_policy_losses, clipped_value_losses, log_ratio, masked_sum
@@ -172,16 +172,16 @@ def test_leaves_are_those_of_the_results_and_not_by_way_of_what_is_left_out():
 
 @pytest.mark.parametrize("coef", [0.01, -0.01])
 def test_a_bonus_for_entropy_in_the_trainer_is_no_ppo_loss(coef, monkeypatch):
-    entropies, evaluate_rows, losses = [], ppo.evaluate_rows, ppo.clipped_policy_losses
+    entropies, evaluate_rows, losses = [], updates.evaluate_rows, updates.clipped_policy_losses
 
     def stashing(*args):
         found = evaluate_rows(*args)
         entropies[:] = [found[1]]
         return found
 
-    monkeypatch.setattr(ppo, "evaluate_rows", stashing)
+    monkeypatch.setattr(updates, "evaluate_rows", stashing)
     monkeypatch.setattr(
-        ppo, "clipped_policy_losses", lambda *args, **options: losses(*args, **options) - coef * entropies[0]
+        updates, "clipped_policy_losses", lambda *args, **options: losses(*args, **options) - coef * entropies[0]
     )
     config = tiny_config(kl_coef=0.3)
     state = tiny_state("llama", "shared", config, reference_seed=1)

@@ -14,12 +14,9 @@ from trainer_cases import (
     values,
 )
 
-from rlhf_core import ppo
-from rlhf_core.ppo import (
-    plan_epoch,
-    update,
-)
+from rlhf_core import updates
 from rlhf_core.profiling import StageClock
+from rlhf_core.updates import plan_epoch, update
 
 
 def policy_gradient_by_hand(state, rollout, rewards, config):
@@ -84,8 +81,8 @@ def test_dividing_by_the_micro_batchs_own_tokens_would_be_noticed(monkeypatch):
     minibatch = plan_of(3, 5)
     tokens = [int(case[2].response_mask_BT[rows].sum()) for rows in minibatch]
     assert tokens[0] != tokens[1]
-    right = ppo.loss_sum
-    monkeypatch.setattr(ppo, "loss_sum", lambda losses, mask, mean: right(losses, mask, mean) / mask.sum())
+    right = updates.loss_sum
+    monkeypatch.setattr(updates, "loss_sum", lambda losses, mask, mean: right(losses, mask, mean) / mask.sum())
     whole, parts = gradient_of(case, plan_of(8))[0], gradient_of(case, minibatch)[0]
     assert max(float((whole[name] - parts[name]).abs().max()) for name in whole) > 1e-4
 
@@ -135,11 +132,10 @@ def test_an_update_takes_one_step_a_minibatch_each_along_its_own_clipped_gradien
         assert parameter.grad is None  # the memory is free during the next rollout
 
 
-@values
-def test_a_value_model_of_its_own_has_its_passes_when_the_policys_are_over(value, monkeypatch):
-    """So that what is kept for the backward pass is kept for one of them at a time."""
+def passes_of(value, monkeypatch):
+    """The passes of a minibatch of one micro-batch, in their order."""
     config, state, rollout, scores, targets = off_policy_case("gpt2", value, double=False)
-    events, right = [], ppo.evaluate_rows
+    events, right = [], updates.evaluate_rows
 
     def noting(*args):
         found = right(*args)
@@ -149,10 +145,40 @@ def test_a_value_model_of_its_own_has_its_passes_when_the_policys_are_over(value
                 x.register_hook(lambda grad, name=name: events.append(f"{name} backward"))
         return found
 
-    monkeypatch.setattr(ppo, "evaluate_rows", noting)
-    ppo.accumulate_gradients(state, rollout, scores, targets, [torch.arange(8)], config, StageClock(1))
+    monkeypatch.setattr(updates, "evaluate_rows", noting)
+    updates.accumulate_gradients(state, rollout, scores, targets, [torch.arange(8)], config, StageClock(1))
+    return events
+
+
+@values
+def test_a_value_model_of_its_own_has_its_passes_when_the_policys_are_over(value, monkeypatch):
+    """So that what is kept for the backward pass is kept for one of them at a time."""
+    monkeypatch.setattr(updates, "keeps_little", lambda *shape: False)
+    events = passes_of(value, monkeypatch)
     if value == "separate":
         assert events == ["policy forward", "policy backward", "value forward", "value backward"]
     else:
         assert events[:2] == ["policy forward", "value forward"]
         assert sorted(events[2:]) == ["policy backward", "value backward"]
+
+
+@values
+def test_passes_that_keep_little_share_the_threads(value, monkeypatch):
+    monkeypatch.setattr(updates, "workers", lambda device: 2)
+    events = passes_of(value, monkeypatch)
+    assert sorted(events[:2]) == ["policy forward", "value forward"]
+    assert sorted(events[2:]) == ["policy backward", "value backward"]
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_the_order_of_passes_changes_no_bit(micro_batches, monkeypatch):
+    found = []
+    for little, at_once in ((False, 1), (False, 3), (True, 3), (True, 8)):
+        config, state, rollout, scores, targets = off_policy_case("gpt2", "separate", double=False)
+        monkeypatch.setattr(updates, "keeps_little", lambda *shape, little=little: little)
+        monkeypatch.setattr(updates, "workers", lambda device, at_once=at_once: at_once)
+        minibatch = list(torch.arange(8).chunk(micro_batches))
+        sums = updates.accumulate_gradients(state, rollout, scores, targets, minibatch, config, StageClock(1))
+        found.append([sums.sums, *(parameter.grad for parameter in state.model.parameters())])
+    for other in found[1:]:
+        assert all(x is y is None or torch.equal(x, y) for x, y in zip(found[0], other, strict=True))
