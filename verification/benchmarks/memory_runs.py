@@ -5,6 +5,7 @@
 prints both for every case: what to look at after a change to `Costs` in `rlhf_core/memory_plan.py`.
 """
 
+import argparse
 import json
 import os
 import re
@@ -131,7 +132,12 @@ def _python(program: str, *arguments: str) -> str:
 
 def main() -> None:
     """Print prediction and measurement of the cases that are named, or of all."""
-    for case in sys.argv[1:] or CASES:
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("cases", nargs="*", metavar="CASE", help=f"by default all: {', '.join(map(repr, CASES))}")
+    cases = parser.parse_args().cases or list(CASES)
+    if unknown := [case for case in cases if case not in CASES]:
+        parser.error(f"there is no case {unknown[0]!r}; there are {', '.join(map(repr, CASES))}")
+    for case in cases:
         with tempfile.TemporaryDirectory() as name:
             before, after = predicted(case, Path(name)), measured(case, Path(name))
         for part in ("training", "whole"):

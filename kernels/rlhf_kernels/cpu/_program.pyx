@@ -1,8 +1,8 @@
 """Carries out the instructions of a program one after the other. Tensors arrive as addresses; _operations.py writes.
 
 An instruction is a row of int64: its kind, a float64, whether its matrices have a row for each token or for each that
-is read, ten numbers, and the places of eight matrices. A place is a base, a number of columns of as many floats as there
-are tokens, and a number of floats: so far behind the base's address.
+is read, ten numbers, and the places of eight matrices. A place is a base, a number of columns of as many floats as
+there are tokens, and a number of floats: so far behind the base's address.
 """
 
 from libc.stdint cimport int64_t, uintptr_t
@@ -83,8 +83,8 @@ def run(
             activation(p[0], p[1], all_rows * n[0], 0, sizeof(float), <int>n[1], p[2], instruction_set, threads)
         elif i[0] == MULTIPLY:
             multiply(
-                p[0], n[3], n[4], p[1], n[5], n[6], all_rows if n[0] < 0 else n[0], all_rows if n[1] < 0 else n[1], n[2], False,
-                p[2], p[3], n[2], p[4], n[2], instruction_set, threads)
+                p[0], n[3], n[4], p[1], n[5], n[6], all_rows if n[0] < 0 else n[0], all_rows if n[1] < 0 else n[1],
+                n[2], False, p[2], p[3], n[2], p[4], n[2], instruction_set, threads)
         elif i[0] == COLUMN_SUMS:
             column_sums(p[0], all_rows, n[0], n[0], p[1], instruction_set, threads)
         elif i[0] == ADD:

@@ -89,7 +89,9 @@ static void pack_tile(const float *b, int64_t b_k, int64_t b_n, int64_t depth, i
     int64_t n = 0;
     for (; n + LANES <= columns; n += LANES) {
         int64_t k = 0;
-        if (b_k == 1)
+        if (b_n == 1)
+            for (; k < depth; k++) lanes_store(packed + k * TILE_COLUMNS + n, lanes_load(b + k * b_k + n));
+        else if (b_k == 1)
             for (; k + 4 <= depth; k += 4) {
                 lanes square[4]; /* quarter q of square[j]: column n + 4 q + j */
                 if (k % LANES == 0)
@@ -165,17 +167,18 @@ static void multiply(const float *a, int64_t a_row, int64_t a_k, const float *b,
                     left = scratch;
                 }
                 for (int64_t i = n; i < end; i += TILE_COLUMNS) {
-                    const float *right = packed + (i - n) * deep, *start = bias ? bias + i : NULL;
+                    const int whole = i + TILE_COLUMNS <= end, direct = in_place && whole;
+                    const float *right = direct ? b + k * b_k + i : packed + (i - n) * deep;
+                    const int64_t right_k = direct ? b_k : TILE_COLUMNS;
+                    const float *start = bias ? bias + i : NULL;
                     const float *beside = residual && last ? residual + m * residual_row + i : NULL;
                     float *out = c + m * c_row + i;
-                    if (i + TILE_COLUMNS > end)
-                        edge(here, left, left_row, a_k, right, deep, end - i, more, start, beside, residual_row, out, c_row);
-                    else if (in_place)
-                        some_rows(here, left, left_row, a_k, b + k * b_k + i, b_k, deep, more, start, beside,
-                                  residual_row, out, c_row);
-                    else
-                        some_rows(here, left, left_row, a_k, right, TILE_COLUMNS, deep, more, start, beside, residual_row,
+                    if (whole)
+                        some_rows(here, left, left_row, a_k, right, right_k, deep, more, start, beside, residual_row,
                                   out, c_row);
+                    else
+                        edge(here, left, left_row, a_k, right, deep, end - i, more, start, beside, residual_row, out,
+                             c_row);
                 }
             }
         }
