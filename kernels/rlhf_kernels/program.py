@@ -109,11 +109,13 @@ class Program:
             parameters: of f.
             residual: [N, out].
         """
+        _require_equal_rows(x, *(() if residual is None else (residual,)))
         out = self._new(weight.shape[1 if transposed else 0], x.read)
         return self._add(Linear(x, weight, transposed, bias, before, parameters, residual, out))
 
     def gated(self, function: Rowwise, gate: Matrix, wide: Matrix) -> Matrix:
         """Return function(gate) · wide, element by element, of a function without parameters."""
+        _require_equal_rows(gate, wide)
         return self._add(Gated(function, gate, wide, self._new(wide.width, wide.read)))
 
     def rotated(self, x: Matrix, head_width: int) -> Matrix:
@@ -121,6 +123,7 @@ class Program:
 
         Su et al., "RoFormer" (2021), section 3.2.2.
         """
+        _require_all_tokens(x)
         return self._add(Rotated(x, head_width, self._new(x.width, x.read)))
 
     def attended(
@@ -135,12 +138,14 @@ class Program:
             head_width: K.
             scale: of the scores.
         """
+        _require_all_tokens(*matrices)
         layer, self._layers = self._layers, self._layers + 1
         softmax, out = self._new(2 * heads), self._new(heads * head_width)
         return self._add(Attended(matrices, heads, key_value_heads, head_width, scale, layer, softmax, out))
 
     def selected(self, x: Matrix) -> Matrix:
         """Return [M, D] the rows of the tokens that are read in the end, which a run names."""
+        _require_all_tokens(x)
         return self._add(Selected(x, self._new(x.width, read=True)))
 
     def _new(self, width: int, read: bool = False) -> Matrix:
@@ -214,11 +219,8 @@ class Program:
         tokens = len(x_ND)
         _matrix(arena, code.where[0], tokens, self.input.width).copy_(x_ND)
         _do(code, arena, tokens, layout)
-        return self._result(code, arena, tokens, layout).clone()
-
-    def _result(self, code: _Finished, arena: Tensor, tokens: int, layout: _Layout) -> Tensor:
         rows = len(layout.read_M) if self.output.read else tokens
-        return _matrix(arena, code.where[self.output.number], tokens, self.output.width, rows)
+        return _matrix(arena, code.where[self.output.number], tokens, self.output.width, rows).clone()
 
     # -- writing it down -----------------------------------------------------------------------------------------------
 
@@ -227,7 +229,7 @@ class Program:
         key = lasting, cached
         if key not in self._pass:
             code = Code()
-            last = {number: at for at, one in enumerate(self._operations) for number in _numbers(one.inputs)}
+            last = {matrix.number: at for at, one in enumerate(self._operations) for matrix in one.inputs}
             code.where[0] = code.arena.take(self.input.width)
             for at, operation in enumerate(self._operations):
                 for matrix in (operation.out, *operation.kept):
@@ -270,8 +272,14 @@ class Program:
         return self._pass_and_back[key]
 
 
-def _numbers(matrices: Sequence[Matrix]) -> list[int]:
-    return [matrix.number for matrix in matrices]
+def _require_all_tokens(*matrices: Matrix) -> None:
+    if any(matrix.read for matrix in matrices):
+        raise ValueError("this needs all tokens of a row; say it before some are selected")
+
+
+def _require_equal_rows(*matrices: Matrix) -> None:
+    if len({matrix.read for matrix in matrices}) > 1:
+        raise ValueError("one of these has all tokens and the other those that are selected; select in both")
 
 
 def heads_in(

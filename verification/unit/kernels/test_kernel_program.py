@@ -287,6 +287,24 @@ def test_what_nobody_reads_adds_nothing_to_a_gradient():
     assert same(whole, read)
 
 
+def test_what_needs_all_tokens_is_said_before_some_are_selected():
+    program, weight = Program(24), weights((24, 24))[0]
+    read = program.selected(program.input)
+    for say in (
+        lambda: program.selected(read),
+        lambda: program.rotated(read, WIDTH),
+        lambda: program.attended((read, read, read), HEADS, HEADS, WIDTH, 0.3),
+    ):
+        with pytest.raises(ValueError, match="needs all tokens of a row; say it before"):
+            say()
+    for say in (
+        lambda: program.gated(SILU, read, program.input),
+        lambda: program.linear(read, weight, None, residual=program.input),
+    ):
+        with pytest.raises(ValueError, match="all tokens and the other those that are selected"):
+            say()
+
+
 @pytest.mark.parametrize("token", [-1, TOKENS])
 def test_a_token_that_is_not_there_cannot_be_read(token):
     program, _ = new_program("selection")
