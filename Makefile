@@ -14,11 +14,12 @@ NUMERIC := verification/m4_numerics/test_implementation.py -q --write-table docs
 
 install: $(INSTALLED)
 
+# Python compiles what it imports, once; pip would compile every file there is, which takes a minute more.
 $(INSTALLED): pyproject.toml setup.py constraints.txt $(NATIVE)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt -e '.[dev]'
 	touch $@
 
 demo: install  ## train the embedded task and print the result (one to three minutes on two cores)

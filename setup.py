@@ -9,6 +9,7 @@ import os
 import platform
 import runpy
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from Cython.Build import cythonize
@@ -31,6 +32,11 @@ if platform.machine().lower() in ("x86_64", "amd64"):
 
 class BuildKernels(build_ext):
     """build_ext with one object file per instruction set, and one line instead of a traceback without a compiler."""
+
+    def finalize_options(self) -> None:
+        """Compile on every core, if nothing else was asked for."""
+        super().finalize_options()
+        self.parallel = self.parallel or os.cpu_count()
 
     def get_ext_filename(self, fullname: str) -> str:
         """Where an extension goes; the CUDA extension is no Python module and has no Python version in its name."""
@@ -64,17 +70,21 @@ class BuildKernels(build_ext):
 
     def compile_units(self) -> list[str]:
         """unit.c for each instruction set, and the choice between them."""
-        objects = []
-        for table, flags in UNITS.items():
-            objects += self.compiler.compile(
-                [f"{CPU}/unit.c"],
-                output_dir=str(Path(self.build_temp, table)),
-                extra_postargs=[*NUMERICS, f"-DUNIT_KERNELS={table}", *flags],
-                depends=HEADERS,
+
+        def compiled(source: str, folder: str, *flags: str) -> list[str]:
+            return self.compiler.compile(
+                [source], output_dir=folder, extra_postargs=[*NUMERICS, *flags], depends=HEADERS
             )
-        return objects + self.compiler.compile(
-            [f"{CPU}/isa.c"], output_dir=self.build_temp, extra_postargs=NUMERICS, depends=HEADERS
-        )
+
+        with ThreadPoolExecutor(self.parallel) as pool:
+            units = [
+                pool.submit(
+                    compiled, f"{CPU}/unit.c", str(Path(self.build_temp, table)), f"-DUNIT_KERNELS={table}", *flags
+                )
+                for table, flags in UNITS.items()
+            ]
+            objects = [path for unit in units for path in unit.result()]
+        return objects + compiled(f"{CPU}/isa.c", self.build_temp)
 
 
 def cpu_extensions() -> list[Extension]:

@@ -76,10 +76,14 @@ static void some_rows(int rows, const float *a, int64_t a_row, int64_t a_k, cons
 
 /* packed[depth, rows] of rows of a that lie side by side in memory; what is written behind the last is not read. */
 INLINE void pack_rows(const float *a, int64_t a_k, int rows, int64_t depth, float *packed) {
+    int64_t k = 0;
 #if defined(LANES_LOAD_FIRST)
-    for (int64_t k = 0; k < depth; k++) lanes_store(packed + k * rows, lanes_load_first(a + k * a_k, rows));
+    for (; k < depth; k++) lanes_store(packed + k * rows, lanes_load_first(a + k * a_k, rows));
 #else
-    for (int64_t k = 0; k < depth; k++)
+    enum { SOME = 8 }; /* More than a tile has, in one or two moves; they lie before the next column of a. */
+    _Static_assert(TILE_ROWS <= SOME, "a move holds the rows of a tile");
+    for (; a_k >= SOME && k + 1 < depth; k++) memcpy(packed + k * rows, a + k * a_k, SOME * sizeof(float));
+    for (; k < depth; k++)
         for (int r = 0; r < rows; r++) packed[k * rows + r] = a[k * a_k + r];
 #endif
 }
