@@ -177,6 +177,6 @@ def response_logprobs(
         dtype = torch.get_autocast_dtype(hidden_MD.device.type)
         hidden_MD, weight_VD = hidden_MD.to(dtype), weight_VD.to(dtype)
     logprobs_M, entropies_M = linear_token_logprobs(
-        hidden_MD, weight_VD, packed.labels_M, temperature=temperature, with_entropy=True
+        hidden_MD, weight_VD, packed.labels_M, temperature=temperature, with_entropy=True, keep_logits=True
     )
     return packed.on_responses(logprobs_M), packed.on_responses(entropies_M)

@@ -34,6 +34,7 @@ from rlhf_core.scoring import Plan, Scores, evaluate_rows
 from rlhf_core.seeding import permutation
 from rlhf_core.targets import Targets
 from rlhf_core.update_statistics import LOSS_SUMS, MinibatchSums, UpdateStatistics
+from rlhf_kernels.memory import reused
 
 
 @dataclass
@@ -201,6 +202,7 @@ def optimizer_step(
     return norm
 
 
+@reused()
 def update(
     state: PPOState,
     rollout: Rollout,
@@ -225,7 +227,7 @@ def update(
     for epoch in range(config.ppo.epochs):
         plan = first_plan if epoch == 0 else plan_epoch(config.ppo, config.seed, step, epoch)
         for number, minibatch in enumerate(plan):
-            with clock.minibatch(epoch=epoch, minibatch=number):
+            with clock.minibatch(epoch=epoch, minibatch=number), reused():
                 first = probe if epoch == number == 0 else None
                 sums = accumulate_gradients(state, rollout, scores, targets, minibatch, config, clock, first)
                 with clock.stage("optimizer"):

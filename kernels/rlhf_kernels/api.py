@@ -163,6 +163,7 @@ def linear_token_logprobs(
     temperature: float = ...,
     with_entropy: Literal[False] = ...,
     ignore_index: int | None = ...,
+    keep_logits: bool = ...,
     backend: str = ...,
 ) -> Tensor: ...
 @overload
@@ -175,6 +176,7 @@ def linear_token_logprobs(
     temperature: float = ...,
     with_entropy: Literal[True],
     ignore_index: int | None = ...,
+    keep_logits: bool = ...,
     backend: str = ...,
 ) -> tuple[Tensor, Tensor]: ...
 def linear_token_logprobs(
@@ -186,6 +188,7 @@ def linear_token_logprobs(
     temperature: float = 1.0,
     with_entropy: bool = False,
     ignore_index: int | None = None,
+    keep_logits: bool = False,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`token_logprobs` of the logits hidden @ weight.T + bias, which are never held: only a part of them at a time.
@@ -203,6 +206,8 @@ def linear_token_logprobs(
         temperature: positive; the logits are divided by it.
         with_entropy: also return the entropy, in nats.
         ignore_index: a label that marks rows to skip.
+        keep_logits: spare the fourth product, or a part of it, on the CPU and without ``ignore_index``: keep the logits
+            of the first H rows from the forward pass on where the gradient of the weight will be. The same bits.
         backend: auto, reference, cython or cuda.
 
     Returns:
@@ -232,6 +237,10 @@ def linear_token_logprobs(
         logp, entropy = reference.linear_token_logprobs(
             hidden, weight, labels, bias, temperature, with_entropy, ignore_index
         )
+    elif keep_logits and ignore_index is None and torch.is_grad_enabled() and weight.requires_grad:
+        from rlhf_kernels.cpu.linear import KeepingLogits  # which there is where native code was chosen
+
+        logp, entropy = KeepingLogits.apply(hidden, weight, labels, bias, temperature, with_entropy)
     else:
         logp, entropy = ops.linear_token_logprobs(hidden, weight, labels, bias, temperature, with_entropy, ignore_index)
     if not with_entropy:

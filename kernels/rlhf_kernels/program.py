@@ -24,6 +24,7 @@ from rlhf_kernels._instructions import Code, Matrix
 from rlhf_kernels._operations import Attended, EachRow, Gated, Linear, Operation, Rotated, Selected
 from rlhf_kernels.attention import Cache, attends
 from rlhf_kernels.dense import Rowwise
+from rlhf_kernels.memory import reusable
 from rlhf_kernels.products import multiplies
 
 __all__ = ["Matrix", "Program", "Step", "Turns", "heads_in", "programmable"]
@@ -374,7 +375,7 @@ class _Run(torch.autograd.Function):
         if arena is None:
             raise RuntimeError("what was kept for the backward pass is gone after the first; run forward again")
         _matrix(arena, code.incoming, tokens, grad.shape[1], len(grad)).copy_(grad)
-        grads = [torch.empty_like(parameter) for parameter in learned]
+        grads = [reusable(parameter.shape, parameter.dtype) for parameter in learned]
         _do(code, arena, tokens, ctx.layout, grads)
         grad_x = None
         if code.outgoing is not None:

@@ -9,7 +9,8 @@ from torch import nn
 
 from rlhf_core.blocks import KNOWN, blocks_of
 from rlhf_core.layers import exchange_layers
-from rlhf_core.packing import hidden_states, pack
+from rlhf_core.packing import hidden_states, pack, response_logprobs
+from rlhf_kernels import memory
 from rlhf_kernels.products import available
 
 IDS = torch.tensor([[9, 1, 2, 3, 4], [5, 6, 7, 9, 9], [1, 2, 3, 4, 5]])
@@ -165,3 +166,22 @@ def test_layers_that_a_program_does_not_know_are_done_one_by_one(architecture):
     setattr(mlp, name, Widening(getattr(mlp, name)).eval())
     assert blocks_of(model).program is None
     assert not torch.equal(found(model)[0], before)
+
+
+@native
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_gradients_of_a_minibatch_lie_where_those_of_the_one_before_lay(architecture, monkeypatch):
+    monkeypatch.setattr(memory, "LARGE", 1)
+    new, made = memory.output, []
+    monkeypatch.setattr(memory, "output", lambda *what: made.append(what) or new(*what))
+    model = model_of(architecture)
+    with memory.reused():
+        for number in range(3):
+            blocks, packed = blocks_of(model), pack(IDS, MASK, 3)
+            hidden = hidden_states(blocks, packed, packed.predicting_M)
+            response_logprobs(blocks, packed, hidden, 1.0)[0].sum().backward()
+            model.zero_grad(set_to_none=True)
+            if number == 0:
+                assert len(made) == len(blocks.program.parameters) + 1  # and the head
+                made.clear()
+    assert made == []

@@ -15,8 +15,11 @@ from trainer_cases import (
 )
 
 from rlhf_core import updates
+from rlhf_core.layers import exchange_layers
 from rlhf_core.profiling import StageClock
 from rlhf_core.updates import plan_epoch, update
+from rlhf_kernels import memory
+from rlhf_kernels.products import available
 
 
 def policy_gradient_by_hand(state, rollout, rewards, config):
@@ -182,3 +185,24 @@ def test_the_order_of_passes_changes_no_bit(micro_batches, monkeypatch):
         found.append([sums.sums, *(parameter.grad for parameter in state.model.parameters())])
     for other in found[1:]:
         assert all(x is y is None or torch.equal(x, y) for x, y in zip(found[0], other, strict=True))
+
+
+@pytest.mark.skipif(not available(), reason="no native products on this processor")
+def test_a_minibatch_asks_for_no_memory_that_the_one_before_had(monkeypatch):
+    monkeypatch.setattr(memory, "LARGE", 1)
+    new, made, of_minibatch = memory.output, [], []
+    monkeypatch.setattr(memory, "output", lambda *what: made.append(what) or new(*what))
+    accumulate = updates.accumulate_gradients
+
+    def counted(*args):
+        before = len(made)
+        sums = accumulate(*args)
+        of_minibatch.append(len(made) - before)
+        return sums
+
+    monkeypatch.setattr(updates, "accumulate_gradients", counted)
+    config, state, rollout, scores, targets = off_policy_case("gpt2", "separate", False)
+    exchange_layers(state.model)
+    update(state, rollout, scores, targets, plan_epoch(config.ppo, config.seed, 1, 0), config, 1, StageClock())
+    assert of_minibatch[0] > 20
+    assert of_minibatch[1:] == [0] * (config.ppo.epochs - 1)

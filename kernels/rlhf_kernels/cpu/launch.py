@@ -70,7 +70,7 @@ def address(tensor: Tensor) -> int:
 
 def output(shape: torch.Size, dtype: torch.dtype) -> Tensor:
     """An empty tensor that is about to be written as a whole."""
-    tensor = torch.empty(shape, dtype=dtype)
+    tensor = torch.empty(shape, dtype=dtype, device="cpu")
     _rows.expect_writes(tensor.data_ptr(), tensor.nbytes)
     return tensor
 

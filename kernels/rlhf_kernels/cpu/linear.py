@@ -1,67 +1,20 @@
 """Log-probabilities from hidden states on the CPU: matrix products over one part of the logits at a time.
 
-A part is [ROWS, COLUMNS], at most 8 MiB of float32. What is known of a row (four float64 numbers) is carried from part
-to part, the vocabulary being the outer loop. The parts do not depend on the number of threads, and COLUMNS is a
-multiple of the block of moments.h: equal logits give the bits of `token_logprobs`.
+What is known of a row (four float64 numbers) is carried from part to part. Equal logits give the bits of
+`token_logprobs`.
 
 Shapes: N rows, H hidden size, V vocabulary.
 """
 
-from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from rlhf_kernels.cpu import _logprob
 from rlhf_kernels.cpu.launch import ELEMENT_TYPE, address, instruction_set, output, require_labels_in_range, threads
+from rlhf_kernels.cpu.logits import KeptLogits, parts, product_into
 from rlhf_kernels.ops import register_kernel
-from rlhf_kernels.products import multiplies, multiply
-
-ROWS = 1024
-COLUMNS = 2048
-
-
-class _Part(NamedTuple):
-    """Rows of the hidden states, columns of the vocabulary, and the logits where they meet."""
-
-    rows: slice
-    columns: slice
-    logits: Tensor
-
-
-def _parts(hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None) -> Iterator[_Part]:
-    """Every part of the logits in turn; all live in one buffer."""
-    n, vocabulary = hidden_NH.shape[0], weight_VH.shape[0]
-    buffer = output(torch.Size((min(n, ROWS) * min(vocabulary, COLUMNS),)), hidden_NH.dtype)
-    for first in range(0, vocabulary, COLUMNS):
-        columns = slice(first, min(first + COLUMNS, vocabulary))
-        for start in range(0, n, ROWS):
-            rows = slice(start, min(start + ROWS, n))
-            shape = rows.stop - start, columns.stop - first
-            logits = buffer[: shape[0] * shape[1]].view(shape)
-            _set_product(logits, hidden_NH[rows], weight_VH[columns].T, None if bias_V is None else bias_V[columns])
-            yield _Part(rows, columns, logits)
-
-
-def _set_product(out: Tensor, a: Tensor, b: Tensor, bias: Tensor | None = None) -> None:
-    """Make ``out`` a b + bias."""
-    if multiplies(out, a, b, bias):
-        multiply(a, b, bias, out_MN=out)
-    elif bias is None:
-        torch.mm(a, b, out=out)
-    else:
-        torch.addmm(bias, a, b, out=out)
-
-
-def _add_product(out: Tensor, a: Tensor, b: Tensor, *, first: bool = False) -> None:
-    """Add a b to float32 sums, or set them if it is the first."""
-    if multiplies(out, a, b):
-        multiply(a, b, out_MN=out, add=not first)
-    elif a.dtype == out.dtype:
-        torch.addmm(out, a, b, beta=0 if first else 1, out=out)
-    else:
-        torch.add(torch.zeros(()) if first else out, a @ b, out=out)
 
 
 def _selected(flags_N: Tensor) -> Tensor | None:
@@ -89,14 +42,15 @@ def _linear_token_logprobs_cpu(
     temperature: float,
     with_entropy: bool,
     ignore_index: int | None,
+    kept: KeptLogits | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     require_labels_in_range(labels, weight.shape[0], ignore_index)
-    kept = None if ignore_index is None else _selected(labels.reshape(-1) != ignore_index)
-    hidden_NH, label_N = (_rows(t, labels.dim(), kept) for t in (hidden, labels))
+    read = None if ignore_index is None else _selected(labels.reshape(-1) != ignore_index)
+    hidden_NH, label_N = (_rows(t, labels.dim(), read) for t in (hidden, labels))
     n = label_N.numel()
     states_N4 = torch.tensor([-torch.inf, 0.0, 0.0, 0.0], dtype=torch.float64).repeat(n, 1)
     with torch.autocast("cpu", enabled=False):
-        for part in _parts(hidden_NH, weight.detach(), None if bias is None else bias.detach()):
+        for part in parts(hidden_NH, weight.detach(), None if bias is None else bias.detach(), kept):
             _logprob.read_part(
                 address(part.logits),
                 ELEMENT_TYPE[part.logits.dtype],
@@ -121,9 +75,9 @@ def _linear_token_logprobs_cpu(
         address(statistics_N2),
         instruction_set(),
     )
-    logp = _spread(logp_N, kept, labels.numel()).view(labels.shape)
-    entropy = _spread(entropy_N, kept, labels.numel()).view(labels.shape) if with_entropy else torch.empty(0)
-    return logp, entropy, _spread(statistics_N2, kept, labels.numel()).view(*labels.shape, 2)
+    logp = _spread(logp_N, read, labels.numel()).view(labels.shape)
+    entropy = _spread(entropy_N, read, labels.numel()).view(labels.shape) if with_entropy else torch.empty(0)
+    return logp, entropy, _spread(statistics_N2, read, labels.numel()).view(*labels.shape, 2)
 
 
 def _linear_token_logprobs_backward_cpu(
@@ -138,6 +92,7 @@ def _linear_token_logprobs_backward_cpu(
     temperature: float,
     ignore_index: int | None,
     needs_gradient: list[bool],
+    kept: KeptLogits | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden, weight and bias, an empty tensor for each that is not needed."""
     # Rows without upstream gradient are left out: that saves their products, and NaN under a mask cannot spread.
@@ -157,13 +112,17 @@ def _linear_token_logprobs_backward_cpu(
     need_hidden, need_weight, need_bias = needs_gradient
     grad_hidden_NH = torch.zeros(hidden_NH.shape if need_hidden else (0,))
     weight_shape = weight.shape if need_weight else torch.Size((0,))
-    grad_weight_VH = output(weight_shape, weight.dtype) if n else weight.new_zeros(weight_shape)
+    if n == 0:
+        grad_weight_VH = weight.new_zeros(weight_shape)
+    else:
+        grad_weight_VH = output(weight_shape, weight.dtype) if kept is None else kept.memory_VH
+    kept_rows = None if kept is None else torch.arange(kept.rows) if active is None else active[active < kept.rows]
     grad_bias_V = torch.zeros(weight.shape[:1] if need_bias else (0,))
     with torch.autocast("cpu", enabled=False):
-        for part in _parts(hidden_NH, weight_VH, None if bias is None else bias.detach()):
-            rows, columns, gradient = part  # the kernel turns the logits into their gradient in place
+        for part in parts(hidden_NH, weight_VH, None if bias is None else bias.detach(), kept, kept_rows):
+            rows, columns, logits, gradient = part
             _logprob.backward(
-                address(gradient),
+                address(logits),
                 ELEMENT_TYPE[gradient.dtype],
                 gradient.element_size(),
                 gradient.shape[0],
@@ -186,11 +145,11 @@ def _linear_token_logprobs_backward_cpu(
                 threads(),
             )
             if need_hidden:
-                _add_product(grad_hidden_NH[rows], gradient, weight_VH[columns])
+                product_into(grad_hidden_NH[rows], gradient, weight_VH[columns], add=True)
             if need_weight:
                 if rows.start == 0:
                     total_CH = _sums_for(grad_weight_VH[columns])
-                _add_product(total_CH, gradient.T, hidden_NH[rows], first=rows.start == 0)
+                product_into(total_CH, gradient.T, hidden_NH[rows], add=rows.start > 0)
                 if rows.stop == n and total_CH.dtype != weight.dtype:
                     grad_weight_VH[columns] = total_CH
             if need_bias:
@@ -198,6 +157,45 @@ def _linear_token_logprobs_backward_cpu(
     if need_hidden:
         grad_hidden_NH = _spread(grad_hidden_NH.to(hidden.dtype), active, labels.numel()).view(hidden.shape)
     return grad_hidden_NH, grad_weight_VH, grad_bias_V.to(weight.dtype)
+
+
+class KeepingLogits(torch.autograd.Function):
+    """The operator with the logits kept from the forward pass, as far as :class:`KeptLogits` has room for them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        bias: Tensor | None,
+        temperature: float,
+        with_entropy: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """Return log-probs and entropies, those empty where they are not asked for."""
+        ctx.kept, ctx.temperature = KeptLogits(labels.numel(), weight), temperature
+        logp, entropy, statistics = _linear_token_logprobs_cpu(
+            hidden, weight, labels, bias, temperature, with_entropy, None, ctx.kept
+        )
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(hidden, weight, labels, bias, statistics, entropy)
+        return logp, entropy
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_logp: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Return the gradients; the logits are gone then, and a second backward pass computes them again."""
+        needed = [ctx.needs_input_grad[at] for at in (0, 1, 3)]
+        gradients: tuple[Tensor | None, ...] = (None, None, None)
+        if grad_logp is not None or grad_entropy is not None:
+            kept, ctx.kept = ctx.kept, None
+            hidden, weight, labels, bias, statistics, entropy = ctx.saved_tensors
+            upstream = grad_logp, grad_entropy
+            gradients = _linear_token_logprobs_backward_cpu(
+                hidden, weight, labels, bias, statistics, entropy, *upstream, ctx.temperature, None, needed, kept
+            )
+        of_hidden, of_weight, of_bias = (one if need else None for one, need in zip(gradients, needed, strict=True))
+        return of_hidden, of_weight, None, of_bias, None, None
 
 
 def _sums_for(target: Tensor) -> Tensor:

@@ -135,6 +135,60 @@ def test_rows_without_upstream_gradient_reach_no_gradient_whatever_they_hold(nam
     assert all(g.isfinite().all() for g in results[1])
 
 
+@pytest.mark.parametrize("name", NATIVE)
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("shape", [*SHAPES, (50, 96, 2500), (1100, 1040, 30)])
+@pytest.mark.parametrize("upstream", ["all rows", "some rows", "the last rows", "none"])
+def test_kept_logits_change_no_bit_of_results_and_gradients(name, dtype, shape, upstream):
+    inputs = random_case(*shape, dtype)
+    rows = torch.arange(shape[0])
+    wanted = {"all rows": rows >= 0, "some rows": rows % 3 == 1, "the last rows": rows >= 96, "none": rows < 0}[
+        upstream
+    ]
+    results = []
+    for keep in (False, True):
+        hidden, weight, labels, bias = (t.clone() for t in inputs)
+        learned = [t.requires_grad_() for t in (hidden, weight, bias)]
+        logp, entropy = linear_token_logprobs(
+            hidden, weight, labels, bias=bias, temperature=0.9, with_entropy=True, keep_logits=keep, backend=name
+        )
+        loss = (logp * wanted).sum() + (entropy * wanted).sum()
+        again = torch.autograd.grad(loss, learned, retain_graph=True)
+        results.append([logp.detach(), entropy.detach(), *again])
+        assert all(same_bits(a, b) for a, b in zip(torch.autograd.grad(loss, learned), again, strict=True))
+    assert all(same_bits(kept, made) for made, kept in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("name", NATIVE)
+@pytest.mark.parametrize("frozen", ["hidden", "weight", "bias"])
+def test_kept_logits_leave_what_is_frozen_alone(name, frozen):
+    hidden, weight, labels, bias = random_case(5, 8, 40)
+    inputs = {"hidden": hidden, "weight": weight, "bias": bias}
+    gradients = []
+    for keep in (False, True):
+        h, w, b = (one.clone().requires_grad_(name_of != frozen) for name_of, one in inputs.items())
+        logp = linear_token_logprobs(h, w, labels, bias=b, keep_logits=keep, backend=name)
+        logp.sum().backward()
+        assert {"hidden": h, "weight": w, "bias": b}[frozen].grad is None
+        gradients.append([one.grad for one in (h, w, b) if one.grad is not None])
+    assert all(same_bits(kept, made) for made, kept in zip(*gradients, strict=True))
+
+
+@pytest.mark.parametrize("name", NATIVE)
+def test_kept_logits_spare_a_product(name, monkeypatch):
+    from rlhf_kernels.cpu import logits
+
+    products = []
+    product_into = logits.product_into
+    monkeypatch.setattr(logits, "product_into", lambda *args: (products.append(args), product_into(*args)))
+    hidden, weight, labels, _ = random_case(6, 8, 3000)
+    for keep, expected in ((False, 4), (True, 2)):  # of two parts, in the forward and in the backward pass
+        products.clear()
+        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        linear_token_logprobs(h, w, labels, keep_logits=keep, backend=name).sum().backward()
+        assert len(products) == expected
+
+
 def test_only_what_needs_a_gradient_gets_one(backend):
     hidden, weight, labels, bias = random_case(5, 4, 7)
     hidden.requires_grad_()
@@ -277,7 +331,8 @@ if sys.argv[1] == "backward":
 def peak():
     return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
 def step(n):
-    logp, entropy = rlhf_kernels.linear_token_logprobs(hidden[:n], weight, labels[:n], with_entropy=True)
+    logp, entropy = rlhf_kernels.linear_token_logprobs(
+        hidden[:n], weight, labels[:n], with_entropy=True, keep_logits=sys.argv[2] == "keep")
     if sys.argv[1] == "backward":
         (logp.sum() + entropy.sum()).backward()
 small = weight[:64]
@@ -292,11 +347,12 @@ print((peak() - before) / 1024)
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.skipif("cython" not in available_backends(), reason="the Cython kernels are not built")
 @pytest.mark.parametrize(("what", "limit_mib"), [("forward", 64), ("backward", 64 + 50257 * 384 * 4 / 2**20)])
-def test_the_extra_peak_memory_is_a_part_of_the_logits(what, limit_mib):
+@pytest.mark.parametrize("keep", ["keep", "make again"])
+def test_the_extra_peak_memory_is_a_part_of_the_logits(what, limit_mib, keep):
     """The logits alone would take 393 MiB. The backward pass also returns the weight's gradient, of 74 MiB."""
     source = os.pathsep.join(path for path in sys.path if path)
     done = subprocess.run(
-        [sys.executable, "-c", PEAK, what],
+        [sys.executable, "-c", PEAK, what, keep],
         env={**os.environ, "PYTHONPATH": source},
         capture_output=True,
         text=True,
