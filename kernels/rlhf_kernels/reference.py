@@ -54,6 +54,8 @@ def token_logprobs(
         labels = labels.masked_fill(ignored, 0)
         wide = wide.masked_fill(ignored.unsqueeze(-1), 0.0)
     logp = torch.log_softmax(wide / min(temperature, torch.finfo(wide.dtype).max), dim=-1)
+    # torch adds up a long row of float32 differently by processor: what its probabilities lack to 1 is taken off again.
+    logp = logp - logp.exp().sum(-1, keepdim=True, dtype=torch.float64).log().to(logp.dtype)
     picked = logp.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
     # A token masked with −inf has p log p → 0; the product of 0 and −inf would be NaN, in the gradient too.
     entropy = -(logp.exp() * logp.masked_fill(logp == -math.inf, 0.0)).sum(-1) if with_entropy else None
