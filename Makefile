@@ -10,6 +10,9 @@ PEERS_NEED := accelerate==1.15.0 datasets==5.2.0 dill==0.4.1 multiprocess==0.70.
   aiosignal frozenlist multidict yarl propcache attrs pyarrow pandas
 NUMERIC := verification/m4_numerics/test_implementation.py -q --write-table docs/peers-numerics.md
 
+# Two processors and more do the tests' files at the same time; benchmarks then run once and are not timed.
+SPREAD := --numprocesses auto --maxprocesses 4 --dist loadgroup --no-loadscope-reorder --benchmark-disable
+
 .PHONY: install demo test test-all verify_m1 bench cuda lint clean verify_m4 peers
 
 install: $(INSTALLED)
@@ -25,11 +28,11 @@ $(INSTALLED): pyproject.toml setup.py constraints.txt $(NATIVE)
 demo: install  ## train the embedded task and print the result (one to three minutes on two cores)
 	$(BIN)/rlhf train
 
-test: install  ## everything but the tests marked slow
-	$(BIN)/python -m pytest verification/ -m "not slow"
+test: install  ## everything but the tests marked slow, the files on several processors
+	$(BIN)/python -m pytest verification/ -m "not slow" $(SPREAD)
 
-test-all: install  ## everything
-	$(BIN)/python -m pytest verification/
+test-all: test  ## everything; the slow tests, some of which measure, one after the other
+	$(BIN)/python -m pytest verification/ -m slow
 
 verify_m1: install  ## determinism
 	$(BIN)/python -m pytest verification/ -m "m1 and not slow"

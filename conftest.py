@@ -15,6 +15,15 @@ hypothesis.settings.register_profile("kit", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("kit")
 torch.set_num_threads(1)
 
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Keep the tests of a file in one process of ``make test``, and all of M1, whose runs are started once."""
+    if config.getoption("dist", "no") == "loadgroup":
+        for item in items:
+            group = item.path.parent if item.path.parent.name == "m1_determinism" else item.path
+            item.add_marker(pytest.mark.xdist_group(str(group)))
+
+
 _generate, _prompts = functools.cache(reviews.generate), functools.cache(reviews.prompts)
 
 

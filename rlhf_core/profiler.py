@@ -14,7 +14,6 @@ Around any loop of any trainer::
 """
 
 import csv
-import gc
 import io
 import json
 from array import array
@@ -27,6 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from rlhf_core.garbage import garbage_left_alone
 from rlhf_core.profiles.files import (
     GPU,
     OPERATOR_COLUMNS,
@@ -219,18 +219,6 @@ class Profiler:
             cpu, cuda, cpu_bytes, cuda_bytes = zip(operator.own, operator.total, strict=True)
             times = [f"{ns / 1e6:.6f}" for ns in (*cpu, *cuda)]
             yield [name, operator.calls, *times, *cpu_bytes, *cuda_bytes]
-
-
-@contextmanager
-def garbage_left_alone() -> Iterator[None]:
-    """Do not look for cycles of garbage meanwhile: a hundred thousand new objects would have it done over and over."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 class TraceWriter:

@@ -9,6 +9,7 @@ import tyro
 from rlhf_core import runlog
 from rlhf_core.checks.metrics_check import check_log
 from rlhf_core.commands.options import parse
+from rlhf_core.garbage import loading_for_good
 from rlhf_core.terminal import printable
 
 
@@ -30,9 +31,9 @@ def run(arguments: list[str]) -> int:
         for line in check_log(folder):
             print(printable(f"  yes  {line}"))
         rows = {row["step"]: row for row in runlog.read(folder / runlog.METRICS_FILE)}
-        # Loads torch.
-        from rlhf_core.checks.metrics_again import check_again
-        from rlhf_core.rollout_file import steps_with_rollouts
+        with loading_for_good():
+            from rlhf_core.checks.metrics_again import check_again
+            from rlhf_core.rollout_file import steps_with_rollouts
 
         steps = [step for step in steps_with_rollouts(folder) if step in rows]
         for step in steps:

@@ -8,6 +8,7 @@ import tyro
 
 from rlhf_core import runlog
 from rlhf_core.commands.options import parse
+from rlhf_core.garbage import loading_for_good
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,8 @@ def run(arguments: list[str]) -> int:
     """Export a run; return the exit code."""
     options = parse(Options, arguments, "export")
     folder = runlog.find_run(options.run, options.runs)
-    from rlhf_core.export import export
+    with loading_for_good():
+        from rlhf_core.export import export
 
     source = export(folder, options.out)
     print(f"{options.out}: the model of {source}, with its tokenizer and README.md; it was loaded back")

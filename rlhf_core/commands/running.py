@@ -15,6 +15,7 @@ from rlhf_core import config as configuration
 from rlhf_core import runlog
 from rlhf_core.commands.options import USAGE_ERROR, UsageError, complain, describe, parse
 from rlhf_core.config import RunConfig
+from rlhf_core.garbage import loading_for_good
 from rlhf_core.numerics import apply_environment
 from rlhf_core.stopping import Stopped
 
@@ -149,15 +150,16 @@ def _do(
 ) -> int:
     job.before(options)
     apply_environment(config.numerics, config.resolved_threads)
-    # This loads torch, which reads the environment once.
-    from rlhf_core.run_setup import data_place
-
     where = runs if resumed is None else resumed.resolve().parent
     assert where is not None
-    with data_place(where, resumed) as place:
-        inputs = job.load(config, place)
-        folder = open_run()
-        place.hand_over(folder)
+    with loading_for_good():
+        # This loads torch, which reads the environment once.
+        from rlhf_core.run_setup import data_place
+
+        with data_place(where, resumed) as place:
+            inputs = job.load(config, place)
+            folder = open_run()
+            place.hand_over(folder)
     home = folder.resolve()
     resume = f"rlhf {job.command} --resume --name {shlex.quote(home.name)} --runs {shlex.quote(str(home.parent))}"
     try:
