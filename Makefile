@@ -11,7 +11,7 @@ PEERS_NEED := accelerate==1.15.0 datasets==5.2.0 dill==0.4.1 multiprocess==0.70.
 NUMERIC := verification/m4_numerics/test_implementation.py -q --write-table docs/peers-numerics.md
 
 # Two processors and more do the tests' files at the same time; benchmarks then run once and are not timed.
-SPREAD := --numprocesses auto --maxprocesses 4 --dist loadgroup --no-loadscope-reorder --benchmark-disable
+SPREAD := --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder --benchmark-disable
 
 .PHONY: install demo test test-all verify_m1 bench cuda lint clean verify_m4 peers
 

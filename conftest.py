@@ -1,6 +1,7 @@
 """What every test of the project shares."""
 
 import functools
+from typing import Any
 
 import hypothesis
 import pytest
@@ -8,6 +9,7 @@ import torch
 
 from rlhf_core.data import reviews
 
+M1 = "verification/m1_determinism"
 pytest_plugins = ["rlhf_core.testing.plugin"]
 
 # The same examples on every machine, and no clock: a busy machine is not a failure.
@@ -16,12 +18,17 @@ hypothesis.settings.load_profile("kit")
 torch.set_num_threads(1)
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """Keep the tests of a file in one process of ``make test``, and all of M1, whose runs are started once."""
-    if config.getoption("dist", "no") == "loadgroup":
-        for item in items:
-            group = item.path.parent if item.path.parent.name == "m1_determinism" else item.path
-            item.add_marker(pytest.mark.xdist_group(str(group)))
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            return M1 if file.startswith(M1) else file
+
+    return Scheduling(config, log) if config.getvalue("dist") == "loadfile" else None
 
 
 _generate, _prompts = functools.cache(reviews.generate), functools.cache(reviews.prompts)
