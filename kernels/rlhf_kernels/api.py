@@ -196,7 +196,7 @@ def linear_token_logprobs(
     The backward pass computes the parts again, so that a training step takes four matrix products instead of three and
     16 MiB instead of the logits and their gradient. Differentiable in hidden, weight and bias. Rows of `ignore_index`,
     and in the backward pass rows whose upstream gradient is 0, are left out of the products. The dtypes are used as
-    they are, under autocast too: logits of bfloat16 states are the bfloat16 numbers that the model's own head gives.
+    they are, under autocast too: logits of bfloat16 states are rounded to bfloat16, as the model's own head does it.
 
     Args:
         hidden: [..., H], float32, bfloat16 or float16 (float64 runs on the reference).

@@ -3,8 +3,12 @@
 An element has the same bits whatever rows and columns stand beside it, however the matrices lie in memory, however many
 threads compute it and on every x86-64 processor; so have the gradients. The BLAS behind `torch.nn.functional.linear`
 promises none of that. Native code for float32 on a CPU with fused multiply-add (x86-64 of 2013 or later).
+
+Where the processor has no instruction for bfloat16 products, those are made here too: the numbers as float32, the
+result rounded. torch makes them one number at a time there, at a tenth of float32's rate.
 """
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any, cast
 
@@ -23,6 +27,10 @@ except ImportError:  # not built
     _native = None
 
 
+WIDENED_COLUMNS = 1024
+"""Columns of a bfloat16 matrix that are float32 at the same time."""
+
+
 @cache
 def available() -> bool:
     """Whether this processor has what the native product is made of; a product without would be slow."""
@@ -34,10 +42,22 @@ def multiplies(*matrices: Tensor | None) -> bool:
     return available() and native_serves(*matrices)
 
 
+@cache
+def widens() -> bool:
+    """Whether bfloat16 matrices are multiplied as float32 here: the processor has no instruction for them."""
+    return available() and not launch.has_bfloat16_products()
+
+
+def widens_these(*matrices: Tensor | None) -> bool:
+    """Whether :func:`multiply_widened` serves matrices like these."""
+    return widens() and native_serves(*matrices, dtypes=(torch.bfloat16,))
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return x Wᵀ + b, differentiable once, each element of which stands alone where all are float32 on the CPU.
 
-    Other dtypes and devices, and the inside of autocast, take `torch.nn.functional.linear`.
+    So it is with bfloat16, autocast to bfloat16 included, where the processor has no instruction for it
+    (:func:`widens`). Other dtypes and devices take `torch.nn.functional.linear`.
 
     Args:
         x: [..., K].
@@ -47,15 +67,30 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Returns:
         [..., N].
     """
-    if not takes(x, weight, bias):
-        return functional.linear(x, weight, bias)
-    return linear_between(x, weight, bias)
+    if takes(x, weight, bias):
+        return linear_between(x, weight, bias)
+    if widens() and _fits(x, weight) and _in_bfloat16(x, weight, bias):
+        if torch.is_grad_enabled():
+            bias_N = None if bias is None else bias.to(torch.bfloat16)
+            return cast("Tensor", _WidenedLinear.apply(x.to(torch.bfloat16), weight.to(torch.bfloat16), bias_N))
+        return multiply_widened(_as_rows(x), weight.t(), bias).view(*x.shape[:-1], weight.shape[0])
+    return functional.linear(x, weight, bias)
 
 
 def takes(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether :func:`linear` is native for these; where they do not fit each other, torch says so."""
-    fits = weight.dim() == 2 and x.dim() > 0 and x.shape[-1] == weight.shape[1]
-    return fits and multiplies(x, weight, bias) and not torch.is_autocast_enabled("cpu")
+    return _fits(x, weight) and multiplies(x, weight, bias) and not torch.is_autocast_enabled("cpu")
+
+
+def _fits(x: Tensor, weight: Tensor) -> bool:
+    return weight.dim() == 2 and x.dim() > 0 and x.shape[-1] == weight.shape[1]
+
+
+def _in_bfloat16(*matrices: Tensor | None) -> bool:
+    """Whether matrices on the CPU are bfloat16, or autocast would have them be."""
+    if torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16:
+        return native_serves(*matrices, dtypes=(torch.bfloat16, torch.float32))
+    return native_serves(*matrices, dtypes=(torch.bfloat16,))
 
 
 def linear_between(
@@ -134,6 +169,40 @@ def multiply(
     return out_MN
 
 
+def multiply_widened(
+    a_MK: Tensor,
+    b_KN: Tensor,
+    bias_N: Tensor | None = None,
+    *,
+    out_MN: Tensor | None = None,
+    add: bool = False,
+) -> Tensor:
+    """Return a b + bias of matrices rounded to bfloat16, added up in float32, without a gradient.
+
+    Args:
+        a_MK: of any strides, as ``b_KN``; bfloat16, or float32 that is rounded first.
+        b_KN: the other factor, of which some columns are widened at a time.
+        bias_N: added to each row; with ``add`` there is none.
+        out_MN: where the result goes, in float32 not rounded; by default a new matrix of bfloat16.
+        add: keep what a float32 ``out_MN`` holds and add to it.
+    """
+    rounds = out_MN is None or out_MN.dtype != torch.float32
+    assert not (rounds and add)
+    wide_MN = a_MK.new_empty(a_MK.shape[0], b_KN.shape[1], dtype=torch.float32) if rounds else cast("Tensor", out_MN)
+    a_MK, bias_N = _widened(a_MK), None if bias_N is None else _widened(bias_N)
+    for first in range(0, b_KN.shape[1], WIDENED_COLUMNS):
+        columns = slice(first, first + WIDENED_COLUMNS)
+        bias = None if bias_N is None else bias_N[columns]
+        multiply(a_MK, _widened(b_KN[:, columns]), bias, out_MN=wide_MN[:, columns], add=add)
+    if not rounds:
+        return wide_MN
+    return wide_MN.to(torch.bfloat16) if out_MN is None else out_MN.copy_(wide_MN)
+
+
+def _widened(x: Tensor) -> Tensor:
+    return x.to(torch.bfloat16).float()
+
+
 def _strided(matrix: Tensor) -> tuple[Tensor, int, int]:
     """A matrix, copied where neither its rows nor its columns are contiguous, and its strides."""
     row, column = matrix.stride()
@@ -181,12 +250,33 @@ class _Linear(torch.autograd.Function):
         )
 
 
+class _WidenedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return multiply_widened(_as_rows(x), weight.t(), bias).view(*x.shape[:-1], weight.shape[0])
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        need_x, need_weight, need_bias = ctx.needs_input_grad
+        grad_MN = _as_rows(grad)
+        return (
+            multiply_widened(grad_MN, weight).view(x.shape) if need_x else None,
+            _weight_gradient(grad_MN, _as_rows(x), like=weight, product=multiply_widened) if need_weight else None,
+            column_sums(grad_MN.float()).to(grad.dtype) if need_bias else None,
+        )
+
+
 def _as_rows(x: Tensor) -> Tensor:
     return x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
 
 
-def _weight_gradient(grad_MN: Tensor, x_MK: Tensor, like: Tensor) -> Tensor:
+def _weight_gradient(
+    grad_MN: Tensor, x_MK: Tensor, like: Tensor, product: Callable[[Tensor, Tensor], Tensor] = multiply
+) -> Tensor:
     """Return gradᵀ x [N, K], laid out as the weight is, so that nobody has to copy it."""
     if like.t().is_contiguous():
-        return multiply(x_MK.t(), grad_MN).t()
-    return multiply(grad_MN.t(), x_MK)
+        return product(x_MK.t(), grad_MN).t()
+    return product(grad_MN.t(), x_MK)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rlhf_kernels.cpu.launch import output
 from rlhf_kernels.memory import reusable
-from rlhf_kernels.products import multiplies, multiply
+from rlhf_kernels.products import multiplies, multiply, multiply_widened, widens_these
 
 ROWS = 1024
 COLUMNS = 2048
@@ -95,6 +95,8 @@ def product_into(out: Tensor, a: Tensor, b: Tensor, bias: Tensor | None = None, 
     assert bias is None or not add
     if multiplies(out, a, b, bias):
         multiply(a, b, bias, out_MN=out, add=add)
+    elif widens_these(a, b, bias):
+        multiply_widened(a, b, bias, out_MN=out, add=add)
     elif out.dtype != a.dtype:
         torch.add(out if add else torch.zeros(()), a @ b, out=out)
     elif add or bias is not None:

@@ -1,5 +1,7 @@
 """`rlhf_kernels.linear`: the product, that each of its elements stands alone, and what is computed on the way to it."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -7,9 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional
 
-from rlhf_kernels import gelu, layer_norm, linear, rms_norm, silu
+from rlhf_core.numerics import cpu_flags
+from rlhf_kernels import gelu, layer_norm, linear, products, rms_norm, silu
 from rlhf_kernels.dense import GELU, SILU, Norm
-from rlhf_kernels.products import available, linear_between, multiplies, multiply
+from rlhf_kernels.products import available, linear_between, multiplies, multiply, multiply_widened
 
 pytestmark = pytest.mark.skipif(not available(), reason="this processor has no fused multiply-add")
 
@@ -187,15 +190,92 @@ def test_leading_dimensions_are_kept():
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_other_dtypes_are_torchs_own(dtype):
+def test_other_dtypes_are_torchs_own(dtype, monkeypatch):
+    monkeypatch.setattr(products, "widens", lambda: False)
     x, weight = (one.to(dtype) for one in matrices(6, 8, 5))
     assert torch.equal(linear(x, weight), functional.linear(x, weight))
 
 
-def test_autocast_is_torchs_own():
+def test_autocast_is_torchs_own_where_the_processor_multiplies_bfloat16(monkeypatch):
+    monkeypatch.setattr(products, "widens", lambda: False)
     x, weight = matrices(6, 8, 5)
     with torch.autocast("cpu", torch.bfloat16):
-        assert linear(x, weight).dtype == torch.bfloat16
+        assert torch.equal(linear(x, weight), functional.linear(x, weight))
+
+
+class TestBfloat16AsFloat32:
+    """Where the processor has no instruction for products of bfloat16."""
+
+    @pytest.fixture(autouse=True)
+    def _without_the_instruction(self, monkeypatch):
+        monkeypatch.setattr(products, "widens", lambda: True)
+
+    @pytest.mark.parametrize("shape", [(1, 1, 1), (6, 8, 5), (33, 96, 257), (3, 40, 2500), (0, 4, 3), (4, 0, 3)])
+    @pytest.mark.parametrize("turned", [False, True])
+    def test_is_the_product_of_float32_rounded(self, shape, turned):
+        x, weight = (one.bfloat16() for one in matrices(*shape))
+        weight = weight.t().contiguous().t() if turned else weight
+        bias = torch.linspace(-1, 1, shape[2]).bfloat16()
+        expected = one_after_the_other(x.float().numpy(), weight.float().t().numpy(), bias.float().numpy())
+        found = linear(x, weight, bias)
+        assert found.dtype == torch.bfloat16
+        assert torch.equal(found, expected.bfloat16())
+
+    @pytest.mark.parametrize("turned", [False, True])
+    @pytest.mark.parametrize("shape", [(6, 8, 5), (40, 96, 2100)])
+    def test_gradients_are_those_of_float64_rounded(self, shape, turned):
+        x, weight = (one.bfloat16() for one in matrices(*shape))
+        weight = (weight.t().contiguous().t() if turned else weight).requires_grad_()
+        x, bias = x.view(2, -1, shape[1]).requires_grad_(), torch.linspace(-1, 1, shape[2]).bfloat16().requires_grad_()
+        upstream = torch.randn(2, shape[0] // 2, shape[2], generator=torch.Generator().manual_seed(7)).bfloat16()
+        found = torch.autograd.grad(linear(x, weight, bias), (x, weight, bias), upstream)
+        wide = [one.detach().double().requires_grad_() for one in (x, weight, bias)]
+        expected = torch.autograd.grad(functional.linear(*wide), wide, upstream.double())
+        for one, other in zip(found, expected, strict=True):
+            assert one.dtype == torch.bfloat16
+            torch.testing.assert_close(one.double(), other, rtol=2**-8, atol=1e-4)
+        assert found[1].stride() == weight.stride()
+
+    def test_autocast_rounds_the_numbers_first_with_and_without_a_gradient(self):
+        x, weight = (one.requires_grad_() for one in matrices(12, 40, 2100))
+        with torch.autocast("cpu", torch.bfloat16):
+            learned = linear(x, weight)
+            with torch.no_grad():
+                read = linear(x, weight)
+        assert torch.equal(learned, linear(x.bfloat16(), weight.bfloat16()))
+        assert torch.equal(read, learned)
+        grads = torch.autograd.grad(learned.float().square().sum(), (x, weight))
+        with torch.autocast("cpu", torch.bfloat16):
+            torchs = torch.autograd.grad(functional.linear(x, weight).float().square().sum(), (x, weight))
+        for one, other in zip(grads, torchs, strict=True):
+            assert one.dtype == torch.float32
+            torch.testing.assert_close(one, other, rtol=2**-6, atol=2**-5 * float(other.abs().max()) / 8)
+
+    def test_a_row_has_its_bits_alone_and_with_any_number_of_threads(self, threads):
+        x, weight = (one.bfloat16() for one in matrices(64, 300, 1500))
+        threads(1)
+        whole = linear(x, weight)
+        assert torch.equal(linear(x[5:6], weight), whole[5:6])
+        threads(4)
+        assert torch.equal(linear(x, weight), whole)
+
+    def test_float32_sums_are_added_to_unrounded(self):
+        a, b = (one.bfloat16() for one in matrices(6, 8, 5))
+        out = torch.full((6, 5), 1 / 3)
+        multiply_widened(a, b.t(), out_MN=out, add=True)
+        assert torch.equal(out, one_after_the_other(a.float().numpy(), b.float().t().numpy(), np.float32(1 / 3)))
+
+    def test_autocast_to_float16_and_the_reference_backend_are_torchs_own(self, monkeypatch):
+        x, weight = matrices(6, 8, 5)
+        with torch.autocast("cpu", torch.float16):
+            assert torch.equal(linear(x, weight), functional.linear(x, weight))
+        monkeypatch.setenv("RLHF_KERNELS_BACKEND", "reference")
+        assert torch.equal(linear(x.bfloat16(), weight.bfloat16()), functional.linear(x.bfloat16(), weight.bfloat16()))
+
+
+@pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="this system does not list the processor's features")
+def test_the_processor_is_asked_for_products_of_bfloat16():
+    assert products.launch.has_bfloat16_products() == ("avx512_bf16" in cpu_flags())
 
 
 def test_a_second_derivative_is_refused():
