@@ -88,9 +88,10 @@ def _fits(x: Tensor, weight: Tensor) -> bool:
 
 def _in_bfloat16(*matrices: Tensor | None) -> bool:
     """Whether matrices on the CPU are bfloat16, or autocast would have them be."""
-    if torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16:
-        return native_serves(*matrices, dtypes=(torch.bfloat16, torch.float32))
-    return native_serves(*matrices, dtypes=(torch.bfloat16,))
+    if not torch.is_autocast_enabled("cpu"):
+        return native_serves(*matrices, dtypes=(torch.bfloat16,))
+    narrows = torch.get_autocast_dtype("cpu") == torch.bfloat16
+    return narrows and native_serves(*matrices, dtypes=(torch.bfloat16, torch.float32))
 
 
 def linear_between(

@@ -268,7 +268,9 @@ class TestBfloat16AsFloat32:
     def test_autocast_to_float16_and_the_reference_backend_are_torchs_own(self, monkeypatch):
         x, weight = matrices(6, 8, 5)
         with torch.autocast("cpu", torch.float16):
-            assert torch.equal(linear(x, weight), functional.linear(x, weight))
+            for one, other in ((x, weight), (x.bfloat16(), weight.bfloat16())):
+                assert linear(one, other).dtype == torch.float16
+                assert torch.equal(linear(one, other), functional.linear(one, other))
         monkeypatch.setenv("RLHF_KERNELS_BACKEND", "reference")
         assert torch.equal(linear(x.bfloat16(), weight.bfloat16()), functional.linear(x.bfloat16(), weight.bfloat16()))
 
