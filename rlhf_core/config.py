@@ -318,8 +318,7 @@ class RunConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute; auto takes the GPU when there is one."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """bfloat16 runs the models under autocast; weights, log-probs and losses stay float32. It pays on GPUs, and on
-    processors that multiply bfloat16 (AVX512-BF16, AMX); on others float32 is faster."""
+    """bfloat16: models under autocast, all else float32; slower on processors that have no bfloat16 products."""
 
     def __post_init__(self) -> None:
         _require_finite(self)

@@ -184,6 +184,14 @@ def stretched(name, factor):
     return spoil
 
 
+def grown_around(name, other):
+    def spoil(tree):
+        event, inner = span(tree, name), span(tree, other)
+        event["dur"] = inner["ts"] + inner["dur"] - event["ts"]
+
+    return spoil
+
+
 def without(choose):
     return lambda tree: tree.__setitem__("traceEvents", [e for e in tree["traceEvents"] if not choose(e)])
 
@@ -229,7 +237,7 @@ TRACE = {
     "a step that was not": (lambda tree: span(tree, "rollout")["args"].update(step=9), "belong to steps [9]"),
     "moved a little": (moved("reward", 200.0), "overlap"),
     "moved out of its step": (moved("checkpoint", 1e7), "lies in no step"),
-    "stretched": (stretched("rollout", 1.5), "trace: stage reward at"),
+    "grown around the next": (grown_around("rollout", "reward"), "trace: stage reward at"),
     "shrunk": (stretched("update/forward", 0.5), "timings: step 2: update/forward took"),
     "shrunk stage": (stretched("reward", 0.5), "timings: step 2: reward took"),
     "stages swapped": (swapped, "timings: step 2: "),
