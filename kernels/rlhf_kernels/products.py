@@ -5,7 +5,7 @@ threads compute it and on every x86-64 processor; so have the gradients. The BLA
 promises none of that. Native code for float32 on a CPU with fused multiply-add (x86-64 of 2013 or later).
 
 Where the processor has no instruction for bfloat16 products, those are made here too: the numbers as float32, the
-result rounded. torch makes them one number at a time there, at a tenth of float32's rate.
+result rounded. With AVX2 alone torch makes them at a tenth of float32's rate.
 """
 
 from collections.abc import Callable
