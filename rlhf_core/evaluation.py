@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
+import scipy
 import torch
-from scipy import stats
 from transformers import PreTrainedModel
 
 from rlhf_core.config import SamplingConfig
@@ -58,7 +58,7 @@ def bootstrap_mean(values: np.ndarray, seed: int) -> Interval:
     mean = float(values.mean())
     if len(values) < 2 or np.ptp(values) == 0:
         return Interval(mean, mean, mean)
-    result = stats.bootstrap(
+    result = scipy.stats.bootstrap(
         (values,),
         np.mean,
         n_resamples=RESAMPLES,

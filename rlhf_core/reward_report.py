@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy import stats
+import scipy
 
 from rlhf_core.metrics import rounded
 
@@ -58,8 +58,8 @@ def pair_report(pairs: JudgedPairs) -> dict[str, Any]:
         "ece": _calibration_error(confidence, right),
         "reliability": reliability(confidence, right),
         "length": {
-            "pearson": _correlation(stats.pearsonr, rewards, lengths),
-            "spearman": _correlation(stats.spearmanr, rewards, lengths),
+            "pearson": _correlation(scipy.stats.pearsonr, rewards, lengths),
+            "spearman": _correlation(scipy.stats.spearmanr, rewards, lengths),
             "chosen_longer": _share(right, longer > 0),
             "chosen_shorter": _share(right, longer < 0),
             "equally_long": _share(right, longer == 0),

@@ -4,8 +4,8 @@ An element has the same bits whatever rows and columns stand beside it, however 
 threads compute it and on every x86-64 processor; so have the gradients. The BLAS behind `torch.nn.functional.linear`
 promises none of that. Native code for float32 on a CPU with fused multiply-add (x86-64 of 2013 or later).
 
-Where the processor has no instruction for bfloat16 products, those are made here too: the numbers as float32, the
-result rounded. With AVX2 alone torch makes them at a tenth of float32's rate.
+Where torch has no fast way to bfloat16 products, those are made here too: the numbers as float32, the result rounded.
+That is so with AVX2 alone, where torch makes them at a tenth of float32's rate.
 """
 
 from collections.abc import Callable
@@ -44,8 +44,9 @@ def multiplies(*matrices: Tensor | None) -> bool:
 
 @cache
 def widens() -> bool:
-    """Whether bfloat16 matrices are multiplied as float32 here: the processor has no instruction for them."""
-    return available() and not launch.has_bfloat16_products()
+    """Whether bfloat16 matrices are multiplied as float32 here: torch would do it one number at a time."""
+    asked = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
+    return available() and not (asked is not None and asked())
 
 
 def widens_these(*matrices: Tensor | None) -> bool:
@@ -56,8 +57,8 @@ def widens_these(*matrices: Tensor | None) -> bool:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return x Wᵀ + b, differentiable once, each element of which stands alone where all are float32 on the CPU.
 
-    So it is with bfloat16, autocast to bfloat16 included, where the processor has no instruction for it
-    (:func:`widens`). Other dtypes and devices take `torch.nn.functional.linear`.
+    So it is with bfloat16, autocast to bfloat16 included, where :func:`widens`. Other dtypes and devices take
+    `torch.nn.functional.linear`.
 
     Args:
         x: [..., K].

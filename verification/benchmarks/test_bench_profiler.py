@@ -72,6 +72,7 @@ def seconds_of_off(calls):
     return time.perf_counter() - start
 
 
+@pytest.mark.slow
 def test_profiling_off_costs_less_than_1_percent_of_a_step_and_on_less_than_15(steps, tmp_path, capsys):
     off, on = [], []
     with Profiler(tmp_path / "stages", records_operators=lambda number: False) as profiler:

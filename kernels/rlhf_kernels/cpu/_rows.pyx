@@ -6,7 +6,6 @@ from libc.stdlib cimport malloc
 
 cdef extern from "rows.h":
     int best_instruction_set() noexcept nogil
-    int multiplies_bfloat16() noexcept nogil
     const row_kernels *kernels_for(int instruction_set) noexcept nogil
     uint32_t enter_default_rounding() noexcept nogil
     void leave_default_rounding(uint32_t saved) noexcept nogil
@@ -61,8 +60,3 @@ def expect_writes(uintptr_t start, int64_t byte_count) -> None:
 def best() -> int:
     """The best instruction set of this processor: 0 portable (SSE2), 1 AVX2, 2 AVX-512."""
     return best_instruction_set()
-
-
-def has_bfloat16_products() -> bool:
-    """Whether the processor has an instruction that multiplies and adds bfloat16 numbers."""
-    return multiplies_bfloat16() != 0

@@ -13,11 +13,6 @@ int best_instruction_set(void) {
     return AVX512;
 }
 
-int multiplies_bfloat16(void) {
-    __builtin_cpu_init();
-    return __builtin_cpu_supports("avx512bf16") != 0; /* processors with AMX have it too */
-}
-
 const row_kernels *kernels_for(int instruction_set) {
     if (instruction_set == AVX512) return &avx512_kernels;
     return instruction_set == AVX2 ? &avx2_kernels : &portable_kernels;
@@ -34,7 +29,6 @@ void leave_default_rounding(uint32_t saved) { _mm_setcsr(saved); }
 extern const row_kernels portable_kernels;
 
 int best_instruction_set(void) { return PORTABLE; }
-int multiplies_bfloat16(void) { return 0; }
 const row_kernels *kernels_for(int instruction_set) {
     (void)instruction_set;
     return &portable_kernels;

@@ -81,14 +81,45 @@ INLINE lanes lanes_exponent_from_low_bits(lanes x) {
     return lanes_pair(half_exponent_from_low_bits(x.low), half_exponent_from_low_bits(x.high));
 }
 
-INLINE __m256 half_load_bf16(const uint16_t *p) {
-    __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p));
-    return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
+INLINE __m256 half_from_bf16(__m128i x) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(x), 16));
 }
-INLINE lanes lanes_load_bf16(const uint16_t *p) { return lanes_pair(half_load_bf16(p), half_load_bf16(p + 8)); }
-INLINE lanes lanes_load_f16(const uint16_t *p) {
-    return lanes_pair(_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p)),
-                      _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(p + 8))));
+INLINE lanes lanes_from_bf16(__m256i x) {
+    return lanes_pair(half_from_bf16(_mm256_castsi256_si128(x)), half_from_bf16(_mm256_extracti128_si256(x, 1)));
+}
+INLINE lanes lanes_from_f16(__m256i x) {
+    return lanes_pair(_mm256_cvtph_ps(_mm256_castsi256_si128(x)), _mm256_cvtph_ps(_mm256_extracti128_si256(x, 1)));
+}
+INLINE lanes lanes_load_bf16(const uint16_t *p) { return lanes_from_bf16(_mm256_loadu_si256((const __m256i *)p)); }
+INLINE lanes lanes_load_f16(const uint16_t *p) { return lanes_from_f16(_mm256_loadu_si256((const __m256i *)p)); }
+
+/* The first `count` < 16 elements without a byte behind them, -inf in the other lanes. */
+#define LANES_LOAD_FIRST
+/* All bits set in the lanes of eight before `count`. */
+INLINE __m256i half_before(int64_t count) {
+    return _mm256_cmpgt_epi32(_mm256_set1_epi32((int)count), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+INLINE __m256 half_first(__m256 x, int64_t count) {
+    return _mm256_blendv_ps(_mm256_set1_ps(-__builtin_inff()), x, _mm256_castsi256_ps(half_before(count)));
+}
+INLINE lanes lanes_first(lanes x, int64_t count) {
+    return lanes_pair(half_first(x.low, count), half_first(x.high, count - 8));
+}
+INLINE lanes lanes_load_first(const float *p, int64_t count) {
+    const __m256 low = _mm256_maskload_ps(p, half_before(count));
+    return lanes_first(lanes_pair(low, _mm256_maskload_ps(p + 8, half_before(count - 8))), count);
+}
+/* Pairs first, as there are no masks for 16 bits, then the odd one. */
+INLINE __m256i first_halves(const uint16_t *p, int64_t count) {
+    const __m256i x = _mm256_maskload_epi32((const int *)p, half_before(count / 2));
+    const __m256i last = _mm256_set1_epi32(count % 2 ? p[count - 1] : 0);
+    return _mm256_blendv_epi8(last, x, half_before(count / 2));
+}
+INLINE lanes lanes_load_first_bf16(const uint16_t *p, int64_t count) {
+    return lanes_first(lanes_from_bf16(first_halves(p, count)), count);
+}
+INLINE lanes lanes_load_first_f16(const uint16_t *p, int64_t count) {
+    return lanes_first(lanes_from_f16(first_halves(p, count)), count);
 }
 
 INLINE __m256i half_round_to_bf16(__m256 x) {

@@ -27,11 +27,6 @@ def usable_instruction_sets() -> tuple[str, ...]:
     return INSTRUCTION_SETS[: _rows.best() + 1]
 
 
-def has_bfloat16_products() -> bool:
-    """Whether this processor has an instruction that multiplies and adds bfloat16 numbers."""
-    return _rows.has_bfloat16_products()
-
-
 def use_instruction_set(name: str | None) -> None:
     """Choose the code to run; None = the best. The results are the same bits: this is for tests.
 

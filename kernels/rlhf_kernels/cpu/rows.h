@@ -84,9 +84,6 @@ enum instruction_set { PORTABLE = 0, AVX2 = 1, AVX512 = 2 };
 /* The best set that this processor and operating system have. */
 int best_instruction_set(void);
 
-/* Whether the processor has an instruction that multiplies and adds bfloat16 numbers. */
-int multiplies_bfloat16(void);
-
 /* The kernels of a set that the processor has. */
 const row_kernels *kernels_for(int instruction_set);
 

@@ -196,7 +196,7 @@ def test_other_dtypes_are_torchs_own(dtype, monkeypatch):
     assert torch.equal(linear(x, weight), functional.linear(x, weight))
 
 
-def test_autocast_is_torchs_own_where_the_processor_multiplies_bfloat16(monkeypatch):
+def test_autocast_is_torchs_own_where_torch_multiplies_bfloat16_fast(monkeypatch):
     monkeypatch.setattr(products, "widens", lambda: False)
     x, weight = matrices(6, 8, 5)
     with torch.autocast("cpu", torch.bfloat16):
@@ -204,7 +204,7 @@ def test_autocast_is_torchs_own_where_the_processor_multiplies_bfloat16(monkeypa
 
 
 class TestBfloat16AsFloat32:
-    """Where the processor has no instruction for products of bfloat16."""
+    """Where torch has no fast way to products of bfloat16."""
 
     @pytest.fixture(autouse=True)
     def _without_the_instruction(self, monkeypatch):
@@ -276,8 +276,18 @@ class TestBfloat16AsFloat32:
 
 
 @pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="this system does not list the processor's features")
-def test_the_processor_is_asked_for_products_of_bfloat16():
-    assert products.launch.has_bfloat16_products() == ("avx512_bf16" in cpu_flags())
+def test_bfloat16_is_widened_on_a_processor_without_instructions_for_it():
+    if cpu_flags() & {"avx512_bf16", "avx_ne_convert"}:
+        assert not products.widens()
+    elif "avx512bw" not in cpu_flags():
+        assert products.widens() is products.available()
+    else:
+        pytest.skip("torch has a way of its own for AVX-512 without these instructions, and may say so or not")
+
+
+def test_bfloat16_is_widened_where_torch_does_not_say_what_it_can(monkeypatch):
+    monkeypatch.setattr(torch.ops, "mkldnn", object())
+    assert products.widens.__wrapped__() is products.available()
 
 
 def test_a_second_derivative_is_refused():
