@@ -24,6 +24,7 @@ TORCH_FREE = (
     "numerics",
     "stage_config",
     "memory_plan",
+    "memory_advice",
     "alerting.thresholds",
     "alerting.readers",
     "alerting.watch",

@@ -3,18 +3,30 @@
 Shapes: B sequences, T tokens, N rows, V vocabulary.
 """
 
-import math
 from typing import Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
 from rlhf_kernels import ops, reference
+from rlhf_kernels.arguments import (
+    as_mask,
+    per_token,
+    refuse_gradient,
+    require_device,
+    require_distributions,
+    require_dtype,
+    require_labels_in_range,
+    require_like,
+    require_rank,
+    require_shape,
+    require_temperature,
+    require_uniforms,
+)
 from rlhf_kernels.dispatch import choose_backend
 
 _FLOATS = (torch.float32, torch.float64)
 _LOGITS = (torch.float32, torch.bfloat16, torch.float16)
-_MIN_TEMPERATURE = 1e-30
 
 
 class SampledTokens(NamedTuple):
@@ -60,15 +72,15 @@ def gae(
         TypeError: a dtype that does not fit.
         RuntimeError: an input requires a gradient; there is none, advantages are constants of the loss.
     """
-    _require_rank("rewards", rewards, 2)
-    _require_dtype("rewards", rewards, _FLOATS)
-    _require_like("values", values, rewards)
-    mask = _as_mask(mask, rewards)
+    require_rank("rewards", rewards, 2)
+    require_dtype("rewards", rewards, _FLOATS)
+    require_like("values", values, rewards)
+    mask = as_mask(mask, rewards)
     if bootstrap is not None:
-        _require_like("bootstrap", bootstrap, rewards, rewards.shape[:1])
-    gamma, lam = _per_token("gamma", gamma, rewards, mask), _per_token("lam", lam, rewards, mask)
+        require_like("bootstrap", bootstrap, rewards, rewards.shape[:1])
+    gamma, lam = per_token("gamma", gamma, rewards, mask), per_token("lam", lam, rewards, mask)
     gammas, lams = (x if isinstance(x, Tensor) else None for x in (gamma, lam))
-    _refuse_gradient("gae", rewards, values, bootstrap, gammas, lams)
+    refuse_gradient("gae", rewards, values, bootstrap, gammas, lams)
     if choose_backend(backend, rewards, _FLOATS) == "reference":
         if rewards.numel() == 0:
             return torch.zeros_like(rewards), torch.zeros_like(rewards)
@@ -134,16 +146,16 @@ def token_logprobs(
     """
     if logits.dim() == 0:
         raise ValueError("logits must have at least one dimension, [..., V], got a scalar")
-    _require_dtype("logits", logits, (*_LOGITS, torch.float64))
-    _require_shape("labels", labels, logits.shape[:-1])
-    _require_dtype("labels", labels, (torch.int64,))
-    _require_device("labels", labels, logits)
-    _require_temperature(temperature)
+    require_dtype("logits", logits, (*_LOGITS, torch.float64))
+    require_shape("labels", labels, logits.shape[:-1])
+    require_dtype("labels", labels, (torch.int64,))
+    require_device("labels", labels, logits)
+    require_temperature(temperature)
     if logits.shape[-1] == 0 and labels.numel() > 0:
         raise ValueError(f"logits have an empty vocabulary: shape {tuple(logits.shape)}")
     entropy: Tensor | None
     if choose_backend(backend, logits, _LOGITS) == "reference":
-        _require_labels_in_range(labels, logits.shape[-1], ignore_index)
+        require_labels_in_range(labels, logits.shape[-1], ignore_index)
         logp, entropy = reference.token_logprobs(logits, labels, temperature, with_entropy, ignore_index)
     else:
         logp, entropy = ops.token_logprobs(logits, labels, temperature, with_entropy, ignore_index)
@@ -220,20 +232,20 @@ def linear_token_logprobs(
     """
     if hidden.dim() == 0:
         raise ValueError("hidden must have at least one dimension, [..., H], got a scalar")
-    _require_dtype("hidden", hidden, (*_LOGITS, torch.float64))
-    _require_rank("weight", weight, 2)
-    _require_like("weight", weight, hidden, torch.Size((weight.shape[0], hidden.shape[-1])))
+    require_dtype("hidden", hidden, (*_LOGITS, torch.float64))
+    require_rank("weight", weight, 2)
+    require_like("weight", weight, hidden, torch.Size((weight.shape[0], hidden.shape[-1])))
     if bias is not None:
-        _require_like("bias", bias, hidden, weight.shape[:1])
-    _require_shape("labels", labels, hidden.shape[:-1])
-    _require_dtype("labels", labels, (torch.int64,))
-    _require_device("labels", labels, hidden)
-    _require_temperature(temperature)
+        require_like("bias", bias, hidden, weight.shape[:1])
+    require_shape("labels", labels, hidden.shape[:-1])
+    require_dtype("labels", labels, (torch.int64,))
+    require_device("labels", labels, hidden)
+    require_temperature(temperature)
     if weight.shape[0] == 0 and labels.numel() > 0:
         raise ValueError(f"weight has an empty vocabulary: shape {tuple(weight.shape)}")
     entropy: Tensor | None
     if choose_backend(backend, hidden, _LOGITS, lacking=("cuda",)) == "reference":
-        _require_labels_in_range(labels, weight.shape[0], ignore_index)
+        require_labels_in_range(labels, weight.shape[0], ignore_index)
         logp, entropy = reference.linear_token_logprobs(
             hidden, weight, labels, bias, temperature, with_entropy, ignore_index
         )
@@ -281,12 +293,12 @@ def sample_tokens(
             (NaN, +inf, or nothing but −inf), with its position.
         TypeError: a dtype that does not fit.
     """
-    _require_rank("logits", logits, 2)
-    _require_dtype("logits", logits, (*_LOGITS, torch.float64))
-    _require_shape("uniforms", uniforms, logits.shape[:1])
-    _require_dtype("uniforms", uniforms, _FLOATS)
-    _require_device("uniforms", uniforms, logits)
-    _require_temperature(temperature)
+    require_rank("logits", logits, 2)
+    require_dtype("logits", logits, (*_LOGITS, torch.float64))
+    require_shape("uniforms", uniforms, logits.shape[:1])
+    require_dtype("uniforms", uniforms, _FLOATS)
+    require_device("uniforms", uniforms, logits)
+    require_temperature(temperature)
     if top_k < 0:
         raise ValueError(f"top_k is {top_k}; it must be 0 (off) or positive")
     if not 0.0 < top_p <= 1.0:
@@ -296,8 +308,8 @@ def sample_tokens(
     logits, uniforms = logits.detach(), uniforms.detach()
     top_k = 0 if top_k >= logits.shape[1] else top_k
     if choose_backend(backend, logits, _LOGITS, lacking=("cuda",)) == "reference":
-        _require_distributions(logits)
-        _require_uniforms(uniforms)
+        require_distributions(logits)
+        require_uniforms(uniforms)
         if logits.shape[0] == 0:
             empty = torch.empty_like(uniforms, dtype=torch.float64 if logits.dtype == torch.float64 else torch.float32)
             return SampledTokens(torch.empty_like(uniforms, dtype=torch.int64), empty, empty.clone())
@@ -324,109 +336,9 @@ def whiten(x: Tensor, mask: Tensor, *, shift_mean: bool = True, backend: str = "
         TypeError: a dtype that does not fit.
         RuntimeError: x requires a gradient; there is none, whitened advantages are constants of the loss.
     """
-    _require_dtype("x", x, _FLOATS)
-    mask = _as_mask(mask, x)
-    _refuse_gradient("whiten", x)
+    require_dtype("x", x, _FLOATS)
+    mask = as_mask(mask, x)
+    refuse_gradient("whiten", x)
     if choose_backend(backend, x, _FLOATS) == "reference":
         return reference.whiten(x, mask, shift_mean)
     return ops.whiten(x, mask, shift_mean)
-
-
-def _require_rank(name: str, tensor: Tensor, rank: int) -> None:
-    if tensor.dim() != rank:
-        raise ValueError(f"{name} must have {rank} dimensions, got shape {tuple(tensor.shape)}")
-
-
-def _require_shape(name: str, tensor: Tensor, shape: torch.Size) -> None:
-    if tensor.shape != shape:
-        raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(tensor.shape)}")
-
-
-def _require_dtype(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
-    if tensor.dtype not in dtypes:
-        raise TypeError(f"{name} must be {' or '.join(str(d) for d in dtypes)}, got {tensor.dtype}")
-
-
-def _require_device(name: str, tensor: Tensor, other: Tensor) -> None:
-    if tensor.device != other.device:
-        raise ValueError(f"{name} is on {tensor.device}, the other arguments on {other.device}")
-
-
-def _require_like(name: str, tensor: Tensor, other: Tensor, shape: torch.Size | None = None) -> None:
-    _require_shape(name, tensor, other.shape if shape is None else shape)
-    _require_dtype(name, tensor, (other.dtype,))
-    _require_device(name, tensor, other)
-
-
-def _as_mask(mask: Tensor, other: Tensor) -> Tensor:
-    _require_shape("mask", mask, other.shape)
-    _require_device("mask", mask, other)
-    if mask.dtype == torch.bool:
-        return mask
-    if _has_values(mask):
-        _require_none("mask", mask, (mask != 0) & (mask != 1), "must be 0 or 1")
-    return mask != 0
-
-
-def _per_token(name: str, number: float | Tensor, other: Tensor, mask: Tensor) -> float | Tensor:
-    """The number, or the tensor expanded to the other's shape; either in [0, 1] where it counts."""
-    if not isinstance(number, Tensor):
-        if not 0.0 <= number <= 1.0:
-            raise ValueError(f"{name} is {number}; it must be in [0, 1]")
-        return number
-    _require_dtype(name, number, (other.dtype,))
-    _require_device(name, number, other)
-    try:
-        each = number.expand(other.shape)
-    except RuntimeError as error:
-        raise ValueError(f"{name} must expand to shape {tuple(other.shape)}, got {tuple(number.shape)}") from error
-    if _has_values(each):
-        _require_none(name, each, ~((each >= 0.0) & (each <= 1.0)) & mask, "must be in [0, 1]")
-    return each
-
-
-def _has_values(tensor: Tensor) -> bool:
-    """Whether values can be looked at: not while tracing or capturing a CUDA graph, and not without data."""
-    if torch.compiler.is_compiling() or tensor.device.type == "meta":
-        return False
-    return not (tensor.is_cuda and torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())
-
-
-def _require_none(name: str, tensor: Tensor, bad: Tensor, rule: str) -> None:
-    if bad.any():
-        position = tuple(int(i) for i in bad.nonzero()[0])
-        raise ValueError(f"{name} is {tensor[position].item()} at position {position}; it {rule}")
-
-
-def _require_temperature(temperature: float) -> None:
-    if not _MIN_TEMPERATURE <= temperature < math.inf:
-        raise ValueError(f"temperature is {temperature}; it must be finite and at least {_MIN_TEMPERATURE}")
-
-
-def _refuse_gradient(function: str, *tensors: Tensor | None) -> None:
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        raise RuntimeError(f"{function} has no gradient: pass detached tensors, or call it under torch.no_grad()")
-
-
-def _require_labels_in_range(labels: Tensor, vocabulary: int, ignore_index: int | None) -> None:
-    if torch.compiler.is_compiling():  # the values are not known while tracing; gather checks them when it runs
-        return
-    bad = (labels < 0) | (labels >= vocabulary)
-    if ignore_index is not None:
-        bad &= labels != ignore_index
-    if bad.any():
-        position = tuple(int(i) for i in bad.nonzero()[0])
-        raise IndexError(f"label {int(labels[position])} at position {position} is outside [0, {vocabulary})")
-
-
-def _require_distributions(logits: Tensor) -> None:
-    bad = ~logits.amax(-1).isfinite() if logits.numel() else torch.zeros(0, dtype=torch.bool)
-    if bad.any():  # amax propagates NaN
-        raise ValueError(f"logits of row {int(bad.nonzero()[0])} are no distribution: NaN, +inf, or nothing but -inf")
-
-
-def _require_uniforms(uniforms: Tensor) -> None:
-    bad = ~((uniforms >= 0.0) & (uniforms < 1.0))
-    if bad.any():
-        row = int(bad.nonzero()[0])
-        raise ValueError(f"uniform {float(uniforms[row])} of row {row} is outside [0, 1)")

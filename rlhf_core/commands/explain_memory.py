@@ -5,6 +5,7 @@ from pathlib import Path
 from rich.table import Table
 
 from rlhf_core.config import TrainConfig
+from rlhf_core.memory_advice import in_mib, largest_micro_batch, remedy
 from rlhf_core.memory_inputs import planned
 from rlhf_core.memory_plan import (
     EVALUATION,
@@ -12,10 +13,7 @@ from rlhf_core.memory_plan import (
     MemoryPlan,
     ModelShape,
     Workload,
-    in_mib,
-    largest_micro_batch,
     plan_memory,
-    remedy,
 )
 from rlhf_core.profiling import peak_memory_bytes
 from rlhf_core.terminal import console

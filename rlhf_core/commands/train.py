@@ -12,7 +12,7 @@ from rlhf_core.alerting.thresholds import default_thresholds, read_thresholds
 from rlhf_core.alerting.watch import WatchOptions
 from rlhf_core.commands.running import Job, RunOptions, make_run, options_of, source_name
 from rlhf_core.config import TrainConfig
-from rlhf_core.memory_plan import parse_size
+from rlhf_core.memory_advice import parse_size
 from rlhf_core.numerics import apply_environment
 from rlhf_core.reporting.trackers import Destination, require_installed
 

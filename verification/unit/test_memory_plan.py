@@ -6,6 +6,7 @@ import torch
 
 from rlhf_core.config import ModelConfig, TrainConfig
 from rlhf_core.data.tokenization import word_tokenizer
+from rlhf_core.memory_advice import largest_micro_batch, parse_size, remedy
 from rlhf_core.memory_inputs import planned, shape_of
 from rlhf_core.memory_plan import (
     ACTIVATIONS,
@@ -28,10 +29,7 @@ from rlhf_core.memory_plan import (
     ModelShape,
     Workload,
     cache_floats,
-    largest_micro_batch,
-    parse_size,
     plan_memory,
-    remedy,
     saved_floats,
     saved_packed_floats,
     trained_weights,

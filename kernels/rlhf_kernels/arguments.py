@@ -1,0 +1,120 @@
+"""What a user passes is checked here: each error names the value, its place and the rule."""
+
+import math
+
+import torch
+from torch import Tensor
+
+MIN_TEMPERATURE = 1e-30
+
+
+def require_rank(name: str, tensor: Tensor, rank: int) -> None:
+    """Raise ValueError unless the tensor has so many dimensions."""
+    if tensor.dim() != rank:
+        raise ValueError(f"{name} must have {rank} dimensions, got shape {tuple(tensor.shape)}")
+
+
+def require_shape(name: str, tensor: Tensor, shape: torch.Size) -> None:
+    """Raise ValueError unless the tensor has this shape."""
+    if tensor.shape != shape:
+        raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(tensor.shape)}")
+
+
+def require_dtype(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
+    """Raise TypeError unless the tensor has one of these dtypes."""
+    if tensor.dtype not in dtypes:
+        raise TypeError(f"{name} must be {' or '.join(str(d) for d in dtypes)}, got {tensor.dtype}")
+
+
+def require_device(name: str, tensor: Tensor, other: Tensor) -> None:
+    """Raise ValueError unless the tensor is where the other is."""
+    if tensor.device != other.device:
+        raise ValueError(f"{name} is on {tensor.device}, the other arguments on {other.device}")
+
+
+def require_like(name: str, tensor: Tensor, other: Tensor, shape: torch.Size | None = None) -> None:
+    """Raise unless the tensor has dtype, device and (by default) shape of the other."""
+    require_shape(name, tensor, other.shape if shape is None else shape)
+    require_dtype(name, tensor, (other.dtype,))
+    require_device(name, tensor, other)
+
+
+def as_mask(mask: Tensor, other: Tensor) -> Tensor:
+    """Return a mask of zeros and ones, of any dtype and the other's shape, as bool."""
+    require_shape("mask", mask, other.shape)
+    require_device("mask", mask, other)
+    if mask.dtype == torch.bool:
+        return mask
+    if has_values(mask):
+        require_none("mask", mask, (mask != 0) & (mask != 1), "must be 0 or 1")
+    return mask != 0
+
+
+def per_token(name: str, number: float | Tensor, other: Tensor, mask: Tensor) -> float | Tensor:
+    """The number, or the tensor expanded to the other's shape; either in [0, 1] where it counts."""
+    if not isinstance(number, Tensor):
+        if not 0.0 <= number <= 1.0:
+            raise ValueError(f"{name} is {number}; it must be in [0, 1]")
+        return number
+    require_dtype(name, number, (other.dtype,))
+    require_device(name, number, other)
+    try:
+        each = number.expand(other.shape)
+    except RuntimeError as error:
+        raise ValueError(f"{name} must expand to shape {tuple(other.shape)}, got {tuple(number.shape)}") from error
+    if has_values(each):
+        require_none(name, each, ~((each >= 0.0) & (each <= 1.0)) & mask, "must be in [0, 1]")
+    return each
+
+
+def has_values(tensor: Tensor) -> bool:
+    """Whether values can be looked at: not while tracing or capturing a CUDA graph, and not without data."""
+    if torch.compiler.is_compiling() or tensor.device.type == "meta":
+        return False
+    return not (tensor.is_cuda and torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())
+
+
+def require_none(name: str, tensor: Tensor, bad: Tensor, rule: str) -> None:
+    """Raise ValueError with the first value that is bad, its position and the rule."""
+    if bad.any():
+        position = tuple(int(i) for i in bad.nonzero()[0])
+        raise ValueError(f"{name} is {tensor[position].item()} at position {position}; it {rule}")
+
+
+def require_temperature(temperature: float) -> None:
+    """Raise ValueError unless the temperature is finite and not too small to divide by."""
+    if not MIN_TEMPERATURE <= temperature < math.inf:
+        raise ValueError(f"temperature is {temperature}; it must be finite and at least {MIN_TEMPERATURE}")
+
+
+def refuse_gradient(function: str, *tensors: Tensor | None) -> None:
+    """Raise RuntimeError if one of the tensors asks for a gradient that a function does not have."""
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        raise RuntimeError(f"{function} has no gradient: pass detached tensors, or call it under torch.no_grad()")
+
+
+def require_labels_in_range(labels: Tensor, vocabulary: int, ignore_index: int | None) -> None:
+    """Raise IndexError with the first label outside [0, vocabulary) that is not ignored, and its position."""
+    if torch.compiler.is_compiling():  # the values are not known while tracing; gather checks them when it runs
+        return
+    bad = (labels < 0) | (labels >= vocabulary)
+    if ignore_index is not None:
+        bad &= labels != ignore_index
+    if bad.any():
+        position = tuple(int(i) for i in bad.nonzero()[0])
+        raise IndexError(f"label {int(labels[position])} at position {position} is outside [0, {vocabulary})")
+
+
+def require_distributions(logits: Tensor) -> None:
+    """Raise ValueError with the first row of logits [N, V] whose softmax is no distribution."""
+    bad = ~logits.amax(-1).isfinite() if logits.numel() else torch.zeros(0, dtype=torch.bool)
+    if bad.any():  # amax propagates NaN
+        raise ValueError(f"logits of row {int(bad.nonzero()[0])} are no distribution: NaN, +inf, or nothing but -inf")
+
+
+def require_uniforms(uniforms: Tensor) -> None:
+    """Raise ValueError with the first uniform number [N] outside [0, 1)."""
+    bad = ~((uniforms >= 0.0) & (uniforms < 1.0))
+    if bad.any():
+        row = int(bad.nonzero()[0])
+        raise ValueError(f"uniform {float(uniforms[row])} of row {row} is outside [0, 1)")
