@@ -72,13 +72,18 @@ INLINE lanes gae_token(wide_rows reward, wide_rows value, wide_rows gamma, wide_
 INLINE void read_quarters(const float *from, const gae_strip *s, quarters to) {
     for (int i = 0; i < 4; i++)
         for (int64_t j = 0; j < s->n / 4; j++)
-            to[j][i] = lanes_load_quarters(from + i * s->stride + 4 * j, 4 * s->stride);
+            lanes_store((float *)&to[j][i], lanes_load_quarters(from + i * s->stride + 4 * j, 4 * s->stride));
 }
 
-/* Four tokens of sixteen rows, a vector each. */
-INLINE void four_tokens(const lanes from[4], lanes to[4]) {
-    memcpy(to, from, 4 * sizeof(lanes));
+/* Four tokens of sixteen rows, a vector each. Whole vectors go to and from memory: what a compiler copies in pieces of
+ * sixteen bytes has to reach the cache before a wider load can have it. */
+INLINE void load_four_tokens(const lanes from[4], lanes to[4]) {
+    for (int i = 0; i < 4; i++) to[i] = lanes_load((const float *)&from[i]);
     lanes_turn_quarters(to);
+}
+INLINE void store_four_tokens(lanes from[4], lanes to[4]) {
+    lanes_turn_quarters(from);
+    for (int i = 0; i < 4; i++) lanes_store((float *)&to[i], from[i]);
 }
 
 /* TILE tokens from vector `first` of the buffers on; the advantages take the places of the rewards. */
@@ -86,16 +91,16 @@ INLINE void gae_tile(gae_buffers *b, int64_t first, const uint8_t (*mask)[ROWS],
                      double gamma, double lam, gae_carry *after) {
     for (int j = TILE / 4 - 1; j >= 0; j--) {
         lanes reward[4], value[4], gammas[4], lams[4];
-        four_tokens(b->reward[first + j], reward);
-        four_tokens(b->value[first + j], value);
-        if (per_token_gamma) four_tokens(b->gamma[first + j], gammas);
-        if (per_token_lam) four_tokens(b->lam[first + j], lams);
+        load_four_tokens(b->reward[first + j], reward);
+        load_four_tokens(b->value[first + j], value);
+        if (per_token_gamma) load_four_tokens(b->gamma[first + j], gammas);
+        if (per_token_lam) load_four_tokens(b->lam[first + j], lams);
         for (int t = 3; t >= 0; t--) {
             const wide_rows g = per_token_gamma ? widen(gammas[t]) : wide_same(gamma);
             const wide_rows l = per_token_lam ? widen(lams[t]) : wide_same(lam);
             reward[t] = gae_token(widen(reward[t]), widen(value[t]), g, l, mask ? mask[4 * j + t] : 0, after);
         }
-        four_tokens(reward, b->reward[first + j]);
+        store_four_tokens(reward, b->reward[first + j]);
     }
 }
 
