@@ -77,7 +77,7 @@ static void some_rows(int rows, const float *a, int64_t a_row, int64_t a_k, cons
 /* packed[depth, rows] of rows of a that lie side by side in memory; what is written behind the last is not read. */
 INLINE void pack_rows(const float *a, int64_t a_k, int rows, int64_t depth, float *packed) {
     int64_t k = 0;
-#if defined(LANES_LOAD_FIRST)
+#if defined(__AVX512F__)
     for (; k < depth; k++) lanes_store(packed + k * rows, lanes_load_first(a + k * a_k, rows));
 #else
     enum { SOME = 8 }; /* More than a tile has, in one or two moves; they lie before the next column of a. */
