@@ -25,6 +25,8 @@ TORCH_FREE = (
     "stage_config",
     "memory_plan",
     "memory_advice",
+    "alerting.alert",
+    "alerting.tracks",
     "alerting.thresholds",
     "alerting.readers",
     "alerting.watch",

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 
 from rlhf_core import runlog
-from rlhf_core.alerts import Alert
+from rlhf_core.alerting.alert import Alert
 
 Format = Literal["rlhf", "trl", "openrlhf", "verl"]
 Row = dict[str, float]

@@ -5,7 +5,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from rlhf_core.alerts import SEVERITIES, Thresholds
+from rlhf_core.alerting.alert import SEVERITIES, Thresholds
 
 
 def default_thresholds() -> Thresholds:
