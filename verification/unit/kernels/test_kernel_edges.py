@@ -1,6 +1,7 @@
 """Sizes and memory layouts at the edge of what a tensor can be."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -166,3 +167,34 @@ def test_more_than_two_to_the_31_elements(name):
     mass = 2**30 - 4 + math.exp(4) + math.exp(5) + math.exp(6)
     assert float(whole[2]) == pytest.approx(6.0 - math.log(mass), abs=1e-4)
     assert float(whole[0]) == pytest.approx(-math.log(2**30 - 1), abs=1e-4)
+
+
+def needs(gib):
+    fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    available = int(fields["MemAvailable"].split()[0]) / 2**20
+    if available < gib:
+        pytest.skip(f"needs {gib} GiB of memory, and {available:.1f} are available")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NATIVE)
+def test_a_row_of_more_than_two_to_the_31_logits(name):
+    needs(5)
+    logits = torch.full((1, 2**31 + 37), -3.0, dtype=torch.bfloat16)
+    logits[0, -1] = 20.0
+    others, last = logits.numel() - 1, torch.tensor([logits.numel() - 1])
+    logp, entropy = token_logprobs(logits, last, with_entropy=True, backend=name)
+    mass = 1 + others * math.exp(-23.0)
+    assert logp.item() == pytest.approx(-math.log(mass), rel=1e-5)
+    # H = ln Z + 23 (1 - p): p is the probability of the last logit, and every other one lies 23 below it.
+    assert entropy.item() == pytest.approx(math.log(mass) + 23 * (1 - 1 / mass), rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NATIVE)
+def test_the_last_of_more_than_two_to_the_31_elements_are_whitened(name):
+    needs(19)
+    x, mask = torch.zeros(1, 2**31 + 37), torch.zeros(1, 2**31 + 37, dtype=torch.bool)
+    x[0, -8:], mask[0, -8:] = torch.linspace(-3, 5, 8), True
+    alone = whiten(x[:, -8:].clone(), mask[:, -8:], backend=name)
+    torch.testing.assert_close(whiten(x, mask, backend=name)[:, -8:], alone)
