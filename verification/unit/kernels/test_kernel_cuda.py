@@ -435,27 +435,19 @@ def test_a_label_out_of_range_stops_with_its_value_and_row(kernels, emulated_lib
 
 
 FENCED = """
-import ctypes, math, mmap, sys, torch
+import sys, torch
 from pathlib import Path
 from cuda_kernels import EmulatedKernels
+from fenced_memory import fenced as fenced_copy
 
-kernels, libc, page = EmulatedKernels(Path(sys.argv[1])), ctypes.CDLL(None, use_errno=True), mmap.PAGESIZE
-keep = []
+kernels = EmulatedKernels(Path(sys.argv[1]))
 
 def fenced(tensor, at_start):
-    # the tensor's copy touches a page that must not be read: the one behind its last byte, or before its first;
     # vector reads are held to the tensor itself, but for what shares the first 16 bytes with it
-    pages = -(-max(tensor.nbytes, 1) // page)
-    memory = mmap.mmap(-1, (pages + 2) * page)
-    first = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-    for fence in (first, first + (pages + 1) * page):
-        assert libc.mprotect(ctypes.c_void_p(fence), page, 0) == 0
-    offset = page if at_start else (pages + 1) * page - tensor.nbytes
-    keep.append(memory)
-    kernels.allow((first + offset) // 16 * 16, first + offset + tensor.nbytes)
-    bytes_ = torch.frombuffer(memory, dtype=torch.uint8, count=tensor.nbytes, offset=offset)
-    copy = bytes_.view(tensor.dtype).view(tensor.shape)
-    return copy.copy_(tensor)
+    copy = fenced_copy(tensor, at_start)
+    first = copy.data_ptr()
+    kernels.allow(first // 16 * 16, first + copy.nbytes)
+    return copy
 
 for at_start in (True, False):
     for dtype in (torch.float32, torch.bfloat16, torch.float16):

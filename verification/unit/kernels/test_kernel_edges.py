@@ -1,6 +1,8 @@
 """Sizes and memory layouts at the edge of what a tensor can be."""
 
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -198,3 +200,54 @@ def test_the_last_of_more_than_two_to_the_31_elements_are_whitened(name):
     x[0, -8:], mask[0, -8:] = torch.linspace(-3, 5, 8), True
     alone = whiten(x[:, -8:].clone(), mask[:, -8:], backend=name)
     torch.testing.assert_close(whiten(x, mask, backend=name)[:, -8:], alone)
+
+
+FENCED = """
+import torch
+from fenced_memory import fenced
+from rlhf_kernels import gae, linear, linear_token_logprobs, sample_tokens, token_logprobs, whiten
+from rlhf_kernels.cpu import launch
+
+def same(function, *tensors):
+    return all(torch.equal(a, b) for at_start in (True, False) for a, b in zip(
+        function(*tensors), function(*(fenced(one, at_start) for one in tensors)), strict=True))
+
+def logprobs(logits, labels, uniforms):
+    logits.requires_grad_()
+    found = token_logprobs(logits, labels, with_entropy=True)
+    drawn = sample_tokens(logits.detach(), uniforms, top_p=0.9)
+    return *found, *drawn, *torch.autograd.grad(found[0].sum() + found[1].sum(), logits)
+
+def head(hidden, weight, labels):
+    hidden.requires_grad_(), weight.requires_grad_()
+    found = linear_token_logprobs(hidden, weight, labels, with_entropy=True)
+    y = linear(hidden, weight)
+    return *found, y, *torch.autograd.grad(found[0].sum() + y.sum(), [hidden, weight])
+
+def estimated(x, mask, gammas):
+    advantages = [one for gamma in (0.9, gammas) for one in gae(x, x, mask, gamma=gamma, lam=0.9)]
+    return *advantages, whiten(x, mask)
+
+for name in launch.usable_instruction_sets():
+    launch.use_instruction_set(name)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for vocabulary in (*range(1, 36), 250, 257, 258, 2500, 4501):
+            labels, uniforms = torch.tensor([0, vocabulary - 1, vocabulary // 2]), torch.tensor([0.1, 0.5, 0.9])
+            assert same(logprobs, torch.randn(3, vocabulary).to(dtype), labels, uniforms), (name, dtype, vocabulary)
+    for rows, width, vocabulary in ((1, 1, 1), (5, 3, 7), (7, 17, 33), (13, 40, 258)):
+        tensors = torch.randn(rows, width), torch.randn(vocabulary, width), torch.arange(rows) % vocabulary
+        assert same(head, *tensors), (name, rows, width, vocabulary)
+    for dtype in (torch.float32, torch.float64):
+        for rows, tokens in ((1, 1), (3, 15), (3, 17), (16, 16), (17, 127), (33, 129)):
+            tensors = torch.randn(rows, tokens, dtype=dtype), torch.rand(rows, tokens) < 0.5
+            assert same(estimated, *tensors, torch.rand(rows, tokens, dtype=dtype)), (name, dtype, rows, tokens)
+print("stayed inside")
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="protects pages with mprotect")
+@pytest.mark.skipif(not NATIVE, reason="the extensions are not built")
+def test_nothing_outside_the_tensors_is_read():
+    path = f"import sys; sys.path[:0] = {[str(Path(__file__).parent), *sys.path]!r}\n"
+    done = subprocess.run([sys.executable, "-c", path + FENCED], capture_output=True, text=True)
+    assert done.stdout.strip() == "stayed inside", (done.returncode, done.stderr)
