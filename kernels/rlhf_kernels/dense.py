@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from rlhf_kernels.native import native_serves
+from rlhf_kernels.native import native_serves, shown_as
 
 native: Any
 try:
@@ -92,7 +92,8 @@ def sums_of_squares(tensors: Sequence[Tensor]) -> list[float]:
     addresses = np.array([x.data_ptr() for x in lying], dtype=np.int64)
     counts = np.array([x.numel() for x in lying], dtype=np.int64)
     sums = np.empty(len(lying))
-    native.sums_of_squares(addresses, counts, sums, launch.instruction_set(), launch.threads())
+    with shown_as("sums_of_squares"):
+        native.sums_of_squares(addresses, counts, sums, launch.instruction_set(), launch.threads())
     return sums.tolist()
 
 

@@ -1,6 +1,8 @@
-"""Which tensors the native CPU code takes that has no operator of its own."""
+"""Native CPU code that has no operator of its own: which tensors it takes, and how a profile shows it."""
 
 import os
+from contextlib import AbstractContextManager
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -14,3 +16,9 @@ def native_serves(*tensors: Tensor | None, dtypes: tuple[torch.dtype, ...] = (to
         if tensor is not None and not (tensor.dtype in dtypes and tensor.is_cpu):
             return False
     return os.environ.get(ENVIRONMENT_VARIABLE) != "reference" and not torch.compiler.is_compiling()
+
+
+def shown_as(name: str) -> AbstractContextManager[None]:
+    """Let torch's profiler, where it runs, show what is done meanwhile as an operator ``rlhf_kernels::name``."""
+    recorded = torch._C._profiler._RecordFunctionFast(f"rlhf_kernels::{name}")
+    return cast("AbstractContextManager[None]", recorded)

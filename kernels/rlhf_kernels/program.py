@@ -25,6 +25,7 @@ from rlhf_kernels._operations import Attended, EachRow, Gated, Linear, Operation
 from rlhf_kernels.attention import Cache, attends
 from rlhf_kernels.dense import Rowwise
 from rlhf_kernels.memory import reusable
+from rlhf_kernels.native import shown_as
 from rlhf_kernels.products import multiplies
 
 __all__ = ["Matrix", "Program", "Step", "Turns", "heads_in", "programmable"]
@@ -317,10 +318,11 @@ def _do(
         *(0 if other is None else launch.address(other) for other in others),
     ]
     rows = len(layout.starts) - (room is None)
-    _native.run(
-        code.lines, np.array(bases), tokens, rows, launch.address(layout.starts), layout.read_M.numpy(), room or 0,
-        launch.threads(), launch.instruction_set(),
-    )  # fmt: skip
+    with shown_as("program"):
+        _native.run(
+            code.lines, np.array(bases), tokens, rows, launch.address(layout.starts), layout.read_M.numpy(), room or 0,
+            launch.threads(), launch.instruction_set(),
+        )  # fmt: skip
 
 
 class Step:

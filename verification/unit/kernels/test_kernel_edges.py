@@ -205,12 +205,13 @@ def test_the_last_of_more_than_two_to_the_31_elements_are_whitened(name):
 FENCED = """
 import torch
 from fenced_memory import fenced
-from rlhf_kernels import gae, linear, linear_token_logprobs, sample_tokens, token_logprobs, whiten
+from rlhf_kernels import gae, gelu, linear, linear_token_logprobs, sample_tokens, sum_of_squares, token_logprobs, whiten
 from rlhf_kernels.cpu import launch
 
 def same(function, *tensors):
-    return all(torch.equal(a, b) for at_start in (True, False) for a, b in zip(
-        function(*tensors), function(*(fenced(one, at_start) for one in tensors)), strict=True))
+    copies = torch.clone, lambda x: fenced(x, at_start=True), lambda x: fenced(x, at_start=False)
+    free, *fences = (function(*map(copy, tensors)) for copy in copies)
+    return all(torch.equal(a, b) for found in fences for a, b in zip(free, found, strict=True))
 
 def logprobs(logits, labels, uniforms):
     logits.requires_grad_()
@@ -228,8 +229,15 @@ def estimated(x, mask, gammas):
     advantages = [one for gamma in (0.9, gammas) for one in gae(x, x, mask, gamma=gamma, lam=0.9)]
     return *advantages, whiten(x, mask)
 
+def each(x):
+    x.requires_grad_()
+    y = gelu(x)
+    return y, torch.tensor(sum_of_squares(x)), *torch.autograd.grad(y.sum(), x)
+
 for name in launch.usable_instruction_sets():
     launch.use_instruction_set(name)
+    for count in range(1, 40):
+        assert same(each, torch.randn(count)), (name, count)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         for vocabulary in (*range(1, 36), 250, 257, 258, 2500, 4501):
             labels, uniforms = torch.tensor([0, vocabulary - 1, vocabulary // 2]), torch.tensor([0.1, 0.5, 0.9])
