@@ -32,6 +32,7 @@ TORCH_FREE = (
     "alerting.watch",
     "data.reviews",
     "data.review_grammar",
+    "data.review_parser",
 )
 CLOCKS_AND_HOSTS = {"time", "datetime", "socket", "uuid", "getpass", "secrets"}
 

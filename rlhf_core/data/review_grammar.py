@@ -1,4 +1,4 @@
-"""The grammar of the embedded task: film reviews of one sentence, what they mean, and the parser that reads them.
+"""The grammar of the embedded task: film reviews of one sentence, and what they mean.
 
 One token a word, every review `MIN_TOKENS` to `MAX_TOKENS` long::
 
@@ -35,7 +35,6 @@ OTHERS_WEIGHT = 0.5
 
 Kind = Literal["description", "opinion", "verdict", "fact"]
 Pairs = tuple[tuple[float, tuple[str, ...], tuple[str, ...]], ...]
-Choices = dict[str, tuple[tuple[str, ...], ...]]
 
 # Positive and negative words are paired by strength, so a sign drawn by coin balances the task exactly.
 ADJECTIVES: Pairs = (
@@ -102,9 +101,12 @@ FACTS = (
 )
 
 
-def _all_words(pairs: Pairs) -> tuple[str, ...]:
+def all_words(pairs: Pairs) -> tuple[str, ...]:
+    """Return the words of both signs."""
     return tuple(word for _, positive, negative in pairs for word in positive + negative)
 
+
+NOUN_WORDS = all_words(NOUNS)
 
 _PHRASES = (
     (".", ",", "and", "a", "would", "did not", *OPENINGS, *CONCESSIONS, *CONTRASTS),
@@ -197,7 +199,7 @@ class Clause:
         if self.kind == "description":
             never_felt = self.negation == "never" and self.verb in LINKS
             verb = (self.negation, self.verb) if never_felt else (self.verb, self.negation)
-            words = (self.subject, *verb, "a" if self.word in _NOUN_WORDS else "", self.degree, self.word)
+            words = (self.subject, *verb, "a" if self.word in NOUN_WORDS else "", self.degree, self.word)
         elif self.kind == "opinion" and self.negation == "not":
             words = (self.subject, "did not", self.degree, BASE_FORMS[self.word], self.target)
         else:
@@ -241,7 +243,7 @@ class Meaning:
         return clip(first * (CONCEDED_WEIGHT if self.link else 1.0) + second)
 
     def render(self) -> str:
-        """The review as text; for a complete meaning the inverse of `interpret`."""
+        """The review as text; for a complete meaning the inverse of `review_parser.interpret`."""
         parts = [f"{self.opening} ,"] if self.opening else []
         first, second = (" and ".join(clause.render() for clause in part) for part in (self.first, self.second))
         if self.link in CONCESSIONS:
@@ -251,151 +253,3 @@ class Meaning:
         else:
             parts += [first]
         return " ".join([*parts, "."])
-
-
-def _choices(*groups: Iterable[str]) -> Choices:
-    """Phrases by their first word, the longest first."""
-    phrases = sorted((tuple(phrase.split()) for group in groups for phrase in group), key=len, reverse=True)
-    return {first: tuple(phrase for phrase in phrases if phrase[0] == first) for first, *_ in phrases}
-
-
-_NOUN_WORDS = _all_words(NOUNS)
-_SUBJECTS, _THINGS = _choices(SELF, OTHERS, FILMS, THINGS_ONE, THINGS_MANY), _choices(FILMS, THINGS_ONE, THINGS_MANY)
-_ASPECTS, _LINK = _choices(THINGS_ONE, THINGS_MANY), _choices(LINKS)
-_COPULA = {False: _choices(BE_ONE, LINKS), True: _choices(BE_MANY, LINKS)}
-_NEGATION, _VERB_NEGATION = _choices(NEGATIONS), _choices(("never", "hardly"))
-_BOOSTER = {part: _choices(words) for part, words in BOOSTERS.items()}
-_DEGREE = {part: _choices(words, DIMINISHERS[part]) for part, words in BOOSTERS.items()}
-_ADJECTIVE, _NOUN, _ACTION = _choices(_all_words(ADJECTIVES)), _choices(_NOUN_WORDS), _choices(_all_words(ACTIONS))
-_PAST, _BASE = _choices(BASE_FORMS), _choices(PAST_FORMS)
-_FACT = {subject: _choices(facts) for subject, facts in FACTS.items()}
-_OPENING, _CONCESSION, _CONTRAST = _choices(OPENINGS), _choices(CONCESSIONS), _choices(CONTRASTS)
-_AND, _A, _COMMA, _STOP, _WOULD, _NOT, _NEVER, _GLADLY, _FAR_FROM, _DID_NOT = (
-    _choices((phrase,)) for phrase in ("and", "a", ",", ".", "would", "not", "never", "gladly", "far from", "did not")
-)
-
-
-class _Stopped(Exception):
-    """Parsing cannot go on."""
-
-
-class _Parser:
-    """Recursive descent without backtracking; each rule is a method and never recurses into itself."""
-
-    def __init__(self, tokens: list[str]) -> None:
-        self.tokens = tokens
-        self.at = 0
-        self.opening = self.link = ""
-        self.first: list[Clause] = []
-        self.second: list[Clause] = []
-
-    def accept(self, choices: Choices) -> str:
-        """Take the longest phrase that comes next, or take nothing and return the empty string."""
-        for phrase in choices.get(self.tokens[self.at], ()) if self.at < len(self.tokens) else ():
-            if tuple(self.tokens[self.at : self.at + len(phrase)]) == phrase:
-                self.at += len(phrase)
-                return " ".join(phrase)
-        return ""
-
-    def expect(self, choices: Choices, what: str) -> str:
-        phrase = self.accept(choices)
-        if not phrase:
-            raise _Stopped(f"expected {what}")
-        return phrase
-
-    def review(self) -> None:
-        self.opening = self.accept(_OPENING)
-        if self.opening:
-            self.expect(_COMMA, "a comma")
-        self.link = self.accept(_CONCESSION)
-        if self.link:
-            self.first.append(self.clause())
-            self.expect(_COMMA, "a comma")
-            self.statement(self.second)
-        else:
-            self.statement(self.first)
-            if self.accept(_COMMA):
-                self.link = self.expect(_CONTRAST, "'but' or 'yet'")
-                self.statement(self.second)
-        self.expect(_STOP, "a full stop")
-        if self.at < len(self.tokens):
-            raise _Stopped("expected nothing after the full stop")
-        if not MIN_TOKENS <= self.at <= MAX_TOKENS:
-            raise _Stopped(f"a review has {MIN_TOKENS} to {MAX_TOKENS} tokens")
-
-    def statement(self, clauses: list[Clause]) -> None:
-        clauses.append(self.clause())
-        if self.accept(_AND):
-            clauses.append(self.clause())
-
-    def clause(self) -> Clause:
-        start = self.at
-        subject = self.expect(_SUBJECTS, "a subject")
-        holder = subject in SELF or subject in OTHERS
-        fact = self.accept(_FACT.get(subject, {}))
-        if fact:
-            clause = Clause("fact", subject, fact)
-        elif holder and self.accept(_WOULD):
-            clause = self.verdict(subject)
-        elif holder:
-            clause = self.opinion(subject)
-        else:
-            clause = self.description(subject)
-        if clause.repeats([*self.first, *self.second]):
-            self.at = start
-            raise _Stopped("expected something new")
-        return clause
-
-    def verdict(self, holder: str) -> Clause:
-        negation = self.accept(_NOT) or self.accept(_NEVER)
-        degree = "" if negation else self.accept(_GLADLY)
-        return Clause("verdict", holder, self.expect(_ACTION, "an action"), negation=negation, degree=degree)
-
-    def opinion(self, holder: str) -> Clause:
-        did_not = self.accept(_DID_NOT)
-        negation = "not" if did_not else self.accept(_VERB_NEGATION)
-        degree = "" if negation == "hardly" else self.accept((_BOOSTER if negation else _DEGREE)["verb"])
-        verb = self.expect(_BASE if did_not else _PAST, "a verb of liking or disliking")
-        word = PAST_FORMS[verb] if did_not else verb
-        return Clause("opinion", holder, word, negation=negation, degree=degree, target=self.expect(_THINGS, "a thing"))
-
-    def description(self, subject: str) -> Clause:
-        plural = subject in THINGS_MANY
-        if subject not in FILMS and self.accept(_AND):
-            subject += " and " + self.expect(_ASPECTS, "an aspect")
-            plural = True
-        negation = self.accept(_NEVER)
-        verb = self.expect(_LINK if negation else _COPULA[plural], "a form of 'be', 'felt' or 'seemed'")
-        negation = negation or self.accept(_FAR_FROM if verb in LINKS else _NEGATION)
-        degrees = _BOOSTER if negation else _DEGREE
-        degree = "" if negation == "far from" else self.accept(degrees["adjective"])
-        if not degree and self.accept(_A):
-            degree = self.accept(degrees["noun"])
-            return Clause("description", subject, self.expect(_NOUN, "a noun"), verb, negation, degree)
-        return Clause("description", subject, self.expect(_ADJECTIVE, "an adjective"), verb, negation, degree)
-
-
-def interpret(text: str) -> Meaning:
-    """Read a text as a review. Total: every string has an answer, in time linear in its length.
-
-    Args:
-        text: Tokens separated by white space.
-
-    Returns:
-        The meaning. If the text is not exactly one review, `complete` is false and the clauses are those read so far.
-
-    Example:
-        >>> interpret("although the plot was dull , i loved the songs .").sentiment
-        0.625
-        >>> interpret("the plot was great great .").problem
-        'expected a full stop'
-    """
-    tokens = text.split(None, MAX_TOKENS + 1)  # whatever follows is one last piece that no rule accepts
-    parser = _Parser(tokens)
-    problem = ""
-    try:
-        parser.review()
-    except _Stopped as stopped:
-        problem = str(stopped)
-    first, second = tuple(parser.first), tuple(parser.second)
-    return Meaning(parser.opening, parser.link, first, second, not problem, parser.at, problem)

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from typing import Literal, TypeVar
 
 from rlhf_core.data import review_grammar as grammar
-from rlhf_core.data.review_grammar import VOCABULARY, Clause, Meaning, Pairs, interpret
+from rlhf_core.data.review_grammar import VOCABULARY, Clause, Meaning, Pairs
+from rlhf_core.data.review_parser import interpret
 
 __all__ = [
     "VOCABULARY",

@@ -1,65 +1,30 @@
 """Whether a profile adds up: every figure of it that follows from another is computed again. Imports no torch."""
 
-import bisect
 import math
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from rlhf_core import runlog
-from rlhf_core.checks.step_log import brief, rows_by_step
-from rlhf_core.profiles.files import (
-    GPU,
-    LARGEST,
-    OPERATOR_COLUMNS,
-    OPERATORS_FILE,
-    PROFILES_FOLDER,
-    STAGES_THREAD,
-    SUMMARY_COLUMNS,
-    SUMMARY_FILE,
-    TRACE_FILE,
-    TRAINING,
-    Event,
-    Trace,
-    read_table,
-    read_trace,
+from rlhf_core.checks.step_log import brief
+from rlhf_core.profiles.evidence import (
+    MS_TOLERANCE,
+    CheckFailed,
+    Profile,
+    number,
+    read_profile,
+    require,
+    require_order,
+    same,
 )
+from rlhf_core.profiles.files import GPU, STAGES_THREAD, TRAINING, Event
+from rlhf_core.profiles.operator_check import check_operator_time, check_operators
 
 COVERED = (0.85, 1.15)
 """Bounds of a step's top-level stages together, over its wall time."""
-MS_TOLERANCE = 2e-6
-"""Rounding of the tables, in ms; the trace is exact to the nanosecond."""
 SHARE_TOLERANCE = 2e-6
 RATE_TOLERANCE = 1e-4
 """Relative, of tokens a second, which is written with three decimals."""
-
-
-class CheckFailed(ValueError):
-    """A check does not hold; the message has the figures."""
-
-
-@dataclass(frozen=True)
-class Profile:
-    """The files of a profile, and the logs of its run where it has them."""
-
-    trace: Trace
-    summary: dict[str, dict[str, float]]
-    operators: dict[str, dict[str, float]]
-    timings: dict[int, dict[str, Any]] | None
-    metrics: dict[int, dict[str, Any]] | None
-
-    @property
-    def steps(self) -> dict[int, Event]:
-        """The whole steps."""
-        return {event.step: event for event in self.trace.events if event.category == "step"}
-
-    def spans(self, *categories: str) -> list[Event]:
-        """Return the events of some categories, an outer one before those inside it."""
-        chosen = [event for event in self.trace.events if event.category in categories]
-        return sorted(chosen, key=lambda event: (event.start_ns, -event.end_ns))
 
 
 def check_profile(folder: Path) -> Iterator[str]:
@@ -77,31 +42,20 @@ def check_profile(folder: Path) -> Iterator[str]:
         yield check(profile)
 
 
-def read_profile(folder: Path) -> Profile:
-    """Return the profile of a run, or of a folder with the three files alone."""
-    is_run = (folder / runlog.CONFIG_FILE).is_file()
-    profiles = folder / PROFILES_FOLDER if is_run else folder
-    logs = [rows_by_step(folder / name) if is_run else None for name in (runlog.TIMINGS_FILE, runlog.METRICS_FILE)]
-    summary = read_table(profiles / SUMMARY_FILE, SUMMARY_COLUMNS)
-    trace = read_trace(profiles / TRACE_FILE)
-    operators = read_table(profiles / OPERATORS_FILE, OPERATOR_COLUMNS)
-    return Profile(trace, summary, operators, *logs)
-
-
 def check_steps(profile: Profile) -> str:
     """Every profiled step is there once, and no other."""
     found = sorted(event.step for event in profile.spans("step"))
     stated = profile.trace.steps
-    _same("trace: the steps of its spans and those stated in otherData", found, sorted(stated))
-    _require(found == list(range(found[0], found[0] + len(found))) if found else False, f"trace: its steps are {found}")
+    same("trace: the steps of its spans and those stated in otherData", found, sorted(stated))
+    require(found == list(range(found[0], found[0] + len(found))) if found else False, f"trace: its steps are {found}")
     in_order = [event.step for event in profile.spans("step")]
-    _require(in_order == found, f"trace: its steps come in the order {in_order}")
+    require(in_order == found, f"trace: its steps come in the order {in_order}")
     strays = sorted({event.step for event in profile.trace.events} - set(found))
-    _require(not strays, f"trace: spans belong to steps {strays}, which were not profiled")
+    require(not strays, f"trace: spans belong to steps {strays}, which were not profiled")
     if profile.timings is not None and profile.metrics is not None:
-        _same("the steps of metrics.jsonl and of timings.jsonl", sorted(profile.metrics), sorted(profile.timings))
+        same("the steps of metrics.jsonl and of timings.jsonl", sorted(profile.metrics), sorted(profile.timings))
         logged = [step for step, row in profile.timings.items() if row.get("profiled_from") == found[0]]
-        _same("the profiled steps by timings.jsonl and by the trace", sorted(logged), found)
+        same("the profiled steps by timings.jsonl and by the trace", sorted(logged), found)
     return f"steps: {len(found)}, from {found[0]} to {found[-1]}, each once"
 
 
@@ -109,11 +63,11 @@ def check_categories(profile: Profile) -> str:
     """Every event is of a known kind and lies where its kind lies."""
     for event in profile.trace.events:
         known = event.category in ("step", "stage", "minibatch", "operator", "kernel")
-        _require(known, f"trace: {event.name} is of the unknown category {event.category!r}")
+        require(known, f"trace: {event.name} is of the unknown category {event.category!r}")
         in_place = event.process == (GPU if event.category == "kernel" else TRAINING)
         if event.category in ("step", "stage", "minibatch"):
             in_place = in_place and event.thread == STAGES_THREAD
-        _require(in_place, f"trace: {event.category} {event.name} is in process {event.process} thread {event.thread}")
+        require(in_place, f"trace: {event.category} {event.name} is in process {event.process} thread {event.thread}")
     return f"categories: {len(profile.trace.events)} events, each where its kind belongs"
 
 
@@ -131,7 +85,7 @@ def check_nesting(profile: Profile) -> str:
             if around:
                 outer = around[-1]
                 inside = event.end_ns <= outer.end_ns
-                _require(inside, f"trace: step {event.step}: {event.name} and {outer.name} overlap")
+                require(inside, f"trace: step {event.step}: {event.name} and {outer.name} overlap")
                 pairs += 1
             _require_place(event, around)
             around.append(event)
@@ -140,18 +94,18 @@ def check_nesting(profile: Profile) -> str:
 
 def _require_place(event: Event, around: list[Event]) -> None:
     if event.category == "step":
-        _require(not around, f"trace: step {event.step} lies inside {around[-1].name if around else ''}")
+        require(not around, f"trace: step {event.step} lies inside {around[-1].name if around else ''}")
         return
     if event.category == "operator":
         return
     where = f"trace: {event.category} {event.name} at {event.start_ns / 1000:.3f} us"
     steps = [outer for outer in around if outer.category == "step"]
-    _require(len(steps) == 1, f"{where} lies in no step")
-    _require(steps[0].step == event.step, f"{where} says step {event.step} and lies in step {steps[0].step}")
+    require(len(steps) == 1, f"{where} lies in no step")
+    require(steps[0].step == event.step, f"{where} says step {event.step} and lies in step {steps[0].step}")
     if event.category == "stage":
         stages = [outer.name for outer in around if outer.category == "stage"]
         parent = event.name.rpartition("/")[0]
-        _require((stages[-1] if stages else "") == parent, f"{where} lies in {stages[-1] if stages else 'no stage'}")
+        require((stages[-1] if stages else "") == parent, f"{where} lies in {stages[-1] if stages else 'no stage'}")
 
 
 def check_minibatches(profile: Profile) -> str:
@@ -160,15 +114,15 @@ def check_minibatches(profile: Profile) -> str:
     for event in profile.spans("minibatch"):
         found = [value for name, value in sorted(event.arguments.items()) if name != "step"]
         where = f"trace: step {event.step}: the numbers of a minibatch are {brief(found)}"
-        _require(all(type(value) is int and value >= 0 for value in found), f"{where}; they must be whole numbers")
+        require(all(type(value) is int and value >= 0 for value in found), f"{where}; they must be whole numbers")
         numbers[event.step].append(tuple(found))
     usual = set(next(iter(numbers.values())))
     spanned = math.prod(1 + max(column) for column in zip(*usual, strict=True)) if usual else 0
     for step, found in numbers.items():
         where = f"trace: step {step} has {len(found)} minibatches, {len(set(found))} of them different"
-        _require(len(found) == spanned and set(found) == usual, f"{where}; there must be {spanned}")
+        require(len(found) == spanned and set(found) == usual, f"{where}; there must be {spanned}")
     updates = profile.timings is not None and any(event.name == "update" for event in profile.spans("stage"))
-    _require(spanned > 0 or not updates, "trace: the updates have no minibatches")
+    require(spanned > 0 or not updates, "trace: the updates have no minibatches")
     return f"minibatches: {spanned} in each step, each once"
 
 
@@ -180,9 +134,9 @@ def check_coverage(profile: Profile) -> str:
             totals[event.step] += event.ns
     ratios = {}
     for step, wall in profile.steps.items():
-        _require(wall.ns > 0, f"coverage: step {step} took no time")
+        require(wall.ns > 0, f"coverage: step {step} took no time")
         ratios[step] = totals[step] / wall.ns
-        _require(
+        require(
             COVERED[0] <= ratios[step] <= COVERED[1],
             f"coverage: the stages of step {step} come to {ratios[step]:.3f} of its wall time, outside of "
             f"{COVERED[0]} to {COVERED[1]}",
@@ -203,12 +157,12 @@ def check_timings(profile: Profile) -> str:
         stages = row.get("stages_s")
         if not isinstance(stages, dict):
             raise CheckFailed(f"timings.jsonl: step {step} has no table stages_s")
-        _same(f"step {step}: the stages of timings.jsonl and of the trace", sorted(stages), sorted(seconds[step]))
+        same(f"step {step}: the stages of timings.jsonl and of the trace", sorted(stages), sorted(seconds[step]))
         pairs = [("step_time_s", row.get("step_time_s"), wall.ns / 1e9)]
         pairs += [(name, stages[name], value) for name, value in seconds[step].items()]
         for name, logged, traced in pairs:
-            difference = abs(_number(logged, f"timings.jsonl: step {step}: {name}") - traced)
-            _require(
+            difference = abs(number(logged, f"timings.jsonl: step {step}: {name}") - traced)
+            require(
                 difference <= 1e-8 + 1e-9 * traced,
                 f"timings: step {step}: {name} took {logged} s by timings.jsonl and {traced:.9f} s by the trace",
             )
@@ -221,18 +175,16 @@ def check_tokens(profile: Profile) -> str:
     total = 0
     for step, wall in profile.steps.items():
         tokens = wall.arguments.get("tokens")
-        _require(type(tokens) is int and tokens >= 0, f"trace: step {step}: tokens is {tokens!r}")
+        require(type(tokens) is int and tokens >= 0, f"trace: step {step}: tokens is {tokens!r}")
         total += wall.arguments["tokens"]
         if profile.metrics is None or profile.timings is None:
             continue
-        _require(step in profile.metrics, f"metrics.jsonl has no step {step}")
+        require(step in profile.metrics, f"metrics.jsonl has no step {step}")
         logged = profile.metrics[step].get("response_tokens")
-        _require(
-            tokens == logged, f"tokens: step {step} has {tokens} by the trace and {brief(logged)} by metrics.jsonl"
-        )
-        rate = _number(profile.timings[step].get("tokens_per_second"), f"timings.jsonl: step {step}: tokens_per_second")
+        require(tokens == logged, f"tokens: step {step} has {tokens} by the trace and {brief(logged)} by metrics.jsonl")
+        rate = number(profile.timings[step].get("tokens_per_second"), f"timings.jsonl: step {step}: tokens_per_second")
         expected = wall.arguments["tokens"] / (wall.ns / 1e9)
-        _require(
+        require(
             math.isclose(rate, expected, rel_tol=1e-6),
             f"tokens: step {step}: timings.jsonl says {rate:.3f} a second; tokens over time are {expected:.3f}",
         )
@@ -250,7 +202,7 @@ def check_summary(profile: Profile) -> str:
         durations[event.name].append(event.ns)
         steps[event.name].add(event.step)
         peaks[event.name].append(_peaks(event))
-    _same("the stages of summary.csv and of the trace", sorted(profile.summary), sorted(durations))
+    same("the stages of summary.csv and of the trace", sorted(profile.summary), sorted(durations))
     largest = 0.0
     for name, row in profile.summary.items():
         ms = [ns / 1e6 for ns in durations[name]]
@@ -272,13 +224,13 @@ def check_summary(profile: Profile) -> str:
             tolerance = {"share": SHARE_TOLERANCE, "tokens_per_s": 1e-3 + RATE_TOLERANCE * value}.get(
                 column, MS_TOLERANCE if column.endswith("_ms") else 0
             )
-            _require(
+            require(
                 difference <= tolerance,
                 f"summary: {column} of {name} is {row[column]:g} in summary.csv and {value:g} by the trace",
             )
             if column == "total_ms":
                 largest = max(largest, difference / value if value else 0.0)
-    _require_order("summary.csv", list(profile.summary), list(durations), "the stages begin")
+    require_order("summary.csv", list(profile.summary), list(durations), "the stages begin")
     return f"summary: {len(profile.summary)} stages agree with the trace; the largest total is off by {largest:.1e}"
 
 
@@ -308,10 +260,10 @@ def check_memory(profile: Profile) -> str:
         largest = max(largest, *_peaks(event))
         if event.category == "stage":
             outer = names.get((event.step, parent))
-            _require(outer is not None, f"trace: step {event.step}: {event.name} comes before {parent}")
+            require(outer is not None, f"trace: step {event.step}: {event.name} comes before {parent}")
             assert outer is not None
             for mine, around in zip(_peaks(event), _peaks(outer), strict=True):
-                _require(
+                require(
                     mine <= around,
                     f"memory: step {event.step}: {event.name} peaks at {mine} bytes, above the {around} of {parent}",
                 )
@@ -319,102 +271,11 @@ def check_memory(profile: Profile) -> str:
         for step, wall in profile.steps.items():
             known = profile.timings[step].get("peak_mem_bytes")
             mine = _peaks(wall)[1] or _peaks(wall)[0]
-            _require(
+            require(
                 type(known) is int and mine <= known,
                 f"memory: step {step} peaks at {mine} bytes by the trace, above the {known} of timings.jsonl",
             )
     return f"memory: at most {largest / 2**20:.1f} MiB, no stage above what it lies in"
-
-
-def check_operators(profile: Profile) -> str:
-    """Every figure of op_stats.csv follows from the trace's operators."""
-    expected: dict[str, list[int]] = {}
-    for event, own, total in _operator_figures(profile):
-        entry = expected.setdefault(event.name, [0] * 9)
-        entry[0] += 1
-        for index, value in enumerate((*own, *total), start=1):
-            entry[index] += value
-    _same("the operators of op_stats.csv and of the trace", sorted(profile.operators), sorted(expected))
-    recorded = sorted({event.step for event in profile.spans("operator")})
-    _same("the steps with operators and those stated in otherData", recorded, sorted(profile.trace.operator_steps))
-    _require(bool(recorded), "operators: none were recorded")
-    for name, row in profile.operators.items():
-        calls, *figures = expected[name]
-        own, total = figures[:4], figures[4:]
-        wanted = {"calls": calls}
-        for column, index in (("cpu_ms", 0), ("cuda_ms", 1), ("cpu_bytes", 2), ("cuda_bytes", 3)):
-            wanted |= {f"self_{column}": own[index], f"total_{column}": total[index]}
-        for column, value in wanted.items():
-            exact = value / 1e6 if column.endswith("_ms") else value
-            _require(
-                abs(row[column] - exact) <= (MS_TOLERANCE if column.endswith("_ms") else 0),
-                f"operators: {column} of {name} is {row[column]:g} in op_stats.csv and {exact:g} by the trace",
-            )
-    by_time = sorted(expected, key=lambda name: (-expected[name][1], name))
-    _require_order("op_stats.csv", list(profile.operators), by_time, "their own time falls")
-    return f"operators: {len(expected)} agree with the trace, recorded in {len(recorded)} of {len(profile.steps)} steps"
-
-
-def _operator_figures(profile: Profile) -> Iterator[tuple[Event, list[int], list[int]]]:
-    """Yield each call with its own figures and its total ones: ns on CPU, ns on GPU, bytes on CPU, bytes on GPU.
-
-    A call that does not lie in another whole lies beside it. The total of a call in a call of the same operator is
-    zero: it is in that one's.
-    """
-    threads: dict[int, list[tuple[Event, list[int], list[int]]]] = defaultdict(list)
-    done: list[tuple[Event, list[int], list[int]]] = []
-
-    def close(stack: list[tuple[Event, list[int], list[int]]]) -> None:
-        event, own, total = stack.pop()
-        if stack:
-            stack[-1][1][0] -= event.ns
-            for index in range(1, 4):
-                stack[-1][2][index] += total[index]
-        repeated = any(outer.name == event.name for outer, _, _ in stack)
-        done.append((event, own, [0] * 4 if repeated else total))
-
-    for event in profile.spans("operator"):
-        stack = threads[event.thread]
-        while stack and stack[-1][0].end_ns < max(event.end_ns, event.start_ns + 1):
-            close(stack)
-        given = [event.arguments.get(name, 0) for name in ("cuda_ns", "cpu_bytes", "cuda_bytes")]
-        whole = all(type(value) is int for value in given)
-        where = f"trace: step {event.step}: cuda_ns, cpu_bytes and cuda_bytes of {event.name} are {brief(given)}"
-        _require(whole, f"{where}; they must be whole numbers")
-        _require(given[0] >= 0, f"{where}; the first must not be negative")
-        stack.append((event, [event.ns, *given], [event.ns, *given]))
-    for stack in threads.values():
-        while stack:
-            close(stack)
-    yield from done
-
-
-def check_operator_time(profile: Profile) -> str:
-    """The operators' own time within a stage is not above its time on each thread that recorded them."""
-    stages = profile.spans("stage")
-    top = [event for event in stages if "/" not in event.name]
-    starts = [event.start_ns for event in top]
-    threads = {event.thread for event in profile.spans("operator")}
-    own: dict[int, int] = defaultdict(int)
-    steps = profile.steps
-    for event, figures, _ in _operator_figures(profile):
-        wall = steps[event.step]
-        within = wall.start_ns <= event.start_ns and event.end_ns <= wall.end_ns
-        _require(within, f"operators: step {event.step}: {event.name} lies outside of its step")
-        index = bisect.bisect_right(starts, event.start_ns) - 1
-        if index >= 0 and event.end_ns <= top[index].end_ns:
-            own[index] += figures[0]
-    largest = 0.0
-    for index, ns in own.items():
-        stage = top[index]
-        share = ns / max(stage.ns * len(threads), 1)
-        _require(
-            share <= 1.0,
-            f"operators: step {stage.step}: their own time in {stage.name} is {share:.2f} of its time "
-            f"times {len(threads)} threads",
-        )
-        largest = max(largest, share)
-    return f"operator time: at most {largest:.2f} of a stage's time times {len(threads)} thread(s)"
 
 
 CHECKS: tuple[Callable[[Profile], str], ...] = (
@@ -430,31 +291,3 @@ CHECKS: tuple[Callable[[Profile], str], ...] = (
     check_operators,
     check_operator_time,
 )
-
-
-def _require(holds: bool, message: str) -> None:
-    if not holds:
-        raise CheckFailed(message)
-
-
-def _require_order(name: str, found: list[str], wanted: list[str], order: str) -> None:
-    for number, (one, other) in enumerate(zip(found, wanted, strict=True), start=2):
-        _require(one == other, f"{name}:{number}: {one} is where {other} belongs, in the order in which {order}")
-
-
-def _same(what: str, a: list[Any], b: list[Any]) -> None:
-    if a == b:
-        return
-    only_a, only_b = (
-        f"[{', '.join(brief(item) for item in sorted(one)[:10])}]" for one in (set(a) - set(b), set(b) - set(a))
-    )
-    if only_a == only_b == "[]":
-        raise CheckFailed(f"{what} differ: one of them is there twice")
-    first, second = (one.replace("[]", "none") for one in (only_a, only_b))
-    raise CheckFailed(f"{what} differ: only the first has {first}, only the second {second}")
-
-
-def _number(value: Any, where: str) -> float:
-    sound = type(value) in (int, float) and abs(value) < LARGEST
-    _require(sound, f"{where} is {brief(value)}; it must be a finite number below 2^63")
-    return float(value)

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlhf_core.data import review_grammar, reviews
+from rlhf_core.data import review_parser, reviews
 from rlhf_core.data.review_grammar import ADJECTIVES, NOUNS, STRENGTH, VERBS
 from rlhf_core.data.reviews import VOCABULARY, Clause, Meaning, generate, interpret, prompts, score, split_of
 
@@ -333,7 +333,7 @@ def test_a_megabyte_takes_no_time(text):
     assert time.perf_counter() - start_s < 1.0
 
 
-@pytest.mark.parametrize("module", [reviews, review_grammar])
+@pytest.mark.parametrize("module", [reviews, review_parser])
 def test_docstring_examples(module):
     result = doctest.testmod(module)
     assert result.attempted > 0
