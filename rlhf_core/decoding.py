@@ -18,10 +18,12 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import DynamicCache, PreTrainedModel
 
 from rlhf_core.blocks import Blocks, blocks_of, do_at_once, heads_of
+from rlhf_core.layers import RowwiseLinear
 from rlhf_core.numerics import is_portable
 from rlhf_core.packing import one_by_one, pack, runnable
 from rlhf_core.policy import ForwardArguments, position_ids
 from rlhf_kernels.attention import Cache, attends
+from rlhf_kernels.products import multiply, takes
 from rlhf_kernels.program import Step
 
 
@@ -33,7 +35,7 @@ class Decoder(Protocol):
         ...
 
     def read_tokens(self, ids_B: torch.Tensor) -> torch.Tensor:
-        """Return [B, V] the logits behind one more token of each row."""
+        """Return [B, V] the logits behind one more token of each row, which the next call may overwrite."""
         ...
 
     def keep(self, rows: torch.Tensor) -> None:
@@ -187,6 +189,7 @@ class RowDecoder:
         self._caches: list[Cache] = []
         self._lengths_B = torch.empty(0)
         self._step: Step | None = None
+        self._logits_BV: torch.Tensor | None = None
 
     def read_prompts(self, ids_BP: torch.Tensor, attention_BP: torch.Tensor) -> torch.Tensor:
         """Return [B, V] the logits behind left-padded prompts."""
@@ -204,7 +207,7 @@ class RowDecoder:
             turns = self._blocks.turns
             hidden_BD, self._caches = program.run_into_caches(x_ND, starts, turns, self._room, last_B)
         self._lengths_B = starts.diff()
-        return cast("torch.Tensor", self._model.lm_head(hidden_BD))
+        return self._logits(hidden_BD)
 
     def read_tokens(self, ids_B: torch.Tensor) -> torch.Tensor:
         """Return [B, V] the logits behind one more token of each row."""
@@ -217,7 +220,17 @@ class RowDecoder:
             self._step = self._step or program.over(self._caches, len(ids_B))
             hidden_BD = self._step(x_BD, self._lengths_B, blocks.turns)
         self._lengths_B += 1
-        return cast("torch.Tensor", self._model.lm_head(hidden_BD))
+        return self._logits(hidden_BD)
+
+    def _logits(self, hidden_BD: torch.Tensor) -> torch.Tensor:
+        """Return [B, V] the logits, in memory that the next call uses again: new memory costs its pages."""
+        head = self._model.lm_head
+        if type(head) is not RowwiseLinear or not takes(hidden_BD, head.weight, head.bias):
+            return cast("torch.Tensor", head(hidden_BD))
+        if self._logits_BV is None:
+            self._logits_BV = hidden_BD.new_empty(len(hidden_BD), len(head.weight))
+        out_BV = self._logits_BV[: len(hidden_BD)]  # rows only leave
+        return multiply(hidden_BD, head.weight.t(), head.bias, out_MN=out_BV)
 
     def _one_by_one(self, x_BD: torch.Tensor) -> torch.Tensor:
         blocks = self._blocks

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import Parameter
 
+from rlhf_kernels import arenas
 from rlhf_kernels._instructions import Code, Matrix
 from rlhf_kernels._operations import Attended, EachRow, Gated, Linear, Operation, Rotated, Selected
 from rlhf_kernels.attention import Cache, attends
@@ -191,8 +192,8 @@ class Program:
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x_ND, *parameters)):
             return cast("Tensor", _Run.apply(self, x_ND, layout, *parameters))
         code = self._passing()
-        arena = x_ND.new_empty(code.columns * len(x_ND))
-        return self._carried_out(code, arena, x_ND, layout)
+        with arenas.lent(code.columns * len(x_ND)) as arena:
+            return self._carried_out(code, arena, x_ND, layout)
 
     def run_into_caches(
         self, x_ND: Tensor, starts: Tensor, turns: Turns | None, more: int, read_M: Tensor
@@ -203,14 +204,13 @@ class Program:
         """
         attended = [operation for operation in self._operations if isinstance(operation, Attended)]
         code = self._passing(frozenset(matrix.number for one in attended for matrix in one.inputs))
-        tokens = len(x_ND)
-        arena = x_ND.new_empty(code.columns * tokens)
-        out = self._carried_out(code, arena, x_ND, _Layout(starts, turns, read_M))
-        caches = []
-        for one in attended:
-            matrices = [_matrix(arena, code.where[each.number], tokens, each.width) for each in one.inputs]
-            _, key_NGK, value_NGK = heads_in(matrices, one.heads, one.shared, one.head_width)
-            caches.append(Cache(key_NGK, value_NGK, starts, more))
+        tokens, caches = len(x_ND), []
+        with arenas.lent(code.columns * tokens) as arena:
+            out = self._carried_out(code, arena, x_ND, _Layout(starts, turns, read_M))
+            for one in attended:
+                matrices = [_matrix(arena, code.where[each.number], tokens, each.width) for each in one.inputs]
+                _, key_NGK, value_NGK = heads_in(matrices, one.heads, one.shared, one.head_width)
+                caches.append(Cache(key_NGK, value_NGK, starts, more))
         return out, caches
 
     def over(self, caches: list[Cache], rows: int) -> "Step":
@@ -331,7 +331,7 @@ class Step:
     def __init__(self, program: Program, code: _Finished, caches: list[Cache], rows: int) -> None:
         self._code, self._caches, self._rows = code, caches, rows
         self._all = torch.arange(rows)
-        self._arena = _new_arena(code.columns * rows)
+        self._arena = arenas.new(code.columns * rows)
         self._x_BD = _matrix(self._arena, code.where[0], rows, program.input.width)
         self._out_BD = _matrix(self._arena, code.where[program.output.number], rows, program.output.width)
 
@@ -344,29 +344,13 @@ class Step:
         return self._out_BD
 
 
-_arenas: list[Tensor] = []
-"""Those of passes that are over, for the next: new memory costs its pages, and leaves holes when it is given back."""
-
-
-def _take_arena(size: int) -> Tensor:
-    try:
-        arena = _arenas.pop()
-    except IndexError:
-        return _new_arena(size)
-    return arena if arena.numel() >= size else _new_arena(size)
-
-
-def _new_arena(size: int) -> Tensor:
-    return torch.empty(size, dtype=torch.float32, device="cpu")  # whatever torch's defaults are just now
-
-
 class _Run(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, program: Program, x_ND: Tensor, layout: _Layout, *parameters: Tensor) -> Tensor:
         learned = tuple(cast("Parameter", parameter) for parameter in parameters if parameter.requires_grad)
         forward, backward = program._keeping(learned, x_ND.requires_grad)
         ctx.program, ctx.code, ctx.layout, ctx.tokens = program, backward, layout, len(x_ND)
-        ctx.arena = _take_arena(backward.columns * len(x_ND))
+        ctx.arena = arenas.take(backward.columns * len(x_ND))
         ctx.save_for_backward(*learned)  # so that autograd sees when they change before the backward pass
         return program._carried_out(forward, ctx.arena, x_ND, layout)
 
@@ -383,7 +367,7 @@ class _Run(torch.autograd.Function):
         if code.outgoing is not None:
             grad_x = _matrix(arena, code.outgoing, tokens, ctx.program.input.width).clone()
         ctx.arena = None
-        _arenas.append(arena)
+        arenas.give(arena)
         of_learned = iter(grads)
         needed = ctx.needs_input_grad[3:]
         return None, grad_x, None, *(next(of_learned) if need else None for need in needed)

@@ -14,6 +14,7 @@ from rlhf_core.decoding import (
 )
 from rlhf_core.layers import exchange_layers
 from rlhf_core.rollout import left_pad, sample
+from rlhf_kernels.products import available
 
 
 def language_model(architecture):
@@ -26,7 +27,7 @@ def decoded(decoder, steps, keep=None):
     """The logits of each step; the tokens read do not depend on them."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        found = [decoder.read_prompts(*left_pad(PROMPTS, PAD))]
+        found = [decoder.read_prompts(*left_pad(PROMPTS, PAD)).clone()]
         rows = len(PROMPTS)
         for step in range(steps):
             ids = torch.randint(2, 11, (len(PROMPTS),), generator=generator)[:rows]
@@ -60,6 +61,18 @@ def test_the_logits_are_those_of_one_pass_over_the_whole_sequence(architecture, 
             last = decoder.read_tokens(torch.tensor([token]))
         whole = model(input_ids=torch.tensor([[5, 6, 7, 8, 2, 9]])).logits[:, -1]
     torch.testing.assert_close(last, whole, rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.skipif(not available(), reason="no native products on this processor")
+def test_each_step_writes_its_logits_where_the_last_one_did():
+    decoder, places = RowDecoder(language_model("gpt2"), blocks_of(language_model("gpt2")), 4), []
+    with torch.no_grad():
+        places.append(decoder.read_prompts(*left_pad(PROMPTS, PAD)).data_ptr())
+        for step in range(2):
+            places.append(decoder.read_tokens(torch.full((len(PROMPTS),), step)).data_ptr())
+        decoder.keep(torch.tensor([1]))
+        places.append(decoder.read_tokens(torch.tensor([2])).data_ptr())
+    assert len(set(places)) == 1
 
 
 def test_a_model_that_is_neither_is_decoded_by_its_own_forward():

@@ -12,6 +12,7 @@ import rlhf_kernels
 if "cython" not in rlhf_kernels.available_backends():
     pytest.skip("the Cython kernels are not built", allow_module_level=True)
 
+from rlhf_kernels import arenas
 from rlhf_kernels import program as module
 from rlhf_kernels.cpu import _program, launch
 from rlhf_kernels.dense import GELU, SILU, Norm
@@ -210,9 +211,40 @@ def test_another_thread_may_write_a_program_down_at_the_same_time(monkeypatch, a
 def test_memory_of_a_pass_that_is_over_serves_the_next():
     program, parameters = new_program("gate")
     with_gradients(program, parameters)
-    addresses = [arena.data_ptr() for arena in module._arenas]
+    addresses = [arena.data_ptr() for arena in arenas._free]
     with_gradients(program, parameters)
-    assert [arena.data_ptr() for arena in module._arenas] == addresses
+    assert [arena.data_ptr() for arena in arenas._free] == addresses
+
+
+def test_a_pass_without_a_gradient_works_in_the_memory_of_one_that_is_over():
+    program, parameters = new_program("joint attention")
+    right = with_gradients(program, parameters)[0]
+    addresses = [arena.data_ptr() for arena in arenas._free]
+    with torch.no_grad():
+        assert torch.equal(program.run(rows_in(), STARTS, TURNS), right)
+        found, caches = program.run_into_caches(rows_in(), STARTS, TURNS, 3, torch.arange(TOKENS))
+        assert torch.equal(found, right)
+        keys = [cache.keys.clone() for cache in caches]
+        program.run(rows_in(seed=5), STARTS, TURNS)
+        with pytest.raises(IndexError):
+            program.run(rows_in(), STARTS, TURNS, torch.tensor([TOKENS]))
+    assert [arena.data_ptr() for arena in arenas._free] == addresses
+    assert all(torch.equal(cache.keys, before) for cache, before in zip(caches, keys, strict=True))
+
+
+def test_an_arena_that_is_too_small_is_let_go(monkeypatch):
+    monkeypatch.setattr(arenas, "_free", [])
+    with arenas.lent(10):
+        pass
+    small = arenas._free[0].data_ptr()
+    with arenas.lent(8) as arena:
+        assert arena.data_ptr() == small
+        with arenas.lent(20) as other:
+            assert other.numel() == 20
+    assert [arena.numel() for arena in arenas._free] == [20, 10]
+    with arenas.lent(30):
+        assert [arena.numel() for arena in arenas._free] == [20]
+    assert [arena.numel() for arena in arenas._free] == [20, 30]
 
 
 def test_torchs_default_dtype_is_not_that_of_the_arena(monkeypatch):
@@ -220,7 +252,7 @@ def test_torchs_default_dtype_is_not_that_of_the_arena(monkeypatch):
     right = with_gradients(program, parameters)
     inputs = rows_in().requires_grad_()
     upstream = torch.randn(right[0].shape, generator=torch.Generator().manual_seed(2))
-    monkeypatch.setattr(module, "_arenas", [])
+    monkeypatch.setattr(arenas, "_free", [])
     torch.set_default_dtype(torch.float64)
     try:
         y = program.run(inputs, STARTS, TURNS)
