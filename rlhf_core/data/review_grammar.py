@@ -27,7 +27,8 @@ exact floats, equal on every machine.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from functools import lru_cache
+from typing import Literal, NamedTuple
 
 MIN_TOKENS, MAX_TOKENS = 6, 20
 CONCEDED_WEIGHT = 0.25
@@ -89,6 +90,7 @@ FILMS = ("it", "the film", "this film", "the movie", "this movie")
 STORIES = ("the story", "its story")
 THINGS_ONE = tuple(f"{article} {aspect}" for aspect in _ONE for article in ("the", "its"))
 THINGS_MANY = tuple(f"{article} {aspect}" for aspect in _MANY for article in ("the", "its"))
+THINGS = THINGS_ONE + THINGS_MANY
 SELF, OTHERS = ("i", "we"), ("the critics", "the audience", "my friends", "my sister")
 BE_ONE, BE_MANY, LINKS = ("was", "is"), ("were", "are"), ("felt", "seemed")
 OPENINGS = ("overall", "honestly", "frankly", "in short", "to be honest")
@@ -124,8 +126,14 @@ def clip(value: float) -> float:
     return max(-1.0, min(1.0, value))
 
 
-@dataclass(frozen=True)
-class Clause:
+@lru_cache(maxsize=4096)  # there are some 2,200 things and pairs of things
+def _aspects(things: str) -> tuple[str, ...]:
+    if things in SELF or things in OTHERS:
+        return ()
+    return tuple("film" if thing in FILMS else thing.split(" ", 1)[1] for thing in things.split(" and "))
+
+
+class Clause(NamedTuple):
     """One thing said, with the words that say it.
 
     Attributes:
@@ -149,12 +157,7 @@ class Clause:
     @property
     def aspects(self) -> tuple[str, ...]:
         """What the clause is about: "film", or the aspects without their articles; empty for a holder's fact."""
-        if self.kind == "verdict":
-            return ("film",)
-        things = self.target if self.kind == "opinion" else self.subject
-        if things in SELF or things in OTHERS:
-            return ()
-        return tuple("film" if thing in FILMS else thing.split(" ", 1)[1] for thing in things.split(" and "))
+        return ("film",) if self.kind == "verdict" else _aspects(self.target or self.subject)
 
     @property
     def value(self) -> float:
@@ -185,13 +188,14 @@ class Clause:
     def claims(self) -> tuple[tuple[Kind, str, str], ...]:
         """What may be said once in a review: a kind of thing, by a holder if it has one, of an aspect."""
         holder = "" if self.kind == "description" else self.subject
-        return tuple((self.kind, holder, aspect) for aspect in self.aspects)
+        return tuple([(self.kind, holder, aspect) for aspect in self.aspects])
 
     def repeats(self, earlier: "Iterable[Clause]") -> bool:
         """Whether the clause repeats the word of an earlier one, or a claim of an earlier one or of its own."""
-        said = [word_or_claim for clause in earlier for word_or_claim in (clause.word, *clause.claims)]
-        own = (self.word, *self.claims)
-        return len(set(own)) < len(own) or any(word_or_claim in said for word_or_claim in own)
+        claims = self.claims
+        return len(set(claims)) < len(claims) or any(
+            self.word == clause.word or not set(claims).isdisjoint(clause.claims) for clause in earlier
+        )
 
     def render(self) -> str:
         """The clause as text."""

@@ -196,7 +196,7 @@ def _draw_description(rng: random.Random, sign: int) -> Clause:
     subject = _draw_thing(rng)
     plural = subject in grammar.THINGS_MANY
     if subject not in grammar.FILMS and rng.random() < 0.2:
-        subject += " and " + _pick(rng, grammar.THINGS_ONE + grammar.THINGS_MANY)
+        subject += " and " + _pick(rng, grammar.THINGS)
         plural = True
     verb = _pick(rng, grammar.LINKS if rng.random() < 0.3 else grammar.BE_MANY if plural else grammar.BE_ONE)
     negation = ""
@@ -237,7 +237,7 @@ def _draw_word(rng: random.Random, words: Pairs, sign: int) -> str:
 
 
 def _draw_thing(rng: random.Random) -> str:
-    return _pick(rng, grammar.FILMS if rng.random() < 0.15 else grammar.THINGS_ONE + grammar.THINGS_MANY)
+    return _pick(rng, grammar.FILMS if rng.random() < 0.15 else grammar.THINGS)
 
 
 def _draw_holder(rng: random.Random) -> str:

@@ -32,7 +32,7 @@ def page(browser, server):
     """A page whose test fails when the console has an error, a script does, or anything is asked of another host."""
     context = browser.new_context(viewport={"width": 1440, "height": 900}, color_scheme="light")
     page, complaints = context.new_page(), []
-    page.set_default_timeout(20_000)
+    page.set_default_timeout(60_000)
     page.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
     page.on("pageerror", lambda error: complaints.append(str(error)))
     page.on("dialog", lambda dialog: complaints.append(f"dialog: {dialog.message}"))
@@ -202,7 +202,7 @@ def test_a_real_training_is_seen_from_its_first_step_to_its_last(page, server):
         page.wait_for_function("() => /step (8|9|10|11|12) of 12/.test(document.body.innerText)", timeout=120_000)
         assert page.evaluate(PIXELS) != early
         assert training.wait(timeout=120) == 0
-        page.wait_for_function("() => document.body.innerText.includes('finished')", timeout=20_000)
+        page.wait_for_function("() => document.body.innerText.includes('finished')", timeout=60_000)
         page.goto(f"{server.url}/?run=real&view=Completions&step=12")
         waits_for(page, "Completions of step 12")
         drawn(page, 1)

@@ -65,7 +65,8 @@ def test_the_logits_are_those_of_one_pass_over_the_whole_sequence(architecture, 
 
 @pytest.mark.skipif(not available(), reason="no native products on this processor")
 def test_each_step_writes_its_logits_where_the_last_one_did():
-    decoder, places = RowDecoder(language_model("gpt2"), blocks_of(language_model("gpt2")), 4), []
+    decoder, places = decoder_for(language_model("gpt2"), 4), []
+    assert isinstance(decoder, RowDecoder)
     with torch.no_grad():
         places.append(decoder.read_prompts(*left_pad(PROMPTS, PAD)).data_ptr())
         for step in range(2):
