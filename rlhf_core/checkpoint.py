@@ -51,19 +51,21 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
 
 
 def _put_in_place(partial: Path, folder: Path) -> None:
-    """Rename ``partial`` to ``folder``; a folder that is there gives way, and returns when that fails."""
-    if not folder.exists():
-        partial.rename(folder)
-        return
+    """Rename ``partial`` to ``folder``; a folder that is there gives way, and returns when that fails.
+
+    So does one that gave way when a process was killed between the two renames.
+    """
     former = folder.with_name(f".{folder.name}.former")
-    shutil.rmtree(former, ignore_errors=True)
-    folder.rename(former)
+    if folder.exists():
+        shutil.rmtree(former, ignore_errors=True)
+        folder.rename(former)
     try:
         partial.rename(folder)
     except BaseException:
-        former.rename(folder)
+        if former.exists():
+            former.rename(folder)
         raise
-    shutil.rmtree(former)
+    shutil.rmtree(former, ignore_errors=True)
 
 
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")

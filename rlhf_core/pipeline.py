@@ -190,8 +190,10 @@ def state_of(folder: Path, key: str) -> tuple[str, str]:
         return "again", "its configuration, data or starting models changed, so it is done again"
     if outputs is None:
         return "resumed", "was interrupted and goes on"
-    found = files_of(folder)
-    for name in sorted({*outputs, *found}):
+    found, model = files_of(folder), model_folder(folder)
+    # Beside its outputs a run may hold what was made of it later, such as a report; in a model every file counts.
+    added = {name for name in found if model != folder and model in (folder / name).parents}
+    for name in sorted({*outputs, *added}):
         if outputs.get(name) != found.get(name):
             what = "is missing" if name not in found else "is new" if name not in outputs else "was damaged or changed"
             return "again", f"{name} {what}, so it is done again"

@@ -1,11 +1,11 @@
 """How every run begins: threads, seeds, device, environment.json; and where its data is prepared."""
 
 import json
-import os
+import secrets
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -55,6 +55,8 @@ class DataPlace:
     """Beside the runs; it is removed when the command ends."""
     run: Path | None
     """The run that is resumed."""
+    holding: ExitStack = field(default_factory=ExitStack)
+    """What is let go when the command ends: the lock of ``scratch``."""
 
     @property
     def kept(self) -> Path | None:
@@ -66,6 +68,7 @@ class DataPlace:
         """Let ``build`` write the data into the scratch folder, and say what became of its rows."""
         folder = self.scratch / DATA_FOLDER
         folder.mkdir(parents=True)
+        self.holding.enter_context(runlog.writing(self.scratch))
         console.print(str(build(folder)), markup=False, soft_wrap=True)
 
     def hand_over(self, run: Path) -> None:
@@ -83,13 +86,14 @@ def _move_all(source: Path, target: Path) -> None:
 @contextmanager
 def data_place(runs: Path, run: Path | None) -> Iterator[DataPlace]:
     """Give a place beside the runs, on their disk, and take it away at the end, with a folder of runs made for it."""
-    scratch = runs / f".preparing-{os.getpid()}"
+    scratch = runs / f".preparing-{secrets.token_hex(8)}"
     made = not runs.exists()
-    for left in (*runs.glob(".preparing-*"), scratch):
-        if left == scratch or not Path(f"/proc/{left.name.removeprefix('.preparing-')}").exists():
-            shutil.rmtree(left, ignore_errors=True)  # a killed command's
+    for left in sorted(runs.glob(".preparing-*")):
+        with suppress(FileNotFoundError, ValueError), runlog.writing(left):  # a killed command's: nobody holds it
+            shutil.rmtree(left, ignore_errors=True)
     try:
-        yield DataPlace(scratch, run)
+        with ExitStack() as holding:
+            yield DataPlace(scratch, run, holding)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
         if made and runs.is_dir() and not any(runs.iterdir()):

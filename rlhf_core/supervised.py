@@ -68,7 +68,7 @@ def number_of_steps(config: TrainingConfig, rows: int) -> int:
     """Return the optimizer steps of a training on so many rows."""
     if config.steps is not None:
         return config.steps
-    return max(1, config.epochs * rows // min(config.batch_size, rows))
+    return config.epochs * (rows // min(config.batch_size, rows))
 
 
 def supervised_step(
@@ -93,7 +93,8 @@ def supervised_step(
     norm = total_norm(grads)
     for name, number in (("loss", total), ("gradient norm", norm)):
         if not math.isfinite(number):
-            raise FloatingPointError(f"step {step}: the {name} is {number}; lower --training.learning-rate")
+            lower = "lower --training.learning-rate, or that of the stage in a pipeline"
+            raise FloatingPointError(f"step {step}: the {name} is {number}; {lower}")
     clip_gradients(grads, norm, config.max_grad_norm)
     set_learning_rate(state.optimizer, lr)
     state.optimizer.step()

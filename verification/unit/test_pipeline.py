@@ -94,7 +94,7 @@ def test_a_finished_pipeline_is_kept_whole(copied, finished):
         ("sft/model/model.safetensors", "damaged or changed", ["again", "kept", "kept", "kept", "kept"]),
         ("reward/evaluation.json", "damaged or changed", ["kept", "again", "kept", "kept", "kept"]),
         ("ppo/metrics.jsonl", "damaged or changed", ["kept", "kept", "again", "kept", "kept"]),
-        ("eval-ppo/stray.txt", "new", ["kept", "kept", "kept", "kept", "again"]),
+        ("sft/model/stray.txt", "new", ["again", "kept", "kept", "kept", "kept"]),
     ],
 )
 def test_a_damaged_stage_is_named_and_done_again_to_the_same_bytes(finished, copied, name, what, expected):
@@ -108,6 +108,17 @@ def test_a_damaged_stage_is_named_and_done_again_to_the_same_bytes(finished, cop
     # What depends on it is kept, because the same came out.
     assert states(outcome.out) == expected
     assert_same(finished, copied)
+
+
+def test_a_stage_of_which_a_report_was_made_is_kept(copied):
+    for made in ("ppo/report/index.html", "eval-ppo/notes.txt"):
+        path = copied / "runs" / "p" / made
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("made later")
+    outcome = resume(copied)
+    assert outcome.code == 0, outcome.err
+    assert states(outcome.out) == KEPT
+    assert path.is_file()
 
 
 def test_a_missing_file_and_an_unreadable_note_are_damage_too(copied):

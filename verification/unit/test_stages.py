@@ -146,7 +146,7 @@ def test_a_gradient_that_is_not_finite_leaves_the_weights_alone(demonstrations):
 
 
 def test_steps_and_rates():
-    assert number_of_steps(TrainingConfig(epochs=2, batch_size=8), 20) == 5
+    assert number_of_steps(TrainingConfig(epochs=2, batch_size=8), 20) == 4  # two whole batches an epoch
     assert number_of_steps(TrainingConfig(batch_size=8), 3) == 1
     assert number_of_steps(TrainingConfig(steps=7), 3) == 7
     assert width_rate(None, 3e-3, 96) == 3e-3
