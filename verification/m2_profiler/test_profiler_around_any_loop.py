@@ -67,7 +67,7 @@ def test_calls_and_times_are_torchs_own(tmp_path):
     with Profiler(tmp_path) as profiler:
         plain_loop(profiler, steps=1)
     off = Profiler(tmp_path / "off", records_operators=lambda number: False)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as theirs, off:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True) as theirs, off:
         plain_loop(off, steps=1)
     counts = {event.key: event.count for event in theirs.key_averages()}
     for name in ("aten::linear", "aten::addmm", "aten::_softmax", "aten::mm", "AddmmBackward0"):

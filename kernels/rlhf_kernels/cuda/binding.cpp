@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/macros.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/shim_utils.h>
 
 #include <optional>
 #include <tuple>
@@ -25,7 +26,7 @@ constexpr double WHITEN_EPSILON = 1e-8;  // reference.py
 class Device {
    public:
     explicit Device(const Tensor& tensor) : guard_(tensor.get_device_index()) {
-        STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream_));
+        TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream_));
     }
     cudaStream_t stream() const { return static_cast<cudaStream_t>(stream_); }
 
