@@ -80,7 +80,7 @@ def read_examples(
     """Yield (where, example) of each usable row of a source.
 
     Raises:
-        FileNotFoundError, ValueError: the source is missing or damaged, or or a row is unusable under ``stop``.
+        FileNotFoundError, ValueError: the source is missing or damaged, or a row is unusable under ``stop``.
     """
     for record in read_records(source):
         report.rows += 1
