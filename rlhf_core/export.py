@@ -1,7 +1,6 @@
 """``rlhf export``: a run's model as a folder for anybody: weights, tokenizer and a card."""
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from rlhf_core.data.tokenization import load_tokenizer
 from rlhf_core.policy import load_model
 from rlhf_core.reward_model import load_reward_model
 from rlhf_core.run_setup import DATA_FOLDER
+from rlhf_core.stage_config import kind_of
 
 KINDS = {
     "train": "policy trained with {algorithm}",
@@ -18,20 +18,6 @@ KINDS = {
     "reward": "reward model",
     "dpo": "policy trained with DPO",
 }
-
-
-def kind_of(config: Mapping[str, Any]) -> str:
-    """Return which command made a run, by its configuration."""
-    for key, kind in (
-        ("reward_model", "pipeline"),
-        ("ppo", "train"),
-        ("judging", "eval"),
-        ("preference", "reward"),
-        ("dpo", "dpo"),
-    ):
-        if key in config:
-            return kind
-    return "sft"
 
 
 def export(run: Path, out: Path) -> Path:

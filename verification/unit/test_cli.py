@@ -10,6 +10,8 @@ import pytest
 
 from rlhf_core import checkpoint, cli, experiment, runlog, training
 from rlhf_core.commands.options import UsageError
+from rlhf_core.config import to_json
+from rlhf_core.stage_config import DPOConfig, EvalConfig, PipelineConfig, RewardConfig, SFTConfig
 from rlhf_core.testing.assertions import assert_runs_differ, assert_runs_identical
 from rlhf_core.testing.command import TINY_RUN, run_command
 
@@ -322,6 +324,20 @@ class TestSamples:
         outcome = run_command("samples", tmp_path)
         assert outcome.code == 2
         assert "has no samples; it has done no step, or was run with --log.samples-per-step 0" in outcome.complaint
+
+
+@pytest.mark.parametrize("command", ["alerts", "report", "check-metrics"])
+@pytest.mark.parametrize(
+    ("kind", "config"),
+    [("sft", SFTConfig()), ("reward", RewardConfig()), ("dpo", DPOConfig()), ("eval", EvalConfig()),
+     ("pipeline", PipelineConfig())],
+)  # fmt: skip
+def test_what_is_for_runs_of_train_names_the_command_that_made_another(tmp_path, command, kind, config):
+    (tmp_path / "config.json").write_text(to_json(config))
+    (tmp_path / "metrics.jsonl").write_text('{"loss": 1.0, "nonfinite": [], "step": 1}\n')
+    outcome = run_command(command, tmp_path)
+    assert outcome.code == 2
+    assert outcome.complaint == f"rlhf: {tmp_path} is a run of rlhf {kind}; this command is for runs of rlhf train"
 
 
 def test_rlhf_traceback_in_the_environment_shows_where_an_error_comes_from(monkeypatch):
