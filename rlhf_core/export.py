@@ -1,6 +1,7 @@
 """``rlhf export``: a run's model as a folder for anybody: weights, tokenizer and a card."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,9 @@ def export(run: Path, out: Path) -> Path:
             if path.is_file() and path.name != checkpoint.MANIFEST:
                 target = folder / path.relative_to(source)
                 target.parent.mkdir(parents=True, exist_ok=True)
-                target.write_bytes(path.read_bytes())
+                # Not copyfile, whose error on a full disk would name the file that is read.
+                with path.open("rb") as read, target.open("wb") as written:
+                    shutil.copyfileobj(read, written)
         (folder / "README.md").write_text(card, encoding="utf-8")
 
     out.parent.mkdir(parents=True, exist_ok=True)

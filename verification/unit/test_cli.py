@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 
 import pytest
 
@@ -251,6 +252,16 @@ class TestCompare:
         assert "no run 'none'" in outcome.complaint
         assert "tiny" in outcome.complaint
 
+    def test_a_name_in_a_log_cannot_harm_the_terminal(self, tmp_path):
+        for name, value in (("a", 1), ("b", 2)):
+            (tmp_path / name).mkdir()
+            (tmp_path / name / "config.json").write_text("{}")
+            runlog.append(tmp_path / name / "metrics.jsonl", [{"step": 1, "\x1b[31mkl": value}])
+        outcome = run_command("compare", tmp_path / "a", tmp_path / "b")
+        assert outcome.code == 1
+        assert "\x1b" not in outcome.out
+        assert "\\x1b[31mkl is 1 and 2" in outcome.out
+
     def test_a_malformed_log_gives_2_with_file_and_line(self, finished_run, copied_run):
         (copied_run / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2\n')
         outcome = run_command("compare", finished_run, copied_run)
@@ -294,6 +305,18 @@ class TestSamples:
 
     def test_a_huge_completion_is_shown_whole(self, tmp_path):
         assert self.show(tmp_path, HOSTILE["huge"], "--step", "2").out.count("word") == 2 * 20_000
+
+    def test_the_samples_of_other_steps_are_not_held(self, tmp_path):
+        self.show(tmp_path, "short")
+        long = {"sample": 0, "prompt": "x" * 10_000, "completion": "", "reward": 0.5, "kl": 0.25}
+        last = [{**long, "step": 401, "prompt": "p"}]
+        runlog.append(tmp_path / "r" / "samples.jsonl", [{**long, "step": step} for step in range(3, 401)] + last)
+        tracemalloc.start()
+        outcome = run_command("samples", tmp_path / "r", "--last", "1")
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert outcome.code == 0, outcome.err
+        assert peak < 2_000_000
 
     def test_shows_the_last_steps_or_the_one_asked_for(self, finished_run):
         def steps_shown(*options):
