@@ -154,11 +154,8 @@ def _do(
     assert where is not None
     with loading_for_good():
         # This loads torch, which reads the environment once.
-        from transformers.utils import logging
-
         from rlhf_core.run_setup import data_place
 
-        logging.disable_progress_bar()  # a run shows bars of its own, and saving a model is none of them
         with data_place(where, resumed) as place:
             inputs = job.load(config, place)
             folder = open_run()

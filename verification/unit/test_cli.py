@@ -8,7 +8,6 @@ import time
 import tracemalloc
 
 import pytest
-import transformers
 
 from rlhf_core import checkpoint, cli, experiment, runlog, training
 from rlhf_core.commands.options import UsageError
@@ -279,18 +278,6 @@ HOSTILE = {
     "surrogate": "\ud800",
     "empty": "",
 }
-
-
-def test_a_run_shows_no_bars_of_transformers(tmp_path):
-    logging = transformers.utils.logging
-    before = logging.is_progress_bar_enabled()
-    logging.enable_progress_bar()
-    try:
-        outcome = tiny_run(tmp_path, "mine", "--ppo.steps", "1")
-    finally:
-        {True: logging.enable_progress_bar, False: logging.disable_progress_bar}[before]()
-    assert outcome.code == 0, outcome.err
-    assert "it/s" not in outcome.err
 
 
 class TestSamples:
