@@ -13,9 +13,9 @@ from transformers import PreTrainedModel
 from rlhf_core.config import SamplingConfig
 from rlhf_core.policy import ForwardArguments, Reference, autocast, response_logits
 from rlhf_core.reward import Reward
-from rlhf_core.rollout import sample
+from rlhf_core.rollout import Rollout, sample
 from rlhf_core.scoring import response_scores
-from rlhf_core.seeding import CounterUniforms
+from rlhf_core.seeding import CounterUniforms, UniformSource
 
 CONFIDENCE = 0.95
 RESAMPLES = 10_000
@@ -39,6 +39,16 @@ class Evaluation:
     eos_rate: float
     """Share of completions that ended."""
     response_ids: list[list[int]]
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Completions, and what policy and reference say of them; [B, T], 0 where there is no response token."""
+
+    rollout: Rollout
+    log_ratios_BT: torch.Tensor
+    """log π − log π_ref of each token; 0 without a reference."""
+    entropies_BT: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -66,6 +76,41 @@ def bootstrap_mean(values: np.ndarray, seed: int) -> Interval:
         rng=np.random.Generator(np.random.PCG64(seed)),
     )
     return Interval(mean, float(result.confidence_interval.low), float(result.confidence_interval.high))
+
+
+@torch.no_grad()
+def draw_and_score(
+    lm: PreTrainedModel,
+    reference: Reference | None,
+    prompt_ids: Sequence[Sequence[int]],
+    uniforms: UniformSource,
+    config: SamplingConfig,
+    *,
+    dtype: str,
+    eos_id: int,
+    pad_id: int,
+) -> Drawn:
+    """Draw a completion for each prompt, and score it without holding logits where the models allow that.
+
+    Args:
+        lm: the policy's language model.
+        reference: what the KL is taken against, if anything.
+        prompt_ids: the prompts.
+        uniforms: what decides each token.
+        config: how completions are drawn.
+        dtype: as in training.
+        eos_id: ends a response.
+        pad_id: fills the rest.
+    """
+    logits_of = partial(response_logits, lm, ForwardArguments(lm))
+    with autocast(next(lm.parameters()).device, dtype):
+        rollout = sample(lm, prompt_ids, uniforms, config, eos_id=eos_id, pad_id=pad_id)
+        rows = (rollout.input_ids_BL, rollout.attention_mask_BL, rollout.response_length, config.temperature)
+        logprobs_BT, entropies_BT = response_scores(lm, logits_of, *rows)
+        ref_logprobs_BT = logprobs_BT if reference is None else response_scores(reference.lm, reference, *rows)[0]
+    mask_BT = rollout.response_mask_BT
+    log_ratios_BT = torch.where(mask_BT, logprobs_BT - ref_logprobs_BT, 0.0)
+    return Drawn(rollout, log_ratios_BT, torch.where(mask_BT, entropies_BT, 0.0))
 
 
 @torch.no_grad()
@@ -100,22 +145,16 @@ def evaluate(
         batch_size: prompts at a time.
         advance: hears of prompts done.
     """
-    device = next(lm.parameters()).device
-    logits_of = partial(response_logits, lm, ForwardArguments(lm))
     scores: dict[str, list[torch.Tensor]] = {name: [] for name in rewards}
     kls, entropies, response_ids, ended = [], [], [], []
     for start in range(0, len(prompt_ids), batch_size):
         prompts = prompt_ids[start : start + batch_size]
         numbers = np.arange(start, start + len(prompts))
         uniforms = CounterUniforms(seed, "evaluation", 0, numbers, config.max_new_tokens)
-        with autocast(device, dtype):
-            rollout = sample(lm, prompts, uniforms, config, eos_id=eos_id, pad_id=pad_id)
-            rows = (rollout.input_ids_BL, rollout.attention_mask_BL, rollout.response_length, config.temperature)
-            logprobs_BT, entropies_BT = response_scores(lm, logits_of, *rows)
-            ref_logprobs_BT, _ = response_scores(reference.lm, reference, *rows)
-        mask_BT = rollout.response_mask_BT
-        kls.append(torch.where(mask_BT, logprobs_BT - ref_logprobs_BT, 0.0).sum(dim=1))
-        entropies.append(entropies_BT[mask_BT])
+        drawn = draw_and_score(lm, reference, prompts, uniforms, config, dtype=dtype, eos_id=eos_id, pad_id=pad_id)
+        rollout = drawn.rollout
+        kls.append(drawn.log_ratios_BT.sum(dim=1))
+        entropies.append(drawn.entropies_BT[rollout.response_mask_BT])
         response_ids += rollout.response_token_ids()
         ended.append(rollout.ended_B)
         for name, reward in rewards.items():

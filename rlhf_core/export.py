@@ -1,7 +1,7 @@
 """``rlhf export``: a run's model as a folder for anybody: weights, tokenizer and a card."""
 
 import json
-from collections.abc import Mapping
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from rlhf_core.data.tokenization import load_tokenizer
 from rlhf_core.policy import load_model
 from rlhf_core.reward_model import load_reward_model
 from rlhf_core.run_setup import DATA_FOLDER
+from rlhf_core.stage_config import kind_of
 
 KINDS = {
     "train": "policy trained with {algorithm}",
@@ -18,20 +19,6 @@ KINDS = {
     "reward": "reward model",
     "dpo": "policy trained with DPO",
 }
-
-
-def kind_of(config: Mapping[str, Any]) -> str:
-    """Return which command made a run, by its configuration."""
-    for key, kind in (
-        ("reward_model", "pipeline"),
-        ("ppo", "train"),
-        ("judging", "eval"),
-        ("preference", "reward"),
-        ("dpo", "dpo"),
-    ):
-        if key in config:
-            return kind
-    return "sft"
 
 
 def export(run: Path, out: Path) -> Path:
@@ -64,7 +51,9 @@ def export(run: Path, out: Path) -> Path:
             if path.is_file() and path.name != checkpoint.MANIFEST:
                 target = folder / path.relative_to(source)
                 target.parent.mkdir(parents=True, exist_ok=True)
-                target.write_bytes(path.read_bytes())
+                # Not copyfile, whose error on a full disk would name the file that is read.
+                with path.open("rb") as read, target.open("wb") as written:
+                    shutil.copyfileobj(read, written)
         (folder / "README.md").write_text(card, encoding="utf-8")
 
     out.parent.mkdir(parents=True, exist_ok=True)

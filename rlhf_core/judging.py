@@ -19,12 +19,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rlhf_core import runlog
 from rlhf_core.data.dataset import build_store, open_rows
 from rlhf_core.data.tokenization import check_vocabulary, load_tokenizer
-from rlhf_core.evaluation import bootstrap_mean, distinct_bigrams
+from rlhf_core.evaluation import bootstrap_mean, distinct_bigrams, draw_and_score
 from rlhf_core.metrics import EVAL_METRICS, rounded, stage_row
-from rlhf_core.policy import ForwardArguments, Reference, autocast, context_length, load_model, response_logits
+from rlhf_core.policy import Reference, context_length, load_model
 from rlhf_core.reward import WeightedRewards, decode
 from rlhf_core.reward_sources import LoadedReward, load_rewards, weighted
-from rlhf_core.rollout import sample
 from rlhf_core.run_setup import DATA_FOLDER, DataPlace, begin_run, choose_device
 from rlhf_core.seeding import CounterUniforms
 from rlhf_core.stage_config import EvalConfig
@@ -32,7 +31,6 @@ from rlhf_core.stages import write_evaluation
 from rlhf_core.stopping import StopRequest, by_signal
 from rlhf_core.tasks import cut_prompt
 from rlhf_core.terminal import console, progress_bar
-from rlhf_kernels import token_logprobs
 
 
 @dataclass(frozen=True)
@@ -154,26 +152,20 @@ def judge_batch(
     number: int,
 ) -> list[dict[str, Any]]:
     """Return the rows of a batch of (prompt, draw): a completion is a function of seed, prompt and draw alone."""
-    tokenizer, device = inputs.tokenizer, next(inputs.policy.parameters()).device
-    uniforms = PairUniforms(config.seed, batch, config.sampling.max_new_tokens)
-    with autocast(device, config.dtype):
-        rollout = sample(
-            inputs.policy,
-            [prompts[row] for row, _ in batch],
-            uniforms,
-            config.sampling,
-            eos_id=tokenizer.eos_token_id,
-            pad_id=tokenizer.pad_token_id,
-        )
-        shape = (rollout.input_ids_BL, rollout.attention_mask_BL, rollout.response_length)
-        logits_BTV = response_logits(inputs.policy, ForwardArguments(inputs.policy), *shape)
-        ref_logits_BTV = Reference(inputs.reference)(*shape) if inputs.reference is not None else logits_BTV
-    mask_BT, ids_BT = rollout.response_mask_BT, rollout.response_ids_BT
-    temperature = config.sampling.temperature
-    logprobs_BT, entropies_BT = token_logprobs(logits_BTV, ids_BT, temperature=temperature, with_entropy=True)
-    ref_logprobs_BT = token_logprobs(ref_logits_BTV, ids_BT, temperature=temperature)
-    kl_B = torch.where(mask_BT, logprobs_BT - ref_logprobs_BT, 0.0).double().sum(dim=1).tolist()
-    entropy_B = torch.where(mask_BT, entropies_BT, 0.0).double().sum(dim=1).tolist()
+    tokenizer = inputs.tokenizer
+    drawn = draw_and_score(
+        inputs.policy,
+        Reference(inputs.reference) if inputs.reference is not None else None,
+        [prompts[row] for row, _ in batch],
+        PairUniforms(config.seed, batch, config.sampling.max_new_tokens),
+        config.sampling,
+        dtype=config.dtype,
+        eos_id=tokenizer.eos_token_id,
+        pad_id=tokenizer.pad_token_id,
+    )
+    rollout = drawn.rollout
+    kl_B = drawn.log_ratios_BT.double().sum(dim=1).tolist()
+    entropy_B = drawn.entropies_BT.double().sum(dim=1).tolist()
     total_B = rewards(rollout).tolist()
     responses = rollout.response_token_ids()
     return [

@@ -211,7 +211,7 @@ def _block_floats(shape: ModelShape, bfloat16: bool) -> float:
 
 
 def keeps_little(tokens: int, layers: int, width: int) -> bool:
-    """Whether a pass keeps little for its backward pass: some 50 MiB at the most."""
+    """Whether a pass keeps little for its backward pass: some 50 MiB at most."""
     return tokens * layers * width <= 2**20
 
 

@@ -63,7 +63,7 @@ METRICS = (
     Metric("rollout_logprob_diff_max", "nats", "largest |sampler − trainer| log-prob of a response token", (0.0, 1e-3)),
     Metric("rollout_logprob_diff_p99", "nats", "99th percentile of |sampler − trainer| log-prob", (0.0, 1e-3)),
     Metric("sampling_z", "1", "Σ x / √Σ x² over response tokens, x = −log π − entropy", (-4.0, 4.0)),
-    Metric("tokens_after_eos", "tokens", "tokens that count as response behind their sequence's end", (0.0, 0.0)),
+    Metric("tokens_after_eos", "tokens", "tokens that count as response after their sequence's end", (0.0, 0.0)),
     Metric("reward_length_corr", "1", "correlation of reward and response tokens over sequences", (-0.9, 0.9)),
     Metric("target_error", "1", "largest relative deviation of targets from float64", (0.0, 1e-4), EXACT),
     Metric("first_gradient_error", "1", "same of the first gradient from its closed form", (0.0, 1e-4), EXACT),
@@ -252,11 +252,11 @@ def markdown_table() -> str:
 
 
 def documented(metric: Metric) -> str:
-    """Return a metric's definition, and where it is logged if that is not everywhere."""
+    """Return a metric's definition as a cell of a table, and where it is logged if that is not everywhere."""
     where = {
         "always": "",
         "with values": " (only with a value model)",
         "with groups": " (only with ppo.group_size > 1)",
         "with closed form": " (only PPO, KL in the reward)",
     }
-    return metric.definition + where[metric.logged]
+    return metric.definition.replace("|", r"\|") + where[metric.logged]

@@ -122,13 +122,16 @@ def load_pretrained(kind: Any, path: str | Path, attention: str, **options: Any)
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
     """Keep transformers' report on a load off the terminal: what matters of it becomes an error."""
-    level = transformers.utils.logging.get_verbosity()
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    logging = transformers.utils.logging
+    level, shows_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try:
         yield
     finally:
-        transformers.utils.logging.set_verbosity(level)
+        logging.set_verbosity(level)
+        if shows_bars:
+            logging.enable_progress_bar()
 
 
 def require_model_source(path: str | Path) -> None:

@@ -89,8 +89,7 @@ class Profiler:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if self._recorder is not None:
-            self._recorder.abort()
+        self._leave_out_step()
         write_atomically(self._folder / SUMMARY_FILE, table(SUMMARY_COLUMNS, self._summary()).encode())
         write_atomically(self._folder / OPERATORS_FILE, table(OPERATOR_COLUMNS, self._operator_stats()).encode())
         self._trace.close(
@@ -116,8 +115,19 @@ class Profiler:
     def step(self, tokens: int = 0) -> Iterator[StageClock]:
         """Profile the block as the next step; its ``tokens`` count for the throughput of its stages."""
         clock = self.new_clock(self._steps[-1] + 1 if self._steps else 1)
-        yield clock
+        try:
+            yield clock
+        except BaseException:
+            self._leave_out_step()
+            raise
         clock.stop(tokens)
+
+    def _leave_out_step(self) -> None:
+        """Forget a step that was cut short: the loop may catch what happened and go on with another."""
+        self._clock, self._peaks = None, []
+        if self._recorder is not None:
+            self._recorder.abort()
+            self._recorder = None
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:

@@ -174,21 +174,23 @@ class PeakMemory:
         self.largest_bytes = peak_memory_bytes()
         """The largest of all looks: of the GPU where there is one, else of the process."""
         self.method = "resident memory at the stage's ends, a lower bound"
+        self._sets_back = False
         self._clear_refs: int | None = None
         with suppress(OSError):
             self._clear_refs = os.open(CLEAR_REFS, os.O_WRONLY)
             os.write(self._clear_refs, b"5")
             self.method = "VmHWM, set back at the stage's ends"
+            self._sets_back = True
         if _status_bytes("VmRSS") is None:
+            self._sets_back = False
             self.method = "largest resident memory of the process so far"
 
     def look(self) -> tuple[int, int]:
         """Return the largest bytes since the last look: resident in the process, and allocated on the GPU."""
-        resets = self.method.startswith("VmHWM")
-        cpu = _status_bytes("VmHWM" if resets else "VmRSS")
+        cpu = _status_bytes("VmHWM" if self._sets_back else "VmRSS")
         if cpu is None:
             cpu = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        if resets and self._clear_refs is not None:
+        if self._sets_back and self._clear_refs is not None:
             os.write(self._clear_refs, b"5")
         cuda = 0
         if torch.cuda.is_initialized():

@@ -62,11 +62,16 @@ def read(path: Path) -> Iterator[dict[str, Any]]:
         FileNotFoundError: there is no such file.
         ValueError: a line is not a JSON object with a step; the message names the file and the line.
     """
+    for _, row in _lines_and_rows(path):
+        yield row
+
+
+def _lines_and_rows(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
     if not path.is_file():
         raise FileNotFoundError(f"no log {str(path)!r}; is {str(path.parent)!r} a run that has begun its steps?")
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
-            yield decode_row(line, f"{path}:{number}")
+            yield line, decode_row(line, f"{path}:{number}")
 
 
 _SAMPLE = {"sample": int, "prompt": str, "completion": str, "reward": float, "kl": float}
@@ -287,21 +292,33 @@ def deterministic_logs(*runs: Path) -> list[str]:
 
 
 def _first_difference(path_a: Path, path_b: Path) -> Difference | None:
-    rows_a, rows_b = list(read(path_a)), list(read(path_b))
+    """Return the first value that differs; else the number of rows; else the first row that is spelled otherwise.
+
+    Both logs are read to their ends, so that a malformed line is an error wherever it stands.
+    """
     name = path_a.name
-    for row_a, row_b in zip(rows_a, rows_b, strict=False):
-        for key in sorted(row_a.keys() | row_b.keys(), key=lambda key: (key != "step", key)):
-            a, b = row_a.get(key, _ABSENT), row_b.get(key, _ABSENT)
-            # json.dumps and not ==, so that 1 and 1.0 and True are told apart, as in the file's bytes.
-            if json.dumps(a, sort_keys=True) != json.dumps(b, sort_keys=True):
-                label = f"{key} of sample {row_a['sample']}" if "sample" in row_a and key != "sample" else key
-                return Difference(name, row_a["step"], label, a, b)
-    if len(rows_a) != len(rows_b):
-        longer = rows_a if len(rows_a) > len(rows_b) else rows_b
-        step = longer[min(len(rows_a), len(rows_b))]["step"]
-        return Difference(name, step, "number of rows", len(rows_a), len(rows_b))
-    with path_a.open("rb") as file_a, path_b.open("rb") as file_b:
-        for row, line_a, line_b in zip(rows_a, file_a, file_b, strict=True):
-            if line_a != line_b:
-                return Difference(name, row["step"], "spelling of the row", line_a, line_b)
+    value = number = spelling = None
+    rows_a = rows_b = 0
+    for one, other in itertools.zip_longest(_lines_and_rows(path_a), _lines_and_rows(path_b)):
+        rows_a, rows_b = rows_a + (one is not None), rows_b + (other is not None)
+        longer = one or other
+        assert longer is not None
+        step = longer[1]["step"] if number is None else number.step
+        if one is None or other is None:
+            number = Difference(name, step, "number of rows", rows_a, rows_b)
+            continue
+        (line_a, row_a), (line_b, row_b) = one, other
+        value = value or _different_value(name, row_a, row_b)
+        if spelling is None and line_a != line_b:
+            spelling = Difference(name, step, "spelling of the row", line_a, line_b)
+    return value or number or spelling
+
+
+def _different_value(name: str, row_a: dict[str, Any], row_b: dict[str, Any]) -> Difference | None:
+    for key in sorted(row_a.keys() | row_b.keys(), key=lambda key: (key != "step", key)):
+        a, b = row_a.get(key, _ABSENT), row_b.get(key, _ABSENT)
+        # json.dumps and not ==, so that 1 and 1.0 and True are told apart, as in the file's bytes.
+        if json.dumps(a, sort_keys=True) != json.dumps(b, sort_keys=True):
+            label = f"{key} of sample {row_a['sample']}" if "sample" in row_a and key != "sample" else key
+            return Difference(name, row_a["step"], label, a, b)
     return None

@@ -80,7 +80,7 @@ def _advantages(rewards: np.ndarray, values: np.ndarray, on: np.ndarray, gamma: 
 
 
 def tokens_after_end(response_ids_BT: np.ndarray, mask_BT: np.ndarray, eos_id: int) -> int:
-    """Return how many tokens count as response although they stand behind their sequence's end."""
+    """Return how many tokens count as response although they stand after their sequence's end."""
     ends = (response_ids_BT == eos_id) & mask_BT
     behind = np.cumsum(ends, axis=1) - ends > 0
     return int((behind & mask_BT).sum())

@@ -106,7 +106,7 @@ def _check_names(step: int, row: dict[str, Any], names: set[str]) -> None:
     missing, more = sorted(names - row.keys()), sorted(row.keys() - names - {"step", "nonfinite"})
     _require(not missing, f"step {step}: {', '.join(missing)} missing")
     _require(not more, f"step {step}: {', '.join(more)} not in the table of metrics")
-    for name in names:
+    for name in sorted(names):
         value = row[name]
         _require(is_number(value), f"step {step}: {name} is {brief(value)}; it must be a finite number")
 

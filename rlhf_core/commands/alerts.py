@@ -21,6 +21,7 @@ from rlhf_core.alerts import Alert, Monitor, worst_first
 from rlhf_core.commands.options import parse
 from rlhf_core.config import TrainConfig, read_config_file
 from rlhf_core.file_age import file_age_s
+from rlhf_core.stage_config import require_training_run
 from rlhf_core.terminal import console, printable
 
 STYLES = {"info": "cyan", "warning": "yellow", "critical": "bold red"}
@@ -52,6 +53,7 @@ def run(arguments: list[str]) -> int:
     monitor, age_s, unlogged = Monitor(thresholds), None, list[Alert]()
     if options.format == "rlhf":
         folder = runlog.find_run(options.run, options.runs)
+        require_training_run(folder)
         columns, unlogged = _read_run(folder)
         age_s = _age_s(folder, columns)
     else:

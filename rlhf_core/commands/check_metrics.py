@@ -10,6 +10,7 @@ from rlhf_core import runlog
 from rlhf_core.checks.metrics_check import check_log
 from rlhf_core.commands.options import parse
 from rlhf_core.garbage import loading_for_good
+from rlhf_core.stage_config import require_training_run
 from rlhf_core.terminal import printable
 
 
@@ -27,6 +28,7 @@ def run(arguments: list[str]) -> int:
     """Print each check with its figures; return the exit code."""
     options = parse(Options, arguments, "check-metrics")
     folder = runlog.find_run(options.run, options.runs)
+    require_training_run(folder)
     try:
         for line in check_log(folder):
             print(printable(f"  yes  {line}"))

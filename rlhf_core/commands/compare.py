@@ -8,6 +8,7 @@ import tyro
 
 from rlhf_core import runlog
 from rlhf_core.commands.options import parse
+from rlhf_core.terminal import printable
 
 
 @dataclass(frozen=True)
@@ -30,5 +31,5 @@ def run(arguments: list[str]) -> int:
     if difference is None:
         print("identical")
         return 0
-    print(f"{difference}")
+    print(printable(f"{difference}"))
     return 1

@@ -16,7 +16,7 @@ class Options:
     """Write a run's model, tokenizer and model card into a folder that transformers loads."""
 
     run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
-    """A run of train, sft, reward or pipeline: its name under --runs, or its folder."""
+    """A run of train, sft, reward, dpo or pipeline: its name under --runs, or its folder."""
     out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
     """The new folder."""
     runs: Path = Path("runs")

@@ -8,6 +8,7 @@ import tyro
 
 from rlhf_core import runlog
 from rlhf_core.commands.options import UsageError, parse
+from rlhf_core.stage_config import require_training_run
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ def run(arguments: list[str]) -> int:
     """Write the report; return the exit code."""
     options = parse(Options, arguments, "report")
     folder = runlog.find_run(options.run, options.runs)
+    require_training_run(folder)
     try:
         from rlhf_core.reporting.page import write_report
     except ModuleNotFoundError as error:

@@ -30,7 +30,7 @@ class RunOptions:
     """The options of every command that makes a run; a command adds its configuration in a field of its own name."""
 
     config: Path | None = None
-    """A .toml file or a run's config.json that sets options; the command line goes before it."""
+    """A .toml file or a run's config.json that sets options; the command line takes precedence."""
     name: str | None = None
     """The run's name: its folder under --runs."""
     runs: Path = Path("runs")

@@ -35,8 +35,7 @@ def run(arguments: list[str]) -> int:
     """Print completions; return the exit code."""
     options = parse(Options, arguments, "samples")
     folder = runlog.find_run(options.run, options.runs)
-    rows = list(runlog.read_samples(folder))
-    steps = sorted({row["step"] for row in rows})
+    steps = sorted({row["step"] for row in runlog.read_samples(folder)})
     if not steps:
         raise ValueError(f"{folder} has no samples; it has done no step, or was run with --log.samples-per-step 0")
     if options.step is not None and options.step not in steps:
@@ -45,7 +44,7 @@ def run(arguments: list[str]) -> int:
         )
     shown = steps[-options.last :] if options.step is None else [options.step]
     table = Table("step", "reward", "kl", "prompt", "completion")
-    for row in rows:
+    for row in runlog.read_samples(folder):  # a second time, so that only what is shown is held
         if row["step"] in shown:
             texts = (Text(printable(row[name])) for name in ("prompt", "completion"))
             table.add_row(str(row["step"]), f"{row['reward']:+.3f}", f"{row['kl']:.2f}", *texts)

@@ -30,7 +30,7 @@ class Options(RunOptions):
 
     train: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=TrainConfig)
     profile: bool = False
-    """Write profiles/: time and memory by stage, a trace for Perfetto, operators. Changes no number of the run."""
+    """Write profiles/: time and memory by stage, a trace for Perfetto, operators. The run's numbers stay the same."""
     report_to: tuple[Destination, ...] = ()
     """Send the metrics there too; each needs the extra of its name."""
     stop_on: Literal["critical", "warning", "never"] = "never"

@@ -1,6 +1,6 @@
 """Data of any form as a store of tokens: read once, row by row, checked, counted and split.
 
-The store is what training reads: it stays in the run's folder, so a resumed run needs the source no more.
+The store is what training reads: it stays in the run's folder, so a resumed run no longer needs the source.
 
 What is done with a row that cannot be used: ``stop`` ends the run and names it; ``skip`` counts it by its reason.
 Repetitions are left out and counted, under either. Long rows: a completion is cut at the model's context, and has no
@@ -11,7 +11,7 @@ import hashlib
 import json
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -80,7 +80,7 @@ def read_examples(
     """Yield (where, example) of each usable row of a source.
 
     Raises:
-        FileNotFoundError, ValueError: the source is missing or damaged, or or a row is unusable under ``stop``.
+        FileNotFoundError, ValueError: the source is missing or damaged, or a row is unusable under ``stop``.
     """
     for record in read_records(source):
         report.rows += 1
@@ -236,24 +236,24 @@ def open_rows(folder: Path, split: Literal["train", "held_out"]) -> Rows:
     return Rows(folder, mapped(folder / f"{split}.rows", "<i8"))
 
 
-def texts_of(source: str, errors: Errors, most_bytes: int = 100_000_000) -> Iterator[str]:
-    """Yield the texts of a source, to train a tokenizer on, until ``most_bytes`` have come: more would tell little."""
+def texts_of(source: str, errors: Errors, most_characters: int = 100_000_000) -> Iterator[str]:
+    """Yield the texts of a source, to train a tokenizer on, until so many characters have come: more tell little."""
     size = 0
     for _, example in read_examples(source, "prompt", Chat(untrained_tokenizer()), errors, DataReport(source)):
         for text in (example.prompt, example.completion, example.rejected):
             if text:
                 size += len(text)
                 yield text
-        if size > most_bytes:
+        if size > most_characters:
             return
 
 
-def fingerprint(source: str, extra: Iterable[Path] = ()) -> dict[str, Any]:
+def fingerprint(source: str) -> dict[str, Any]:
     """Return the SHA-256 of a source's files by name; a hub data set is known by its name alone."""
     if is_hub_name(source):
         return {"hub": source}
     digests = {}
-    for path in (*source_files(source), *extra):
+    for path in source_files(source):
         with path.open("rb") as file:
             digests[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
     return digests

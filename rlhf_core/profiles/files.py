@@ -14,7 +14,6 @@ PROFILES_FOLDER = "profiles"
 SUMMARY_FILE = "summary.csv"
 TRACE_FILE = "chrome_trace.json"
 OPERATORS_FILE = "op_stats.csv"
-FILES = (SUMMARY_FILE, TRACE_FILE, OPERATORS_FILE)
 
 SUMMARY_COLUMNS = (
     "stage", "calls", "total_ms", "mean_ms", "p50_ms", "p95_ms", "share", "tokens", "tokens_per_s", "cpu_peak_bytes",

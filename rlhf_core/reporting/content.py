@@ -1,6 +1,7 @@
 """What a report says of a run: alerts, curves, time, operators, memory, completions. Imports no torch."""
 
 import json
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,10 @@ import numpy as np
 
 from rlhf_core import runlog
 from rlhf_core.alerting import readers
+from rlhf_core.alerting.rules import CLOSE, EXACT, FAST, LEARNING, STABLE
 from rlhf_core.alerting.thresholds import default_thresholds
 from rlhf_core.alerts import Alert, Monitor, worst_first
+from rlhf_core.checks.metrics_check import is_number
 from rlhf_core.config import TrainConfig, read_config_file
 from rlhf_core.metrics import METRICS, TIMINGS, Metric
 from rlhf_core.profiles.files import (
@@ -24,19 +27,24 @@ from rlhf_core.profiles.files import (
 )
 
 QUESTIONS: dict[str, tuple[str, ...]] = {
-    "Is it learning?": (
-        "reward_mean", "reward_var", "score_mean", "explained_variance", "value_loss", "return_mean",
-        "response_length_mean", "eos_rate",
+    LEARNING: (
+        "reward_mean", "reward_var", "score_mean", "adv_var", "explained_variance", "value_mean", "return_mean",
+        "reward_length_corr", "reward_zero_std_frac", "response_length_mean", "eos_rate",
     ),
-    "Is it stable?": (
-        "entropy", "grad_norm", "grad_norm_max", "clip_frac", "ratio_max_dev_first", "policy_loss", "adv_var", "lr",
+    STABLE: (
+        "entropy", "grad_norm", "grad_norm_max", "approx_kl", "clip_frac", "policy_loss", "value_loss",
+        "value_gradient_share", "lr",
     ),
-    "Is the policy still close?": (
-        "kl", "kl_k3", "kl_coef", "approx_kl", "rollout_logprob_diff_max", "sampling_z", "first_gradient_error",
-        "target_error",
+    CLOSE: ("kl", "kl_k3", "kl_coef"),
+    FAST: ("tokens_per_second", "step_time_s", "peak_mem_bytes", "response_tokens"),
+    EXACT: (
+        "ratio_max_dev_first", "first_gradient_error", "target_error", "rollout_logprob_diff_max",
+        "rollout_logprob_diff_p99", "sampling_z", "tokens_after_eos", "kl_target_error",
     ),
-    "Is it fast?": ("tokens_per_second", "step_time_s", "peak_mem_bytes", "response_tokens"),
 }  # fmt: skip
+"""The metrics of each question; what an alert speaks of stands under the alert's question."""
+PACKED = ("gpt2", "llama")
+"""The model types whose native updates hold no logits: see :mod:`rlhf_core.packing`."""
 TOP_OPERATORS = 15
 SAMPLES = 8
 MIB = 2**20
@@ -77,8 +85,6 @@ def read_content(run: Path) -> Content:
     problems: list[str] = []
     summary, profiled = _summary(run, problems)
     config = read_config_file(run / runlog.CONFIG_FILE, TrainConfig())
-    samples = list(runlog.read_samples(run)) if (run / runlog.SAMPLES_FILE).is_file() else []
-    last = samples[-1]["step"] if samples else 0
     return Content(
         name=run.resolve().name,
         steps=int(columns["step"][-1]),
@@ -87,13 +93,24 @@ def read_content(run: Path) -> Content:
         summary=summary,
         profiled=profiled,
         operators=_operators(run, problems) if profiled else [],
-        advice=memory_advice(summary, config, vocabulary(run)) if profiled else [],
-        samples=[row for row in samples if row["step"] == last][:SAMPLES],
+        advice=memory_advice(summary, config, _json(run / "models" / "base" / "config.json")) if profiled else [],
+        samples=last_samples(runlog.read_samples(run)) if (run / runlog.SAMPLES_FILE).is_file() else [],
         config=_json(run / runlog.CONFIG_FILE),
         environment=_json(run / runlog.ENVIRONMENT_FILE),
         evaluation=_json(run / runlog.EVALUATION_FILE),
         problems=problems,
     )
+
+
+def last_samples(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the first samples of the last step, without holding those of the others."""
+    kept: list[dict[str, Any]] = []
+    for row in rows:
+        if kept and kept[0]["step"] != row["step"]:
+            kept = []
+        if len(kept) < SAMPLES:
+            kept.append(row)
+    return kept
 
 
 def shown_metrics(columns: dict[str, np.ndarray]) -> dict[str, list[Metric]]:
@@ -122,8 +139,16 @@ def _summary(run: Path, problems: list[str]) -> tuple[dict[str, dict[str, float]
     stages: dict[str, list[float]] = {}
     whole = 0.0
     for row in runlog.read(run / runlog.TIMINGS_FILE):
-        whole += row["step_time_s"]
-        for name, seconds in row["stages_s"].items():
+        wall, seconds_of = row.get("step_time_s"), row.get("stages_s")
+        if not (
+            is_number(wall) and wall > 0 and isinstance(seconds_of, dict) and all(map(is_number, seconds_of.values()))
+        ):
+            raise ValueError(
+                f"{run / runlog.TIMINGS_FILE}: step {row['step']} has no step_time_s above 0 with a table stages_s of "
+                "numbers; the file was damaged or changed"
+            )
+        whole += wall
+        for name, seconds in seconds_of.items():
             stages.setdefault(name, []).append(seconds)
     totals = {
         name: {"calls": len(times), "total_ms": 1e3 * sum(times), "share": sum(times) / whole}
@@ -147,23 +172,22 @@ def _operators(run: Path, problems: list[str]) -> list[dict[str, Any]]:
     ]
 
 
-def vocabulary(run: Path) -> int | None:
-    """Return the size of the run's vocabulary, where its model says it."""
-    tree = _json(run / "models" / "base" / "config.json")
-    size = tree.get("vocab_size")
-    return size if type(size) is int else None
-
-
 def peak(row: dict[str, float]) -> float:
     """Return a stage's peak: on the GPU where there was one, else of the process."""
     return row["cuda_peak_bytes"] or row["cpu_peak_bytes"]
 
 
-def memory_advice(summary: dict[str, dict[str, float]], config: TrainConfig, tokens: int | None) -> list[str]:
+def memory_advice(summary: dict[str, dict[str, float]], config: TrainConfig, model: Mapping[str, Any]) -> list[str]:
     """Return what to change when memory runs out, the most promising first.
 
-    The logits of a micro-batch are [b, T, V] in float32, and the update holds them and their gradient; they are
-    compared with what the update takes beyond the stage that takes least.
+    Native runs of GPT-2 and Llama hold no logits. In other runs those of a micro-batch are [b, T, V] in float32, and
+    the update holds them and their gradient; they are compared with what the update takes beyond the stage that takes
+    least.
+
+    Args:
+        summary: the stages of the profile.
+        config: the run's configuration.
+        model: the ``config.json`` of the run's language model.
     """
     stages = {name: peak(row) for name, row in summary.items() if name != "step"}
     if not stages:
@@ -171,27 +195,32 @@ def memory_advice(summary: dict[str, dict[str, float]], config: TrainConfig, tok
     top = max((name for name in stages if "/" not in name), key=lambda name: stages[name])
     grown = max(stages[top] - min(stages.values()), 0.0)
     rows, positions = config.ppo.micro_batch_size, config.sampling.max_new_tokens
-    logits = rows * positions * (tokens or 0) * 4
     halved = max(rows // 2, 1)
     micro = (
-        f"Lower --ppo.micro-batch-size from {rows} to {halved}: activations and logits shrink in proportion, and the "
-        "gradient stays the same."
+        f"Lower --ppo.micro-batch-size from {rows} to {halved}: what the update keeps of a micro-batch shrinks in "
+        "proportion, and the gradient stays the same."
         if rows > 1
         else "The micro-batch is one sequence already: lower --sampling.max-new-tokens, or take a smaller model."
-    )
-    linear = (
-        f"Take linear_token_logprobs of rlhf_kernels in the update: it never holds the logits, [{rows}, {positions}, "
-        f"{tokens or 'V'}] in float32, nor their gradient, {2 * logits / MIB:.1f} MiB together."
-    )
-    head = (
-        "The head is computed for response positions alone wherever the model takes logits_to_keep; a model that does "
-        "not pays for the prompt's logits too."
     )
     first = (
         f"{top} takes most: {stages[top] / MIB:.0f} MiB, {grown / MIB:.0f} MiB above the stage that takes least."
         if grown >= MIB
         else f"No stage takes 1 MiB more than another: the {stages[top] / MIB:.0f} MiB are weights, libraries and "
         "what the allocator keeps."
+    )
+    if config.numerics == "native" and model.get("model_type") in PACKED:
+        return [first, micro]
+    size = model.get("vocab_size")
+    tokens = size if type(size) is int else None
+    logits = rows * positions * (tokens or 0) * 4
+    linear = (
+        f"The update holds the logits, [{rows}, {positions}, {tokens or 'V'}] in float32, and their gradient, "
+        f"{2 * logits / MIB:.1f} MiB together; --numerics native with a GPT-2 or Llama shape holds neither, by "
+        "linear_token_logprobs of rlhf_kernels."
+    )
+    head = (
+        "The head is computed for response positions alone wherever the model takes logits_to_keep; a model that does "
+        "not pays for the prompt's logits too."
     )
     best = [linear, micro] if 2 * logits > 0.25 * grown and logits > MIB else [micro, linear]
     return [first, *best, head]

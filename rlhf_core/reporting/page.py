@@ -67,7 +67,7 @@ def render(content: Content, pictures: dict[str, bytes]) -> str:
     shown = [question for question, metrics in shown_metrics(content.columns).items() if metrics]
     return template.render(
         c=content,
-        curves=[(question, encoded[_file_name(question)], None) for question in shown],
+        curves=[(question, encoded[_file_name(question)]) for question in shown],
         time=encoded["time.png"],
         memory=encoded.get("memory.png"),
         facts=facts(content),

@@ -33,7 +33,7 @@ def require_installed(destinations: Sequence[Destination]) -> None:
 class TensorBoard:
     """Event files in ``tensorboard/`` of the run's folder."""
 
-    def __init__(self, run: Path, config: Mapping[str, Any]) -> None:
+    def __init__(self, run: Path) -> None:
         """Open the file; what a resumed run has written already is followed by more."""
         from torch.utils.tensorboard import SummaryWriter
 
@@ -67,7 +67,7 @@ class Tracker:
 
 
 SINKS: dict[Destination, Callable[[Path, Mapping[str, Any]], Sink]] = {
-    "tensorboard": TensorBoard,
+    "tensorboard": lambda run, config: TensorBoard(run),
     "wandb": lambda run, config: Tracker("wandb", run, config),
     "trackio": lambda run, config: Tracker("trackio", run, config),
 }

@@ -148,9 +148,16 @@ def test_bytes_survive_an_emulated_other_processor(runs: RunPool, base: Run, emu
 @fused
 @pytest.mark.slow
 @pytest.mark.parametrize("base", [NATIVE[1]], ids=str)
-@pytest.mark.parametrize("stage", ["reward", "dpo"])
+@pytest.mark.parametrize(
+    ("stage", "size"),
+    [
+        ("reward", ("--training.steps", "4")),
+        ("dpo", ("--training.steps", "4")),
+        ("eval", ("--judging.prompts", "8", "--sampling.max-new-tokens", "12")),
+    ],
+)
 def test_native_bytes_of_a_stage_survive_narrower_instruction_sets(
-    runs: RunPool, base: Run, stage: str, tmp_path: Path
+    runs: RunPool, base: Run, stage: str, size: tuple[str, ...], tmp_path: Path
 ) -> None:
     words = ["a", "good", "film", "a", "poor", "plot", "the", "bright", "actor", "and", "a", "dull", "scene"]
     pairs = [
@@ -162,7 +169,7 @@ def test_native_bytes_of_a_stage_survive_narrower_instruction_sets(
     model = str(runs[base] / "models" / "base")
     found = []
     for name, environment in (("wide", ()), ("narrow", m1_runs.AVX2_TORCH)):
-        options = ("--data", str(data), "--model.path", model, "--training.steps", "4", "--runs", str(tmp_path))
+        options = ("--data", str(data), "--model.path", model, *size, "--runs", str(tmp_path))
         subprocess.run(
             (sys.executable, "-m", "rlhf_core", stage, "--name", name, "--numerics", "native", *options),
             env={**m1_runs.plain_environment(), **dict(environment)},

@@ -110,6 +110,18 @@ def test_operators_are_recorded_in_the_steps_that_the_schedule_names(tmp_path):
     assert any("recorded in 1 of 3 steps" in line for line in check_profile(tmp_path))
 
 
+def test_a_step_whose_error_the_loop_catches_is_left_out_and_the_next_is_recorded(tmp_path):
+    with Profiler(tmp_path) as profiler:
+        with pytest.raises(RuntimeError, match="cannot be multiplied"), profiler.step(), profiler.stage("rollout"):
+            torch.ones(8).exp() @ torch.ones(7, 2)
+        with pytest.raises(RuntimeError, match="lies in no step"), profiler.stage("rollout"):
+            pass
+        plain_loop(profiler, steps=2)
+    assert any("recorded in 1 of 2 steps" in line for line in check_profile(tmp_path))
+    assert table(tmp_path, "summary.csv")["rollout"]["calls"] == "2"
+    assert "aten::exp" not in table(tmp_path, "op_stats.csv")
+
+
 HOLDS_MEMORY = """
 import mmap, sys
 from pathlib import Path

@@ -376,6 +376,6 @@ FAULTS = {
         Fault(nan_reward, "NaN reward", ("nonfinite",)),
         Fault(entropy_bonus, "bonus for entropy that nobody asked for", _GRADIENT),
         Fault(entropy_penalty, "the same with the other sign", _GRADIENT),
-        Fault(kl_controller_turned_round, "KL controller turned round", ("kl_controller_off",)),
+        Fault(kl_controller_turned_round, "KL controller reversed", ("kl_controller_off",)),
     )
 }  # fmt: skip

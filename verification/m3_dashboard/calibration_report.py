@@ -27,19 +27,19 @@ has to raise one of its right alerts within {within} steps. Thresholds: `rlhf_co
 LIMITS = """\
 ## What no alert here can see
 
-- **A reward that means something else.** A reward that is turned round or drawn at random is learned, or not learned,
+- **A reward that means something else.** A reward that is reversed or drawn at random is learned, or not learned,
   as any other. `reward_flat` (info) says after 40 steps that nothing was learned; whether what is learned is what was
   meant, only completions and a judge that PPO never sees can tell.
 - **Gradients clipped too much or not at all**, optimizer settings, data that repeat: they change how fast a run learns,
   and not what is right.
-- **What happens behind the first minibatch**: clipping left out, an optimizer that forgets. The exact rules look at
+- **What happens after the first minibatch**: clipping left out, an optimizer that forgets. The exact rules look at
   the first gradient of a step. `rlhf check-metrics` computes whole updates again, in float64 and from the weights and
   moments of a checkpoint, and names the first metric that comes out otherwise.
 - The exact rules (`gradient_off_closed_form`, `targets_off_definition`, `tokens_after_end`, `not_drawn_from_policy`,
   `value_dominates`) need metrics that only this trainer logs. On the logs of others the same faults show later, through
   what they do to KL, entropy, reward and lengths.
-- Thresholds on noisy curves were set on tiny models. `throughput_drop` and `stalled` are not calibrated here: they
-  speak of the machine.
+- Thresholds on noisy curves were set on tiny models. Not calibrated here are `throughput_drop`, `memory_growth` and
+  `stalled`, which look at time and memory, and `groups_without_signal`, as no configuration draws groups.
 """
 
 
@@ -123,8 +123,10 @@ def nearest_table(healthy: Mapping[str, Sequence[Result]]) -> str:
     """Return, for each rule, the healthy row that came nearest to its threshold."""
     lines = [
         "## How near healthy runs came\n",
-        "The row of all healthy runs that came nearest to each threshold. A rule also asks for several bad rows on end "
-        "(`steps`), so a nearest value beyond its limit need not be an alert.\n",
+        "The row of all healthy runs that came nearest to each threshold. A rule also asks for several bad rows in a "
+        "row (`steps`), so a nearest value beyond its limit need not be an alert. *Not logged*: these runs do not log "
+        "all metrics that the rule needs. *Not judged*: no row met what the rule asks before it judges, such as its "
+        "warm-up.\n",
         "| rule | severity | looks for | nearest healthy value | limit there | steps |",
         "|---|---|---|---|---|---|",
     ]
@@ -134,17 +136,29 @@ def nearest_table(healthy: Mapping[str, Sequence[Result]]) -> str:
         severity = settings["severity"] + (", then critical" if "critical" in settings else "")
         near = [found for result in results if (found := _nearest(rule, result)) is not None]
         value, limit = min(near)[1:] if near else (None, None)
-        shown = f"{value:.4g} | {limit:.4g}" if near else "not logged | "
+        why_not = "not judged" if any(_logged(rule, result) for result in results) else "not logged"
+        shown = f"{value:.4g} | {limit:.4g}" if near else f"{why_not} | "
         lines.append(f"| `{rule.name}` | {severity} | {rule.text} | {shown} | {settings['steps']} |")
     return "\n".join(lines) + "\n"
 
 
+def _block(result: Result) -> dict[str, np.ndarray]:
+    """Return the columns of a run, and those that rules derive from them."""
+    block = columns(result.rows)
+    return block | derive(block, {name: np.ones(len(block["step"]), dtype=bool) for name in block}, 0.0)
+
+
+def _logged(rule: Rule, result: Result) -> bool:
+    """Return whether a run has the metrics that a rule needs."""
+    block = _block(result)
+    return all(name in block and np.isfinite(block[name]).any() for name in rule.metrics)
+
+
 def _nearest(rule: Rule, result: Result) -> tuple[float, float, float] | None:
     """Return (distance in shares of the limit, value, limit) of a run's nearest judged row."""
-    block = columns(result.rows)
-    block |= derive(block, {name: np.ones(len(block["step"]), dtype=bool) for name in block}, 0.0)
-    if any(name not in block or not np.isfinite(block[name]).any() for name in rule.metrics):
+    if not _logged(rule, result):
         return None
+    block = _block(result)
     needed = {name: block[name] for name in (*rule.metrics, "step")}
     settings = default_thresholds()[rule.name]
     series = Series(needed, 0, {name: column[:5] for name, column in needed.items()})

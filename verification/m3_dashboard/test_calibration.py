@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from calibration_faults import FAULTS
-from calibration_report import document, fingerprint
+from calibration_report import document, fingerprint, nearest_table
 from calibration_runs import CONFIGURATIONS, LATE, STEPS, WITHIN, alerts_of, raised_at, run
 
 from rlhf_core.alerting.rules import BY_NAME
@@ -60,6 +60,14 @@ def test_the_document_belongs_to_these_rules_thresholds_and_faults():
     assert "**none**" not in text
     healthy = re.findall(r"^\| .* \| (\d+) \| [^|]*→[^|]* \| (\d+) \|", text, re.MULTILINE)
     assert healthy == [("20", "0")] * len(CONFIGURATIONS)
+
+
+def test_a_rule_that_judged_no_row_is_told_from_one_whose_metrics_are_not_logged():
+    table = nearest_table({QUICK: [run(QUICK, 0, steps=9)]})
+    shown = {line.split("`")[1]: line.split("|")[4].strip() for line in table.splitlines() if line.startswith("| `")}
+    assert shown["reward_flat"] == "not judged"
+    assert shown["throughput_drop"] == shown["groups_without_signal"] == "not logged"
+    assert float(shown["kl_blow_up"]) > 0
 
 
 # -- the whole ---------------------------------------------------------------------------------------------------------

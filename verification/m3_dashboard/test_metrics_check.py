@@ -98,6 +98,14 @@ def test_a_spoiled_log_is_found_out(copied_run, kind):
     assert message in str(caught.value)
 
 
+def test_of_many_bad_metrics_the_first_by_name_is_named(copied_run):
+    change(
+        copied_run, "metrics.jsonl", lambda rows: rows[0].update(dict.fromkeys(POSSIBLE.keys() & rows[0].keys(), "x"))
+    )
+    with pytest.raises(MetricsWrong, match=r"^step 1: adv_var is 'x'; it must be a finite number$"):
+        list(check_log(copied_run))
+
+
 def test_a_log_without_rows_is_found_out(copied_run):
     (copied_run / "metrics.jsonl").write_text("")
     with pytest.raises(MetricsWrong, match="has no rows"):

@@ -4,13 +4,16 @@ import base64
 import json
 import re
 import shutil
+import weakref
 from html.parser import HTMLParser
 
 import pytest
 
 from rlhf_core import runlog
+from rlhf_core.alerting.rules import RULES
 from rlhf_core.config import TrainConfig
-from rlhf_core.reporting.content import memory_advice, read_content
+from rlhf_core.metrics import METRICS, TIMINGS
+from rlhf_core.reporting.content import QUESTIONS, SAMPLES, last_samples, memory_advice, read_content
 from rlhf_core.testing.command import TINY_RUN, run_command
 
 pytestmark = [pytest.mark.m3, pytest.mark.usefixtures("reviews_drawn_once")]
@@ -62,7 +65,13 @@ def test_the_page_loads_nothing_from_anywhere(page):
 
 def test_the_pictures_lie_beside_the_page_and_in_it(page, profiled_run):
     files = {path.name: path.read_bytes() for path in (profiled_run / "report").glob("*.png")}
-    assert {"time.png", "memory.png", "is_it_learning.png", "is_it_stable.png"} <= files.keys()
+    assert {
+        "time.png",
+        "memory.png",
+        "is_it_learning.png",
+        "is_it_stable.png",
+        "does_it_compute_what_it_should.png",
+    } <= files.keys()
     assert all(data.startswith(PNG) for data in files.values())
     inside = {base64.b64decode(data) for data in re.findall(r"data:image/png;base64,([A-Za-z0-9+/=]+)", page)}
     assert inside == set(files.values())
@@ -71,7 +80,7 @@ def test_the_pictures_lie_beside_the_page_and_in_it(page, profiled_run):
 def test_everything_that_the_issue_names_is_on_the_page(page, profiled_run):
     text = Attributes(page).text
     for part in ("Alerts", "Is it learning?", "Where the time goes", "Where the memory goes", "If it does not fit",
-                 "--ppo.micro-batch-size", "linear_token_logprobs", "logits_to_keep", "aten::", "own CPU ms",
+                 "Does it compute what it should?", "--ppo.micro-batch-size", "aten::", "own CPU ms",
                  "Completions of step 2", "Configuration and environment", "Held-out prompts"):  # fmt: skip
         assert part in text
     sample = list(runlog.read_samples(profiled_run))[-1]
@@ -132,6 +141,49 @@ def test_without_a_profile_times_come_from_the_log_and_the_page_says_so(finished
     assert 0.9 < sum(row["share"] for row in summary.values()) <= 1.0
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [{"stages_s": None}, {"stages_s": {"rollout": "long"}}, {"step_time_s": None}, {"step_time_s": 0.0}],
+    ids=str,
+)
+def test_a_row_of_timings_without_its_seconds_is_one_line(finished_run, tmp_path, damage):
+    copy = tmp_path / "copy"
+    shutil.copytree(finished_run, copy, ignore=shutil.ignore_patterns("checkpoints", "models"))
+    rows = list(runlog.read(copy / "timings.jsonl"))
+    changed = {name: value for name, value in {**rows[2], **damage}.items() if value is not None}
+    (copy / "timings.jsonl").unlink()
+    runlog.append(copy / "timings.jsonl", [*rows[:2], changed, *rows[3:]])
+    outcome = run_command("report", copy)
+    assert outcome.code == 2
+    assert "timings.jsonl: step 3 has no step_time_s above 0 with a table stages_s of numbers" in outcome.complaint
+
+
+def test_a_metric_stands_under_the_question_of_the_alerts_that_speak_of_it():
+    question_of = {name: question for question, names in QUESTIONS.items() for name in names}
+    assert sum(map(len, QUESTIONS.values())) == len(question_of)
+    assert question_of.keys() == {metric.name for metric in (*METRICS, *TIMINGS)}
+    spoken_of = {rule.metrics[0]: set() for rule in RULES}
+    for rule in RULES:
+        spoken_of[rule.metrics[0]].add(rule.question)
+    assert all(question_of[name] in questions for name, questions in spoken_of.items() if name in question_of)
+
+
+def test_of_the_samples_only_those_that_are_shown_are_held():
+    class Row(dict):
+        """A dict that can be watched."""
+
+    held = weakref.WeakValueDictionary()
+
+    def rows():
+        for number in range(600):
+            row = Row(step=number // 20, sample=number % 20)
+            held[number] = row
+            yield row
+            assert len(held) <= SAMPLES + 2
+
+    assert last_samples(rows()) == [{"step": 29, "sample": sample} for sample in range(SAMPLES)]
+
+
 def test_a_damaged_profile_is_named_on_the_page_and_the_rest_is_shown(profiled_run, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(profiled_run, copy, ignore=shutil.ignore_patterns("checkpoints", "report"))
@@ -157,9 +209,22 @@ def test_the_first_advice_is_what_takes_the_memory():
     config = TrainConfig()
     assert (config.ppo.micro_batch_size, config.sampling.max_new_tokens) == (16, 20)
     # 16 x 20 x 50,000 x 4 bytes are 61 MiB, twice that of 200 MiB is most of it; of 2,000 MiB it is little.
-    first, second, *_ = memory_advice({"rollout": row(100), "update": row(300)}, config, 50_000)
+    model = {"model_type": "gpt_neox", "vocab_size": 50_000}
+    first, second, *_ = memory_advice({"rollout": row(100), "update": row(300)}, config, model)
     assert first == "update takes most: 300 MiB, 200 MiB above the stage that takes least."
     assert "linear_token_logprobs" in second
     assert "122.1 MiB" in second
-    _, second, *_ = memory_advice({"rollout": row(100), "update": row(2100)}, config, 50_000)
+    _, second, *_ = memory_advice({"rollout": row(100), "update": row(2100)}, config, model)
     assert "--ppo.micro-batch-size from 16 to 8" in second
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "llama"])
+def test_a_run_whose_update_holds_no_logits_is_not_told_to_avoid_them(model_type):
+    model = {"model_type": model_type, "vocab_size": 50_000}
+    stages = {"rollout": row(100), "update": row(300)}
+    advice = " ".join(memory_advice(stages, TrainConfig(), model))
+    assert "--ppo.micro-batch-size from 16 to 8" in advice
+    assert "logits" not in advice
+    portable = " ".join(memory_advice(stages, TrainConfig(numerics="portable"), model))
+    assert "122.1 MiB together; --numerics native" in portable
+    assert "logits_to_keep" in portable

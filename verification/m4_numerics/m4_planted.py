@@ -28,7 +28,7 @@ def replace(monkeypatch: pytest.MonkeyPatch, name: str, make: Callable[[Any], An
         monkeypatch.setattr(module, name, make(getattr(module, name)))
 
 
-# -- the ten of the specification --------------------------------------------------------------------------------------
+# -- ten mistakes with a named cause -----------------------------------------------------------------------------------
 
 
 @plant

@@ -29,7 +29,7 @@ def test_every_property_is_broken_by_a_planted_mistake():
     assert {name for names in BROKEN_BY.values() for name in names} == set(PROPERTIES)
 
 
-def test_every_mistake_is_listed_and_the_ten_of_the_specification_come_first():
+def test_every_mistake_is_listed_and_the_ten_with_a_named_cause_come_first():
     assert list(BROKEN_BY) == list(PLANTED)
     assert len(TEN) == 10
     assert list(PLANTED)[:10] == list(TEN)
@@ -57,7 +57,7 @@ def assert_names_what_broke(mistake, monkeypatch):
 
 
 @pytest.mark.parametrize("mistake", TEN)
-def test_a_mistake_of_the_specification_is_named_by_what_it_breaks(mistake, monkeypatch):
+def test_a_mistake_with_a_named_cause_breaks_the_property_of_that_name_first(mistake, monkeypatch):
     assert BROKEN_BY[mistake][0] == CAUSES[mistake]
     assert_names_what_broke(mistake, monkeypatch)
 

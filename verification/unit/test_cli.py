@@ -5,11 +5,14 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 
 import pytest
 
 from rlhf_core import checkpoint, cli, experiment, runlog, training
 from rlhf_core.commands.options import UsageError
+from rlhf_core.config import to_json
+from rlhf_core.stage_config import DPOConfig, EvalConfig, PipelineConfig, RewardConfig, SFTConfig
 from rlhf_core.testing.assertions import assert_runs_differ, assert_runs_identical
 from rlhf_core.testing.command import TINY_RUN, run_command
 
@@ -249,6 +252,16 @@ class TestCompare:
         assert "no run 'none'" in outcome.complaint
         assert "tiny" in outcome.complaint
 
+    def test_a_name_in_a_log_cannot_harm_the_terminal(self, tmp_path):
+        for name, value in (("a", 1), ("b", 2)):
+            (tmp_path / name).mkdir()
+            (tmp_path / name / "config.json").write_text("{}")
+            runlog.append(tmp_path / name / "metrics.jsonl", [{"step": 1, "\x1b[31mkl": value}])
+        outcome = run_command("compare", tmp_path / "a", tmp_path / "b")
+        assert outcome.code == 1
+        assert "\x1b" not in outcome.out
+        assert "\\x1b[31mkl is 1 and 2" in outcome.out
+
     def test_a_malformed_log_gives_2_with_file_and_line(self, finished_run, copied_run):
         (copied_run / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2\n')
         outcome = run_command("compare", finished_run, copied_run)
@@ -293,6 +306,18 @@ class TestSamples:
     def test_a_huge_completion_is_shown_whole(self, tmp_path):
         assert self.show(tmp_path, HOSTILE["huge"], "--step", "2").out.count("word") == 2 * 20_000
 
+    def test_the_samples_of_other_steps_are_not_held(self, tmp_path):
+        self.show(tmp_path, "short")
+        long = {"sample": 0, "prompt": "x" * 10_000, "completion": "", "reward": 0.5, "kl": 0.25}
+        last = [{**long, "step": 401, "prompt": "p"}]
+        runlog.append(tmp_path / "r" / "samples.jsonl", [{**long, "step": step} for step in range(3, 401)] + last)
+        tracemalloc.start()
+        outcome = run_command("samples", tmp_path / "r", "--last", "1")
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert outcome.code == 0, outcome.err
+        assert peak < 2_000_000
+
     def test_shows_the_last_steps_or_the_one_asked_for(self, finished_run):
         def steps_shown(*options):
             outcome = run_command("samples", finished_run, *options)
@@ -322,6 +347,20 @@ class TestSamples:
         outcome = run_command("samples", tmp_path)
         assert outcome.code == 2
         assert "has no samples; it has done no step, or was run with --log.samples-per-step 0" in outcome.complaint
+
+
+@pytest.mark.parametrize("command", ["alerts", "report", "check-metrics"])
+@pytest.mark.parametrize(
+    ("kind", "config"),
+    [("sft", SFTConfig()), ("reward", RewardConfig()), ("dpo", DPOConfig()), ("eval", EvalConfig()),
+     ("pipeline", PipelineConfig())],
+)  # fmt: skip
+def test_what_is_for_runs_of_train_names_the_command_that_made_another(tmp_path, command, kind, config):
+    (tmp_path / "config.json").write_text(to_json(config))
+    (tmp_path / "metrics.jsonl").write_text('{"loss": 1.0, "nonfinite": [], "step": 1}\n')
+    outcome = run_command(command, tmp_path)
+    assert outcome.code == 2
+    assert outcome.complaint == f"rlhf: {tmp_path} is a run of rlhf {kind}; this command is for runs of rlhf train"
 
 
 def test_rlhf_traceback_in_the_environment_shows_where_an_error_comes_from(monkeypatch):

@@ -9,11 +9,14 @@ import numpy as np
 import pytest
 import torch
 from pipeline_data import COMMON, write_rows
-from tiny_models import tiny_lm
+from tiny_models import ARCHITECTURES, tiny_lm
 
 from rlhf_core import runlog
 from rlhf_core.data.tokenization import byte_pair_tokenizer
-from rlhf_core.judging import best_of_n, judging_summary
+from rlhf_core.judging import JudgingInputs, best_of_n, judge_batch, judging_summary
+from rlhf_core.policy import as_computed_here
+from rlhf_core.reward import WeightedRewards
+from rlhf_core.stage_config import EvalConfig
 from rlhf_core.testing.command import run_command
 
 
@@ -112,6 +115,21 @@ def test_the_kl_is_that_of_the_two_policies_by_hand(judged, place):
             logs = [model(ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1) for model in models]
         drawn = torch.tensor(one["token_ids"])[:, None]
         assert one["kl"] == pytest.approx(float((logs[0] - logs[1]).gather(1, drawn).sum()), abs=1e-4)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_no_logits_of_policy_or_reference_are_held(architecture, monkeypatch):
+    tokenizer = byte_pair_tokenizer(["film"], 270)
+    models = [as_computed_here(tiny_lm(architecture, vocabulary=len(tokenizer), seed=seed)) for seed in (0, 1)]
+
+    def forward(*arguments, **options):
+        raise AssertionError("this pass would hold the logits of every position")
+
+    for model in models:
+        monkeypatch.setattr(model, "forward", forward)
+    inputs = JudgingInputs(*models, tokenizer, [])
+    rows = judge_batch(EvalConfig(), inputs, WeightedRewards({}), [[5, 6], [7]], [(0, 0), (1, 0)], 1)
+    assert all(row["kl"] != 0.0 and row["entropy"] > 0.0 for row in rows)
 
 
 @pytest.mark.parametrize("torn", ["samples.jsonl", "metrics.jsonl"])

@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import signal
+from pathlib import Path
 
 import pytest
 from pipeline_data import COMMON, MODEL, PPO, preferences, write_rows
@@ -222,6 +223,14 @@ class TestExport:
         made = (finished / "runs" / "p" / source / "model.safetensors").read_bytes()
         assert (tmp_path / "out" / "model.safetensors").read_bytes() == made
         checkpoint.check_folder(tmp_path / "out")
+
+    def test_a_weight_file_is_copied_piece_by_piece(self, finished, tmp_path, monkeypatch):
+        def refuse(path):
+            raise AssertionError(f"{path} is read whole")
+
+        monkeypatch.setattr(Path, "read_bytes", refuse)
+        outcome = self.export(finished, "p/sft", tmp_path / "out")
+        assert outcome.code == 0, outcome.err
 
     def test_a_reward_model_loads_back(self, finished, tmp_path):
         assert self.export(finished, "p/reward", tmp_path / "out").code == 0

@@ -284,6 +284,20 @@ def test_loading_leaves_the_loudness_of_transformers_as_it_was(saved):
     assert transformers.utils.logging.get_verbosity() == before
 
 
+@pytest.mark.parametrize("shows_bars", [True, False])
+def test_loading_leaves_the_progress_bars_of_transformers_as_they_were(saved, shows_bars):
+    _, folder = saved
+    logging = transformers.utils.logging
+    before = logging.is_progress_bar_enabled()
+    set_to = {True: logging.enable_progress_bar, False: logging.disable_progress_bar}
+    try:
+        set_to[shows_bars]()
+        load_model(folder, "eager")
+        assert logging.is_progress_bar_enabled() == shows_bars
+    finally:
+        set_to[before]()
+
+
 def test_a_reward_model_is_not_taken_for_a_language_model(saved, tmp_path):
     _, folder = saved
     transformers.AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1).save_pretrained(

@@ -2,6 +2,7 @@ import errno
 import json
 import os
 import threading
+import tracemalloc
 
 import pytest
 from hypothesis import given
@@ -288,6 +289,26 @@ class TestCompare:
         (b / "metrics.jsonl").write_text("\n".join(lines) + "\n")
         found = runlog.compare(a, b)
         assert (found.file, found.step, found.name) == ("metrics.jsonl", 1, "spelling of the row")
+
+    @pytest.mark.parametrize("last", ["0.5", "9.0"])
+    def test_long_logs_are_never_held(self, tmp_path, last):
+        a, b = write_run(tmp_path / "a", []), write_run(tmp_path / "b", [])
+        for run, kl in ((a, "0.5"), (b, last)):
+            row = '{"kl": 0.5, "text": "%s", "step": 1}\n' % ("x" * 10_000)
+            (run / "metrics.jsonl").write_text(row * 400 + f'{{"kl": {kl}, "step": 2}}\n')
+        tracemalloc.start()
+        found = runlog.compare(a, b)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert found == (None if last == "0.5" else Difference("metrics.jsonl", 2, "kl", 0.5, 9.0))
+        assert peak < 500_000
+
+    def test_a_malformed_line_after_a_difference_is_an_error(self, tmp_path):
+        a, b = write_run(tmp_path / "a", steps(3)), write_run(tmp_path / "b", steps(1, kl=9.0))
+        with (b / "metrics.jsonl").open("a") as file:
+            file.write("nonsense\n")
+        with pytest.raises(ValueError, match=r"metrics\.jsonl:2: not JSON"):
+            runlog.compare(a, b)
 
     def test_a_missing_log_is_an_error_and_not_a_difference(self, tmp_path):
         a, b = write_run(tmp_path / "a", steps(1)), write_run(tmp_path / "b", steps(1))

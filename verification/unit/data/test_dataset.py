@@ -175,7 +175,7 @@ def test_rows_of_one_prompt_are_never_on_both_sides_and_the_order_is_that_of_the
 
 def test_texts_for_a_tokenizer_stop_when_there_are_enough(tmp_path):
     (tmp_path / "a.txt").write_text("abcd\n" * 100)
-    assert len(list(texts_of(str(tmp_path / "a.txt"), "stop", most_bytes=20))) == 6
+    assert len(list(texts_of(str(tmp_path / "a.txt"), "stop", most_characters=20))) == 6
 
 
 def test_a_fingerprint_is_of_the_content(tmp_path):
