@@ -170,7 +170,7 @@ def metric_rows(
     """Return the data of ``metric_chart``.
 
     Args:
-        curves: by run.
+        curves: by run, under names that can be shown.
         log: whether the axis is logarithmic; what is not positive is left out then.
         latest: the text at the upper right.
         alerts: places on the axis with severities.
@@ -188,11 +188,10 @@ def _curve_rows(run: str, curve: Curve, log: bool) -> list[pa.Table]:
     if log:
         mean, low, high = (np.where(values > 0, values, np.nan) for values in (mean, low, high))
         low = np.where(np.isnan(low), np.fmin(mean, high), low)
-    shown = printable(run)
     bad = np.flatnonzero(curve.bad)
     return [
-        _table("value", shown, "", x=curve.x, y=mean, low=low, high=high),
-        _table("bad", shown, shown, x=curve.x[bad]),
+        _table("value", run, "", x=curve.x, y=mean, low=low, high=high),
+        _table("bad", run, run, x=curve.x[bad]),
     ]
 
 

@@ -1,6 +1,8 @@
 """The little HTML that the page is set in. Whatever a run's files say goes through :func:`text` first."""
 
 import html
+import itertools
+from collections.abc import Iterable
 
 import streamlit as st
 from streamlit.delta_generator import DeltaGenerator
@@ -37,6 +39,7 @@ STYLE = """<style>
 .kit-question {display: flex; justify-content: space-between; align-items: baseline; border-bottom: 1px solid #8884;
   padding-bottom: 0.15rem; font-weight: 600}
 .kit-question small {font-weight: 400; font-size: 0.75rem; color: var(--kit)}
+.kit-gone {border-left: 6px solid #d97706; padding: 0.3rem 0.8rem; overflow-wrap: anywhere}
 .kit-runs {display: flex; flex-wrap: wrap; gap: 0.2rem 1.1rem; font-size: 0.85rem; align-items: center}
 .kit-dot {display: inline-block; width: 0.7rem; height: 0.7rem; border-radius: 50%; margin-right: 0.35rem}
 </style>"""
@@ -50,6 +53,17 @@ def style() -> None:
 def text(value: object) -> str:
     """Return a text of a run's files as HTML that shows it and does nothing."""
     return html.escape(printable(str(value)))
+
+
+def labels(names: Iterable[str], *taken: str) -> dict[str, str]:
+    """Return what to print for each name: no two alike, and none of what is taken."""
+    used, found = set(taken), dict[str, str]()
+    for name in names:
+        plain = printable(name)
+        free = (plain if number == 1 else f"{plain} ({number})" for number in itertools.count(1))
+        found[name] = next(label for label in free if label not in used)
+        used.add(found[name])
+    return found
 
 
 def show(markup: str) -> None:

@@ -29,7 +29,7 @@ def draw(runs: Store, choice: Choice, examples: bool) -> None:
     """Draw the view of the first run."""
     name = choice.runs[0]
     run = runs.run(name)
-    verdict(name, run, run.alerts(), many=len(choice.runs) > 1)
+    verdict(name, run, run.alerts())
     summary = read_csv(run, "summary.csv")
     profiled = stages_of(summary)
     left, right = split()

@@ -19,6 +19,8 @@ class Choice:
 
     runs: tuple[str, ...]
     """The runs; the first is the one that is judged. Without a choice it is the newest."""
+    gone: tuple[str, ...]
+    """Runs that the URL asks for and that are not there, or no longer."""
     view: str
     axis: str
     smoothing: float
@@ -32,6 +34,9 @@ class Choice:
 
 def toolbar(names: list[str]) -> Choice:
     """Draw the controls and return what is chosen."""
+    # The widget takes what it does not have out of the URL: what that was is kept until something else is chosen.
+    gone = [name for name in st.query_params.get_all("run") if name and name not in names]
+    st.session_state["gone"] = tuple(dict.fromkeys((*st.session_state.get("gone", ()), *gone)))
     with st.container(horizontal=True, vertical_alignment="center", key="toolbar", gap="small"):
         chosen = st.multiselect(
             "Runs",
@@ -39,6 +44,7 @@ def toolbar(names: list[str]) -> Choice:
             key="run",
             bind="query-params",
             max_selections=len(COLOURS),
+            on_change=forget_gone,
             placeholder=f"Runs: the newest, {names[0]}",
             label_visibility="collapsed",
         )
@@ -85,6 +91,7 @@ def toolbar(names: list[str]) -> Choice:
         )
     return Choice(
         runs=tuple(chosen) or (names[0],),
+        gone=tuple(name for name in st.session_state.get("gone", ()) if name not in names),
         view=view or VIEWS[0],
         axis=axis or "step",
         smoothing=smoothing,
@@ -94,6 +101,11 @@ def toolbar(names: list[str]) -> Choice:
         step=step,
         live=not paused,
     )
+
+
+def forget_gone() -> None:
+    """Say no more that a run is not there: another choice has been made."""
+    st.session_state["gone"] = ()
 
 
 def go(view: str, step: int) -> None:

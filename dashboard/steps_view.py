@@ -6,6 +6,7 @@ import streamlit as st
 
 from dashboard import charts, jsonl, questions
 from dashboard.folder import open_plain
+from dashboard.kinds import SUPERVISED
 from dashboard.markup import show, split, text
 from dashboard.metrics_view import verdict
 from dashboard.state import Choice
@@ -30,10 +31,13 @@ def draw(runs: Store, choice: Choice, examples: bool) -> None:
     """Draw the view of the first run."""
     name = choice.runs[0]
     run = runs.run(name)
-    verdict(name, run, run.alerts(), many=len(choice.runs) > 1)
+    verdict(name, run, run.alerts())
     known = logged_steps(run)
     if known is None:
-        st.text("There are no completions yet. A run logs a few of each step; --log.samples-per-step says how many.")
+        st.text(without_completions(run.kind()))
+        last_step = run.progress().last_step
+        if last_step is not None:
+            draw_step(run, last_step if choice.step is None else choice.step)
         return
     first, last = known
     step = min(max(last if choice.step is None else choice.step, first), last)
@@ -44,6 +48,13 @@ def draw(runs: Store, choice: Choice, examples: bool) -> None:
         draw_samples(run, step)
     with right:
         draw_step(run, step)
+
+
+def without_completions(kind: str | None) -> str:
+    """Return why a run has no completions."""
+    if kind in SUPERVISED:
+        return f"A run of rlhf {kind} draws no completions."
+    return "There are no completions yet. A run logs a few of each step; --log.samples-per-step says how many."
 
 
 def logged_steps(run: Run) -> tuple[int, int] | None:
@@ -131,7 +142,7 @@ def draw_sample(row: dict[str, Any]) -> None:
     """Draw one completion: its tokens over their log-ratio, its text, and the tokens as a table."""
     tokens = tokens_of(row)
     if tokens is None:
-        show('<small class="kit-dim">This log has no log-probs of single tokens; runs of this version do.</small>')
+        show('<small class="kit-dim">This log has no log-probs of single tokens; rlhf train logs them.</small>')
     else:
         ratios = [p - q for _, p, q in tokens]
         limit = max(1.0, *(abs(ratio) for ratio in ratios)) if ratios else 1.0

@@ -1,7 +1,6 @@
 """``rlhf export``: a run's model as a folder for anybody: weights, tokenizer and a card."""
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +19,6 @@ KINDS = {
 }
 
 
-def kind_of(config: Mapping[str, Any]) -> str:
-    """Return which command made a run, by its configuration."""
-    for key, kind in (
-        ("reward_model", "pipeline"),
-        ("ppo", "train"),
-        ("judging", "eval"),
-        ("preference", "reward"),
-        ("dpo", "dpo"),
-    ):
-        if key in config:
-            return kind
-    return "sft"
-
-
 def export(run: Path, out: Path) -> Path:
     """Write a run's model, tokenizer and card into a new folder and return where the model came from.
 
@@ -47,7 +32,7 @@ def export(run: Path, out: Path) -> Path:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"{str(out)!r} exists; give a new folder to export to")
     config = _read_json(run / runlog.CONFIG_FILE)
-    kind = kind_of(config)
+    kind = runlog.kind_of(config)
     if kind == "pipeline":
         if not (run / "ppo" / runlog.CONFIG_FILE).is_file():
             raise FileNotFoundError(f"{run} has no stage ppo yet; continue it with rlhf pipeline --resume")

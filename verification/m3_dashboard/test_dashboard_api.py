@@ -3,7 +3,7 @@ import os
 from pathlib import Path
 
 import pytest
-from dashboard_runs import append, make_run, metrics_row, timing_row
+from dashboard_runs import append, make_run, make_stage_run, metrics_row, timing_row
 
 pytestmark = pytest.mark.m3
 
@@ -26,6 +26,29 @@ def test_health_says_that_the_server_answers(server):
 def test_runs_are_listed_with_their_last_step(server):
     runs = {one["name"]: one for one in server.json("/api/runs")["runs"]}
     assert runs["api"] == {"name": "api", "last_step": 12, "steps": 20}
+
+
+def test_one_bad_run_does_not_take_down_the_list(server):
+    make_run(server.runs, os.fsdecode(b"bad\xff"), 2)
+    deep = make_run(server.runs, "deep", 2)
+    (deep / "config.json").write_text("[" * 100_000)
+    (deep / "metrics.jsonl").write_bytes(b"\xff\n")
+    runs = {one["name"]: one for one in server.json("/api/runs")["runs"]}
+    assert runs["api"]["last_step"] == 12
+    assert runs["deep"] == {"name": "deep", "last_step": None, "steps": None}
+    assert not [name for name in runs if name.startswith("bad")]
+
+
+def test_the_stages_of_a_pipeline_are_asked_for_by_both_names(server):
+    pipeline = server.runs / "staged"
+    pipeline.mkdir()
+    (pipeline / "config.json").write_text('{"reward_model": {}, "ppo": {"steps": 2}}')
+    make_stage_run(pipeline, "sft", 3)
+    runs = {one["name"]: one for one in server.json("/api/runs")["runs"]}
+    assert runs["staged/sft"] == {"name": "staged/sft", "last_step": 3, "steps": 6}
+    assert "staged" not in runs
+    assert len(server.json("/api/metrics?run=staged/sft")["rows"]) == 3
+    assert server.request("/api/metrics.csv?run=staged/sft")[1]["content-disposition"].endswith('"staged_sft.csv"')
 
 
 def test_metrics_begin_at_the_step_asked_for_and_go_with_their_timings(server):

@@ -3,49 +3,19 @@
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
+import pyarrow as pa
 import pytest
+from dashboard_page import PAGE, chart_count, html, page, ran
 from dashboard_runs import HOSTILE, append, lines, make_run, metrics_row, sample_row, timing_row
 from dashboard_server import ROOT, environment
 from streamlit.testing.v1 import AppTest
 
 from dashboard import charts, profile_view
+from dashboard.markup import labels
 from rlhf_core.alerting.rules import RULES, STALLED
 
 pytestmark = pytest.mark.m3
-
-PAGE = str(ROOT / "dashboard" / "page.py")
-
-
-@pytest.fixture
-def runs(tmp_path, monkeypatch) -> Path:
-    folder = (tmp_path / "runs").resolve()
-    folder.mkdir()
-    monkeypatch.setenv("RLHF_RUNS", str(folder))
-    return folder
-
-
-def page(**query) -> AppTest:
-    """Run the page with a query and fail on what it raises."""
-    app = AppTest.from_file(PAGE, default_timeout=30)
-    for name, value in query.items():
-        app.query_params[name] = value
-    return ran(app)
-
-
-def ran(app: AppTest) -> AppTest:
-    app.run()
-    assert not app.exception, app.exception[0].stack_trace
-    return app
-
-
-def html(app: AppTest) -> str:
-    return "\n".join(element.proto.body for element in app.get("html"))
-
-
-def chart_count(app: AppTest) -> int:
-    return len(app.get("vega_lite_chart"))
 
 
 def test_a_folder_without_runs_says_how_to_begin(runs):
@@ -134,6 +104,52 @@ def test_a_run_that_is_not_listed_is_not_opened(runs, name):
     app = page(run=name)
     assert app.multiselect[0].value == []
     assert "step 3 of 3" in html(app)
+
+
+def test_a_run_that_is_asked_for_and_not_there_is_said_to_be_gone(runs):
+    make_run(runs, "a", 3)
+    app = page(run=["gone", "a"])
+    assert "There is no run &#x27;gone&#x27;" in html(app)
+    assert "There is no run &#x27;gone&#x27;" in html(ran(app)), "also after the next refresh"
+    app.multiselect[0].set_value([])
+    assert "There is no run" not in html(ran(app))
+    assert "There is no run" not in html(page(run="a"))
+
+
+def test_a_single_run_is_named_too(runs):
+    make_run(runs, "mine", 3)
+    assert "<small>run</small><span>mine</span>" in html(page())
+
+
+def alert_marks(app: AppTest, metric: str) -> list[float]:
+    """The places of the alerts in the chart of a metric."""
+    charts = {chart.proto.alt: chart for chart in app.get("vega_lite_chart")}
+    data = (
+        charts[metric].proto.datasets[0].data.data if charts[metric].proto.datasets else charts[metric].proto.data.data
+    )
+    table = pa.ipc.open_stream(data).read_all().to_pylist()
+    return [row["x"] for row in table if row["kind"] == "alert"]
+
+
+def test_alerts_of_every_run_are_marked_those_of_step_0_too(runs):
+    for name, bad in (("a", 0), ("b", 7)):
+        run = runs / name
+        run.mkdir()
+        append(run / "metrics.jsonl", *({"step": step, "lr": None if step == bad else 1.0} for step in range(12)))
+    assert alert_marks(page(run=["b", "a"]), "lr over step") == [7, 0]
+
+
+def test_runs_whose_names_print_alike_are_told_apart():
+    assert labels(["a", "\x1b", "\\x1b", "name"], "name") == {
+        "a": "a", "\x1b": "\\x1b", "\\x1b": "\\x1b (2)", "name": "name (2)",
+    }  # fmt: skip
+
+
+def test_a_run_called_name_does_not_hide_the_names_of_the_options(runs):
+    for name, rate in (("name", 1), ("name2", 2)):
+        make_run(runs, name, 3, lr=rate)
+    rows = page(run=["name", "name2"], view="Compare").dataframe[0].value.to_dict("records")
+    assert rows == [{"name": "lr", "name (2)": "1", "name2": "2"}]
 
 
 def test_comparison_shows_what_differs_and_where_the_logs_part(runs):

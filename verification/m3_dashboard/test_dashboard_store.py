@@ -306,6 +306,12 @@ def test_links_and_files_are_no_runs_and_the_newest_stands_first(runs):
     assert folder.list_runs(runs) == ["new", "older", "oldest"]
 
 
+def test_a_folder_whose_name_is_no_text_is_left_out(runs):
+    make_run(runs, "a", 1)
+    make_run(runs, os.fsdecode(b"bad\xff"), 1)
+    assert folder.list_runs(runs) == ["a"]
+
+
 def test_a_long_log_is_previewed_at_once_and_read_in_the_background(runs, monkeypatch):
     from dashboard import store as module
 
