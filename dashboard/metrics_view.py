@@ -11,6 +11,7 @@ from dashboard.markup import labels, show, text, tile
 from dashboard.series import Curve
 from dashboard.state import Choice, go
 from dashboard.store import Progress, Run, Store
+from rlhf_core.alerting.alert import is_nonfinite
 from rlhf_core.alerting.rules import LEARNING
 from rlhf_core.alerting.thresholds import default_thresholds
 from rlhf_core.alerts import SEVERITIES, Alert, Severity, synthetic_alerts
@@ -197,11 +198,14 @@ def card(alert: Alert, owner: str) -> str:
     )
     of = f"{text(owner)}: " if owner else ""
     moved = f" Moved with it: {text(', '.join(alert.moved_with))}." if alert.moved_with else ""
-    value, limit = questions.number(alert.value), questions.number(alert.threshold)
+    if is_nonfinite(alert):
+        moved, figures = "", f"{', '.join((alert.metric, *alert.moved_with))} not finite"
+    else:
+        figures = f"{alert.metric} {questions.number(alert.value)}, threshold {questions.number(alert.threshold)}"
     return (
         f'<div class="kit-alert {"" if alert.standing else "kit-passed"}" style="--kit:{colour}">'
         f'<div class="kit-head">{spelled}{of}{text(alert.name.replace("_", " "))} · {steps} · '
-        f"{text(alert.metric)} {value}, threshold {limit}</div>"
+        f"{text(figures)}</div>"
         f"<div>{text(alert.cause)} <b>Do:</b> {text(alert.remedy)}</div>"
         f'<div class="kit-dim">{text(alert.evidence)}.{moved}</div></div>'
     )
@@ -234,12 +238,12 @@ def answer(
 ) -> tuple[str, str]:
     """Return what to say of a question, and in which colour: an alert weighs more than a range, in any of the runs."""
     about = {*metrics, *questions.QUESTIONS.get(question, ())}
-    standing = [one for one in alerts if one.standing and one.severity != "info" and curve_name(one) in about]
+    standing = [one for one in alerts if one.standing and one.severity != "info" and about & curve_names(one)]
     judged = [
         (name, row[name])
         for row in latest
         for name in metrics
-        if name in row and questions.healthy(name) != (None, None)
+        if name in row and (row[name] is None or questions.healthy(name) != (None, None))
     ]
     outside = list(dict.fromkeys(name for name, value in judged if questions.outside(name, value)))
     if standing:
@@ -251,9 +255,10 @@ def answer(
     return (f"{names} of {names} in range" if judged else ""), charts.GOOD
 
 
-def curve_name(alert: Alert) -> str:
-    """Return the metric on whose curve an alert shows."""
-    return questions.CURVE_OF.get(alert.metric, alert.metric)
+def curve_names(alert: Alert) -> set[str]:
+    """Return the metrics that an alert speaks of, by whose curve it shows on."""
+    others = alert.moved_with if is_nonfinite(alert) else ()
+    return {questions.CURVE_OF.get(alert.metric, alert.metric), *others}
 
 
 def draw_metric(name: str, shown: dict[str, Run], found: dict[str, list[Alert]], choice: Choice) -> None:
@@ -264,7 +269,7 @@ def draw_metric(name: str, shown: dict[str, Run], found: dict[str, list[Alert]],
         (place, alert.severity)
         for run_name, run in shown.items()
         for alert in found[run_name]
-        if alert.severity != "info" and name in (curve_name(alert), *alert.moved_with)
+        if alert.severity != "info" and name in {*curve_names(alert), *alert.moved_with}
         if (place := _inside(run, alert.first_step, choice, curves)) is not None
     ]
     first = next(iter(shown.values()))

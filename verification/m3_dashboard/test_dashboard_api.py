@@ -66,6 +66,7 @@ def test_what_was_not_finite_is_null_and_never_breaks_the_json(server):
     assert row["nonfinite"] == ["kl"]
     found = {alert["name"]: alert for alert in server.json("/alerts?run=api")["alerts"]}
     assert (found["nonfinite"]["severity"], found["nonfinite"]["first_step"]) == ("critical", 7)
+    assert (found["nonfinite"]["value"], found["nonfinite"]["threshold"]) == (None, None)
 
 
 def test_a_log_that_spells_nan_and_infinity_is_answered_in_strict_json(server):

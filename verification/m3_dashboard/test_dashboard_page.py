@@ -11,7 +11,7 @@ from dashboard_runs import HOSTILE, append, lines, make_run, metrics_row, sample
 from dashboard_server import ROOT, environment
 from streamlit.testing.v1 import AppTest
 
-from dashboard import charts, profile_view
+from dashboard import charts, metrics_view, profile_view
 from dashboard.markup import labels
 from rlhf_core.alerting.rules import RULES, STALLED
 
@@ -72,6 +72,32 @@ def test_a_question_is_answered_by_the_alerts_on_its_metrics_in_any_run(runs):
         assert close[: close.index("</div>")].count(" alert") == 1, close[:300]
     learning = words[words.index("Is it learning?") :]
     assert "in range" in learning[: learning.index("</div>")]
+
+
+def question(words: str, asked: str) -> str:
+    """What the page says beside a question."""
+    rest = words[words.index(f"<span>{asked}</span>") :]
+    return rest[: rest.index("</div>")]
+
+
+def test_every_metric_that_is_not_finite_is_named_and_its_question_marked(runs):
+    run = make_run(runs, "a", 8, planned=30)
+    lost = (metrics_row(9, reward_mean=None, kl=None), metrics_row(10), metrics_row(11, entropy=None))
+    append(run / "metrics.jsonl", *lost, metrics_row(12))
+    append(run / "timings.jsonl", *(timing_row(step) for step in range(9, 13)))
+    words = html(page(run="a"))
+    head = words[words.index("nonfinite") :]
+    assert "reward_mean, kl, entropy not finite</div>" in head or "kl, reward_mean, entropy not finite</div>" in head
+    assert "threshold" not in head[: head.index("</div>")]
+    for asked in ("Is it learning?", "Is it stable?", "Is the policy still close?"):
+        assert "1 alert" in question(words, asked)
+    assert alert_marks(page(run="a"), "reward_mean over step") == [9]
+
+
+def test_a_metric_without_a_range_that_is_not_finite_is_not_said_to_be_in_range():
+    latest = [{"reward_mean": None, "reward_var": 1.0}]
+    said, _ = metrics_view.answer("Is it learning?", ["reward_mean", "reward_var"], latest, [])
+    assert said == "outside its range: reward_mean"
 
 
 def test_an_example_of_each_rule_is_shown_and_marked(runs):
