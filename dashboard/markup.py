@@ -27,6 +27,7 @@ STYLE = """<style>
 .kit-strip {display: flex; flex-wrap: wrap; gap: 0.35rem 1.5rem; align-items: center; padding: 0.4rem 0.8rem;
   border-radius: 0.4rem; border-left: 6px solid var(--kit); background: color-mix(in srgb, var(--kit) 11%, transparent)}
 .kit-strip b.kit-verdict {font-size: 1.15rem; color: var(--kit)}
+.kit-strip, .kit-strip > *, .kit-alert, .kit-runs > * {min-width: 0; overflow-wrap: anywhere}
 .kit-tile {display: flex; flex-direction: column; line-height: 1.25}
 .kit-tile small {opacity: 0.7; font-size: 0.72rem}
 .kit-tile span {font-size: 1.02rem; font-weight: 600; font-variant-numeric: tabular-nums}
@@ -35,7 +36,10 @@ STYLE = """<style>
 .kit-alert .kit-tag {color: #fff; background: var(--kit); border-radius: 0.25rem; padding: 0 0.4rem; font-size: 0.72rem;
   margin-right: 0.4rem}
 .kit-alert .kit-dim, .kit-dim {opacity: 0.72}
-.kit-passed {opacity: 0.65}
+.kit-passed {opacity: 0.75}
+.kit-passed .kit-dim {opacity: 1}
+.kit-label {font-weight: 600}
+[class*="st-key-tokens"] {overflow-x: auto}
 .kit-question {display: flex; justify-content: space-between; align-items: baseline; border-bottom: 1px solid #8884;
   padding-bottom: 0.15rem; font-weight: 600}
 .kit-question small {font-weight: 400; font-size: 0.75rem; color: var(--kit)}

@@ -286,6 +286,7 @@ def draw_metric(name: str, shown: dict[str, Run], found: dict[str, list[Alert]],
         printable(questions.title(name)),
         questions.healthy(name),
         list(curves),
+        axis=choice.axis,
         log=choice.log,
     )
     key = f"chart_{_plain(name)}_{choice.axis}_{choice.log}_{len(shown)}"

@@ -81,6 +81,8 @@ CURVE_OF = {"kl_per_token": "kl", "rollout_logprob_diff": "rollout_logprob_diff_
 """The curve on which an alert shows whose rule speaks of a figure that no log has."""
 FIRST = 4
 """Metrics of a question that are shown before all are asked for."""
+LARGEST_SPELLED = 1e15
+"""From here on numbers are written with an exponent: no letter is left that anybody knows."""
 OTHER = "Also in this log"
 
 
@@ -120,10 +122,12 @@ def title(name: str) -> str:
 
 
 def number(value: float | None) -> str:
-    """Return a number as a person reads it: four digits, thousands and millions as k and M."""
+    """Return a number as a person reads it: four digits, thousands and millions as k and M; 1e15 and more as that."""
     if value is None or value != value:
         return "not finite"
     size = abs(value)
+    if size >= LARGEST_SPELLED:
+        return f"{value:.4g}"
     for limit, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e4, "k")):
         if size >= limit:
             return f"{value / (1e3 if letter == 'k' else limit):.4g}{letter}"

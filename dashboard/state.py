@@ -4,11 +4,10 @@ from dataclasses import dataclass
 
 import streamlit as st
 
-from dashboard.charts import COLOURS
+from dashboard.charts import AXIS_TITLES, COLOURS
 from dashboard.series import AXES
 
 VIEWS = ("Metrics", "Completions", "Profile", "Compare")
-AXIS_NAMES = {"step": "step", "time_s": "time, s", "tokens": "tokens"}
 WINDOWS = ("all", "100", "1000", "10000", "100000")
 REFRESH_S = 2.0
 
@@ -76,7 +75,7 @@ def toolbar(names: list[str]) -> Choice:
                 default="step",
                 key="x",
                 bind="query-params",
-                format_func=AXIS_NAMES.__getitem__,
+                format_func=AXIS_TITLES.__getitem__,
                 required=True,
             )
             smoothing = st.slider(

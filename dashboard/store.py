@@ -16,7 +16,7 @@ from dashboard.series import Curve
 from rlhf_core import runlog
 from rlhf_core.alerting import readers, rules
 from rlhf_core.alerting.thresholds import default_thresholds
-from rlhf_core.alerts import Alert, Monitor, worst_first
+from rlhf_core.alerts import Alert, Monitor, Thresholds, worst_first
 
 MOST_RUNS = 12
 """Runs that are held at a time; the one not asked for the longest goes."""
@@ -72,7 +72,7 @@ class Run:
         self._held: Columns = {}
         self._timed: Columns = {}
         self._totals = {"time_s": 0.0, "tokens": 0.0}
-        self._monitor = Monitor(default_thresholds())
+        self._monitor = Monitor(_thresholds())
         self._buckets = series.Buckets()
         self._recent: Columns = {}
         self._previews: list[series.Buckets] = []
@@ -315,12 +315,19 @@ class Store:
         """
         path = folder.find(self.path, name)
         with self._lock:
-            run = self._runs.setdefault(name, Run(path))
+            run = self._runs.get(name)
+            if run is None:
+                run = self._runs[name] = Run(path)
             self._runs.move_to_end(name)
             while len(self._runs) > MOST_RUNS:
                 self._runs.popitem(last=False)[1].close()
         run.refresh()
         return run
+
+
+@functools.cache
+def _thresholds() -> Thresholds:
+    return default_thresholds()
 
 
 @functools.cache
