@@ -23,8 +23,8 @@ TEXT = "#6c7785"
 """Grey that is read on white and on black, 4.5:1 on each: what is drawn does not know the page's theme."""
 SEVERITY_COLOURS = {"critical": CRITICAL, "warning": WARNING, "info": INFO}
 CHART_HEIGHT = 148
-MARGIN = 1.5
-"""Pixels that a healthy range is drawn beyond its ends."""
+THINNEST = 10
+"""Pixels that a healthy range has at least, so that one of a single value is seen behind its curve."""
 AXIS_TITLES = {"step": "step", "time_s": "time, s", "tokens": "tokens"}
 WHOLE_AXES = ("step", "tokens")
 TOKEN_LINE = 92
@@ -173,17 +173,17 @@ def _caption(align: str, weight: int) -> Spec:
 
 def _healthy_range(low: float | None, high: float | None) -> Spec:
     """Return a green field where values are healthy; it does not stretch the axis to where no value is."""
-    top = "0" if high is None else f"isFinite(scale('y', {high})) ? scale('y', {high}) : 0"
-    bottom = "height" if low is None else f"isFinite(scale('y', {low})) ? scale('y', {low}) : height"
+    top = "0" if high is None else f"(isFinite(scale('y', {high})) ? scale('y', {high}) : 0)"
+    bottom = "height" if low is None else f"(isFinite(scale('y', {low})) ? scale('y', {low}) : height)"
+    middle = f"({top} + {bottom}) / 2"
     return {
         "data": {"values": [{}]},
         "mark": {"type": "rect", "color": GOOD, "opacity": 0.1, "clip": True, "stroke": GOOD, "strokeOpacity": 1},
         "encoding": {
             "x": {"value": 0},
             "x2": {"value": {"expr": "width"}},
-            # A range of one value, or of less than a pixel, is seen too.
-            "y": {"value": {"expr": f"max(-2, ({top}) - {MARGIN})"}},
-            "y2": {"value": {"expr": f"min(height + 2, ({bottom}) + {MARGIN})"}},
+            "y": {"value": {"expr": f"max(-2, min({top}, {middle} - {THINNEST / 2}))"}},
+            "y2": {"value": {"expr": f"min(height + 2, max({bottom}, {middle} + {THINNEST / 2}))"}},
         },
     }
 

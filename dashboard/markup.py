@@ -39,7 +39,8 @@ STYLE = """<style>
 .kit-passed {opacity: 0.75}
 .kit-passed .kit-dim {opacity: 1}
 .kit-label {font-weight: 600}
-[class*="st-key-tokens"] {overflow-x: auto}
+.st-key-token_map {min-width: 0; max-width: 100%; overflow-x: auto}
+details.kit-dim {font-size: 0.85rem}
 .kit-question {display: flex; justify-content: space-between; align-items: baseline; border-bottom: 1px solid #8884;
   padding-bottom: 0.15rem; font-weight: 600}
 .kit-question small {font-weight: 400; font-size: 0.75rem; color: var(--kit)}

@@ -33,7 +33,7 @@ def live(runs: store.Store, names: list[str], choice: Choice, examples: bool) ->
     if runs.names() != names:
         st.rerun()
     for name in choice.gone:
-        show(f'<div class="kit-gone">There is no run {text(repr(name))}, or no longer.</div>')
+        show(f'<div class="kit-gone">There is no run {text(repr(name))} here (any more).</div>')
     DRAW[choice.view](runs, choice, examples)
 
 

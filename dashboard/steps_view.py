@@ -156,9 +156,10 @@ def draw_sample(row: dict[str, Any], *, by_hand: bool) -> None:
         )
         data = charts.token_rows(*zip(*tokens, strict=True)) if tokens else None
         if data is not None:
-            st.vega_lite_chart(
-                data, charts.token_map(limit), key="tokens", width="content", alt="log-ratio of each token"
-            )
+            with st.container(key="token_map"):
+                st.vega_lite_chart(
+                    data, charts.token_map(limit), key="tokens", width="content", alt="log-ratio of each token"
+                )
     for name in ("prompt", "completion"):
         show(f'<small class="kit-label">{name.capitalize()}</small>')
         st.code(shortened(row[name], MOST_CHARACTERS), language=None, wrap_lines=True)

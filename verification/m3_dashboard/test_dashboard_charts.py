@@ -61,8 +61,8 @@ def test_a_logarithmic_chart_without_a_positive_value_says_so():
 
 def test_the_range_of_one_value_is_seen():
     field = charts.metric_chart("x", (0.0, 0.0), ["a"], axis="step", log=False)["layer"][0]["encoding"]
-    assert f"- {charts.MARGIN}" in field["y"]["value"]["expr"]
-    assert f"+ {charts.MARGIN}" in field["y2"]["value"]["expr"]
+    assert f"/ 2 - {charts.THINNEST / 2}" in field["y"]["value"]["expr"]
+    assert f"/ 2 + {charts.THINNEST / 2}" in field["y2"]["value"]["expr"]
 
 
 @pytest.mark.parametrize(("axis", "title"), [("step", "step"), ("time_s", "time, s"), ("tokens", "tokens")])
