@@ -94,7 +94,7 @@ def unjudged(run: Run) -> None:
     kind, missing = run.kind(), run.not_checked()
     asked = kinds.judged_questions(kind)
     if LEARNING not in asked:
-        said = f"No rule judges whether a run of rlhf {kind} learns. What is asked of it: {' '.join(asked)}"
+        said = f"No rule judges how good a run of rlhf {kind} is. What is asked of it: {' '.join(asked)}"
         show(f'<small class="kit-dim">{text(said)}</small>')
     elif missing:
         lacking = sorted({metric for metrics in missing.values() for metric in metrics})

@@ -99,7 +99,7 @@ class Monitor:
         if "step_time_s" in block:
             self._step_times = np.concatenate([self._step_times, block["step_time_s"][finite["step_time_s"]]])[-20:]
         recent = joined(self._tail, block)
-        # What lies beyond the largest number compares as infinity does.
+        # A limit, or a spread, that lies beyond the largest number is infinite, and not judged by.
         with np.errstate(over="ignore", invalid="ignore"):
             found = [alert for track in self._tracks for alert in track.extend(steps, block, finite, recent)]
         self._tail = {name: column[-2 * CONTEXT :] for name, column in recent.items()}

@@ -72,7 +72,7 @@ class Track:
             return []
         series = self._series(new)
         known = len(series) - count
-        verdict = self.rule.judge(series, self.settings).since(known)
+        verdict = self.rule.judge(series, self.settings).since(known).where_finite()
         bad = verdict.bad & (series.rows[known:] >= number(self.settings, "warm_up"))
         raised = self._follow(new["step"], bad, verdict, _levels(verdict, self.settings))
         self.tail = {name: column[-CONTEXT:] for name, column in series.columns.items()}

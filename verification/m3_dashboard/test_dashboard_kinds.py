@@ -75,7 +75,7 @@ def test_only_a_training_with_ppo_is_called_healthy(runs, kind):
     make_stage_run(runs, kind, 3)
     words = html(page(run=kind))
     assert "Not judged" in words
-    assert f"No rule judges whether a run of rlhf {kind} learns" in words
+    assert f"No rule judges how good a run of rlhf {kind} is" in words
     assert "Healthy" not in words
 
 
