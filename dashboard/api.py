@@ -12,7 +12,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from dashboard import folder, jsonl, store
+from dashboard import folder, jsonl, kinds, store
 from rlhf_core import runlog
 from rlhf_core.alerting.thresholds import default_thresholds
 from rlhf_core.alerts import synthetic_alerts
@@ -89,12 +89,21 @@ def list_runs(request: Request) -> Response:
 
 def _summary(runs: store.Store, name: str) -> dict[str, Any]:
     path = runs.path / name
-    row = None
-    if file := folder.open_plain(path, runlog.METRICS_FILE):
+    steps = kinds.planned_steps(path, folder.read_json(path, runlog.CONFIG_FILE))
+    return {"name": name, "last_step": _last_step(path), "steps": steps}
+
+
+def _last_step(path: Path) -> int | None:
+    """Return the last step of a log; None where there is none, or it cannot be read."""
+    file = folder.open_plain(path, runlog.METRICS_FILE)
+    if file is None:
+        return None
+    try:
         with file:
             row = jsonl.decode(jsonl.last_line(file))
-    steps = store.planned_steps(store.read_json(path, runlog.CONFIG_FILE))
-    return {"name": name, "last_step": row["step"] if row else None, "steps": steps}
+    except OSError:
+        return None
+    return row["step"] if row else None
 
 
 def metrics(request: Request) -> Response:

@@ -4,12 +4,13 @@ A specification depends on what is chosen only, and all that grows is data: so a
 new rows in place and does not flicker. Texts of a log are drawn, never interpreted.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
+from dashboard import questions
 from dashboard.series import Curve
 from rlhf_core.terminal import printable
 
@@ -18,10 +19,14 @@ Spec = dict[str, Any]
 COLOURS = ("#3b82f6", "#f97316", "#a855f7", "#14b8a6", "#ec4899", "#84cc16", "#eab308", "#64748b")
 """One for each run that is shown; all can be told apart on white and on black."""
 GOOD, WARNING, CRITICAL, INFO = "#16a34a", "#d97706", "#dc2626", "#0284c7"
-TEXT = "#7d8796"
-"""Grey that is read on white and on black: what is drawn does not know the page's theme."""
+TEXT = "#6c7785"
+"""Grey that is read on white and on black, 4.5:1 on each: what is drawn does not know the page's theme."""
 SEVERITY_COLOURS = {"critical": CRITICAL, "warning": WARNING, "info": INFO}
 CHART_HEIGHT = 148
+THINNEST = 10
+"""Pixels that a healthy range has at least, so that one of a single value is seen behind its curve."""
+AXIS_TITLES = {"step": "step", "time_s": "time, s", "tokens": "tokens"}
+WHOLE_AXES = ("step", "tokens")
 TOKEN_LINE = 92
 """Characters of a line of tokens."""
 TOKEN_GAP = 0.6
@@ -41,10 +46,21 @@ _QUIET = {
 }
 # Where a mark lies, without a say in how far the axis goes.
 _PLACE: Spec = {"value": {"expr": "scale('x', datum.x)"}}
+# As many digits as tell the ticks of an axis apart, four at least.
+_DIGITS = "max(4, min(12, 3 + ceil(log(abs(datum.value) / abs(domain('y')[1] - domain('y')[0])) / LN10)))"
 _Y_LABEL = (
-    "abs(datum.value) >= 1000 ? format(datum.value, '.4~s') : "
-    "datum.value && abs(datum.value) < 0.001 ? format(datum.value, '.1~e') : format(datum.value, '.4~g')"
+    f"abs(datum.value) >= {questions.LARGEST_SPELLED} ? format(datum.value, '.1~e') : "
+    f"abs(datum.value) >= 1000 ? format(datum.value, '.' + {_DIGITS} + '~s') : "
+    "datum.value && abs(datum.value) < 0.001 ? format(datum.value, '.1~e') : "
+    f"format(datum.value, '.' + {_DIGITS} + '~g')"
 )
+_X_LABEL = (
+    f"abs(datum.value) >= {questions.LARGEST_SPELLED} ? format(datum.value, '.1~e') : "
+    "abs(datum.value) >= 1000 ? format(datum.value, '~s') : format(datum.value, '~g')"
+)
+ROOM = 0.1
+"""Of a curve that never moves: how far its axis goes beyond it, as a share of its value; 1 around 0."""
+NOTHING_POSITIVE = "no value above 0, which a logarithmic axis could show"
 # Drawn on one canvas: some twenty charts with a thousand points each are too many elements for a page.
 _EMBED = {"embedOptions": {"renderer": "canvas"}}
 
@@ -54,12 +70,15 @@ def metric_chart(
     healthy: tuple[float | None, float | None],
     runs: Sequence[str],
     *,
+    axis: str,
     log: bool,
 ) -> Spec:
     """Return the chart of one metric over several runs: healthy range, raw band, curve, marks; for ``metric_rows``."""
     y_scale: Spec = {"type": "log"} if log else {"zero": False, "nice": True}
-    x: Spec = {"field": "x", "type": "quantitative", "title": None, "scale": {"nice": False, "zero": False}}
-    x["axis"] = {"format": "~s", "tickCount": 4, "labelFlush": True}
+    x: Spec = {"field": "x", "type": "quantitative", "title": AXIS_TITLES[axis]}
+    x["scale"] = {"nice": False, "zero": False}
+    x["axis"] = {"labelExpr": _X_LABEL, "tickCount": 4, "labelFlush": True, "titlePadding": 2}
+    x["axis"] |= {"tickMinStep": 1} if axis in WHOLE_AXES else {}
     y: Spec = {"field": "y", "type": "quantitative", "title": None, "scale": y_scale}
     y["axis"] = {"labelExpr": _Y_LABEL, "tickCount": 3, "minExtent": 34}
     colour: Spec = {"field": "run", "type": "nominal", "legend": None}
@@ -76,7 +95,8 @@ def metric_chart(
         _layer("chosen", {"type": "rule", "strokeDash": [3, 3], "color": "#64748b"}, x=_PLACE),
         _layer(
             "bad",
-            {"type": "point", "shape": "cross", "angle": 45, "filled": True, "size": 70, "color": CRITICAL},
+            {"type": "point", "shape": "cross", "angle": 45, "filled": True, "size": 70, "color": CRITICAL}
+            | {"clip": False},  # or else half of one at the last step is lost
             x=_PLACE,
             y={"value": 5},
             tooltip=[{"field": "label", "title": "not finite"}, {"field": "x", "title": "at", "format": ",.6~g"}],
@@ -110,6 +130,14 @@ def metric_chart(
                 }
             ]
         },
+        _layer("room", {"type": "point", "opacity": 0}, y=y),
+        _layer(
+            "empty",
+            _caption("center", 400),
+            x={"value": {"expr": "width / 2"}},
+            y={"value": CHART_HEIGHT / 2},
+            text={"field": "label"},
+        ),
         _layer(
             "latest", _caption("right", 700), x={"value": {"expr": "width"}}, y={"value": -5}, text={"field": "label"}
         ),
@@ -145,16 +173,17 @@ def _caption(align: str, weight: int) -> Spec:
 
 def _healthy_range(low: float | None, high: float | None) -> Spec:
     """Return a green field where values are healthy; it does not stretch the axis to where no value is."""
-    top = "0" if high is None else f"isFinite(scale('y', {high})) ? scale('y', {high}) : 0"
-    bottom = "height" if low is None else f"isFinite(scale('y', {low})) ? scale('y', {low}) : height"
+    top = "0" if high is None else f"(isFinite(scale('y', {high})) ? scale('y', {high}) : 0)"
+    bottom = "height" if low is None else f"(isFinite(scale('y', {low})) ? scale('y', {low}) : height)"
+    middle = f"({top} + {bottom}) / 2"
     return {
         "data": {"values": [{}]},
         "mark": {"type": "rect", "color": GOOD, "opacity": 0.1, "clip": True, "stroke": GOOD, "strokeOpacity": 1},
         "encoding": {
             "x": {"value": 0},
             "x2": {"value": {"expr": "width"}},
-            "y": {"value": {"expr": f"max(-2, {top})"}},
-            "y2": {"value": {"expr": f"min(height + 2, {bottom})"}},
+            "y": {"value": {"expr": f"max(-2, min({top}, {middle} - {THINNEST / 2}))"}},
+            "y2": {"value": {"expr": f"min(height + 2, max({bottom}, {middle} + {THINNEST / 2}))"}},
         },
     }
 
@@ -170,29 +199,54 @@ def metric_rows(
     """Return the data of ``metric_chart``.
 
     Args:
-        curves: by run.
+        curves: by run, under names that can be shown.
         log: whether the axis is logarithmic; what is not positive is left out then.
         latest: the text at the upper right.
         alerts: places on the axis with severities.
         chosen: the place of the step that is looked at.
     """
-    parts = [part for run, curve in curves.items() for part in _curve_rows(run, curve, log)]
+    curves = {run: _positive(curve) for run, curve in curves.items()} if log else curves
+    parts = [part for run, curve in curves.items() for part in _curve_rows(run, curve)]
+    ends = _ends(curves.values())
+    parts += [_table("room", "", "", x=np.full(2, np.nan), y=_room(*ends, log))] if ends else []
+    parts += [_mark("empty", 0.0, NOTHING_POSITIVE)] if log and not ends else []
     parts += [_mark("latest", 0.0, latest)] if latest else []
     parts += [_mark("alert", place, severity) for place, severity in alerts]
     parts += [_mark("chosen", chosen, "")] if chosen is not None else []
     return pa.concat_tables(parts) if parts else _SCHEMA.empty_table()
 
 
-def _curve_rows(run: str, curve: Curve, log: bool) -> list[pa.Table]:
-    mean, low, high = curve.mean, curve.low, curve.high
+def _positive(curve: Curve) -> Curve:
+    """Return what a logarithmic axis can show of a curve."""
+    mean, low, high = (np.where(values > 0, values, np.nan) for values in (curve.mean, curve.low, curve.high))
+    return Curve(curve.x, mean, np.where(np.isnan(low), np.fmin(mean, high), low), high, curve.bad)
+
+
+def _ends(curves: Iterable[Curve]) -> tuple[float, float] | None:
+    """Return the smallest and the largest value that is drawn, or None."""
+    drawn = [values[np.isfinite(values)] for curve in curves for values in (curve.mean, curve.low, curve.high)]
+    values = np.concatenate(drawn) if drawn else np.empty(0)
+    return (float(values.min()), float(values.max())) if len(values) else None
+
+
+def _room(low: float, high: float, log: bool) -> np.ndarray:
+    """Return what an axis has to reach: of values that are all one, some room around it, or else nothing has a place.
+
+    On an axis without width every limit lies where the value lies.
+    """
+    if low < high:
+        return np.array([low, high])
     if log:
-        mean, low, high = (np.where(values > 0, values, np.nan) for values in (mean, low, high))
-        low = np.where(np.isnan(low), np.fmin(mean, high), low)
-    shown = printable(run)
+        return np.array([low / (1 + ROOM), low * (1 + ROOM)])
+    room = ROOM * abs(low) or 1.0
+    return np.array([low - room, low + room])
+
+
+def _curve_rows(run: str, curve: Curve) -> list[pa.Table]:
     bad = np.flatnonzero(curve.bad)
     return [
-        _table("value", shown, "", x=curve.x, y=mean, low=low, high=high),
-        _table("bad", shown, shown, x=curve.x[bad]),
+        _table("value", run, "", x=curve.x, y=curve.mean, low=curve.low, high=curve.high),
+        _table("bad", run, run, x=curve.x[bad]),
     ]
 
 
@@ -222,6 +276,8 @@ def stage_bars(height_of_bar: int = 22) -> Spec:
     x = {"field": "milliseconds", "type": "quantitative", "title": "milliseconds a step"}
     return {
         "height": {"step": height_of_bar},
+        # Room for the share beside the longest bar.
+        "padding": {"left": 2, "right": 48, "top": 2, "bottom": 2},
         "encoding": {"y": y},
         "layer": [
             {

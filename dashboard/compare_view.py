@@ -1,15 +1,16 @@
 """Runs beside each other: what their configurations differ in, and where their logs first part."""
 
+import shlex
 from pathlib import Path
 from typing import Any
 
 import streamlit as st
 
 from dashboard import folder
-from dashboard.markup import show, text
+from dashboard.markup import labels, show, text
 from dashboard.metrics_view import verdict
 from dashboard.state import Choice
-from dashboard.store import Run, Store, read_json
+from dashboard.store import Store
 from rlhf_core import runlog
 from rlhf_core.terminal import printable
 
@@ -21,7 +22,7 @@ def draw(runs: Store, choice: Choice, examples: bool) -> None:
     """Draw the view."""
     shown = {name: runs.run(name) for name in choice.runs}
     for name, run in shown.items():
-        verdict(name, run, run.alerts(), many=True)
+        verdict(name, run, run.alerts())
     if len(shown) < 2:
         st.text("Choose two or more runs above to see what they differ in.")
         return
@@ -30,7 +31,7 @@ def draw(runs: Store, choice: Choice, examples: bool) -> None:
         ("Environment: what differs", "environment.json"),
     ):
         show(f'<div class="kit-question"><span>{text(title)}</span></div>')
-        rows = differences({name: flat(read_json(run.path, file)) for name, run in shown.items()})
+        rows = differences({name: flat(folder.read_json(run.path, file)) for name, run in shown.items()})
         if rows:
             st.dataframe(rows, hide_index=True, key=f"differences_{file}")
         else:
@@ -38,7 +39,8 @@ def draw(runs: Store, choice: Choice, examples: bool) -> None:
     show('<div class="kit-question"><span>First divergence</span></div>')
     (first_name, first), *others = shown.items()
     for name, run in others:
-        st.text(f"{printable(first_name)} and {printable(name)}: {divergence(first, run)}")
+        found = divergence((first_name, first.path), (name, run.path))
+        st.text(f"{printable(first_name)} and {printable(name)}: {found}")
 
 
 def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, str]:
@@ -55,27 +57,28 @@ def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, str]:
 def differences(by_run: dict[str, dict[str, str]]) -> list[dict[str, str]]:
     """Return a row for each name in which the runs differ."""
     names = dict.fromkeys(name for leaves in by_run.values() for name in leaves)
-    rows = [
-        {"name": name} | {printable(run): leaves.get(name, "absent") for run, leaves in by_run.items()}
-        for name in names
-    ]
+    columns = labels(by_run, "name")
     return [
-        row for row, name in zip(rows, names, strict=True) if len({leaves.get(name) for leaves in by_run.values()}) > 1
+        {"name": name} | {columns[run]: leaves.get(name, "absent") for run, leaves in by_run.items()}
+        for name in names
+        if len({leaves.get(name) for leaves in by_run.values()}) > 1
     ]
 
 
-def divergence(a: Run, b: Run) -> str:
-    """Return where the deterministic logs of two runs first differ, in a sentence."""
+def divergence(*runs: tuple[str, Path]) -> str:
+    """Return where the deterministic logs of two runs, each a name with a folder, first differ, in a sentence."""
+    (name_a, path_a), (name_b, path_b) = runs
     stamps = []
-    for run in (a, b):
-        for name in runlog.DETERMINISTIC_LOGS:
-            path = folder.plain_file(run.path, name)
-            if path is None:
-                return f"{run.path.name} has no {name} yet."
-            stamps.append((path.stat().st_size, path.stat().st_mtime_ns))
+    for name, path in runs:
+        for log in runlog.deterministic_logs(path_a, path_b):
+            file = folder.plain_file(path, log)
+            if file is None:
+                return f"{printable(name)} has no {log} yet."
+            stamps.append((file.stat().st_size, file.stat().st_mtime_ns))
     if sum(size for size, _ in stamps) > MOST_BYTES:
-        return f"the logs are long; compare them with: rlhf compare {a.path.name} {b.path.name}"
-    return _divergence(str(a.path), str(b.path), tuple(stamps))
+        names = f"{shlex.quote(printable(name_a))} {shlex.quote(printable(name_b))}"
+        return f"the logs are long; compare them with: rlhf compare {names}"
+    return _divergence(str(path_a), str(path_b), tuple(stamps))
 
 
 @st.cache_data(max_entries=32, show_spinner=False)

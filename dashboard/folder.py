@@ -1,15 +1,18 @@
 """The folder of runs as the page may see it: names from its listing, files from inside it, never through a link."""
 
+import json
 import os
 import stat
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from rlhf_core import runlog
 
 RUNS_VARIABLE = "RLHF_RUNS"
 MARKS = (runlog.CONFIG_FILE, runlog.METRICS_FILE)
 """A folder that holds one of these is a run; a run that has just begun has only the first."""
+JSON_BYTES = 1 << 20
+"""A configuration that is longer is none of ours."""
 
 
 class NoSuchRun(LookupError):
@@ -26,14 +29,41 @@ def runs_folder() -> Path:
 
 
 def list_runs(folder: Path) -> list[str]:
-    """Return the names of the runs in a folder, the newest first; links and other files are left out."""
+    """Return the names of the runs in a folder, the newest first; links and other files are left out.
+
+    A pipeline is no run, but its stages are, named ``PIPELINE/STAGE``.
+    """
+    names = [name for one in _folders(folder) for name in ([one] if _is_run(folder / one) else _stages(folder, one))]
+    born = {name: when for name in names if (when := _born(folder / name)) is not None}
+    return sorted(born, key=lambda name: (-born[name], name))
+
+
+def _folders(folder: Path) -> list[str]:
     try:
         with os.scandir(folder) as entries:
             names = [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
     except OSError:
         return []
-    born = {name: when for name in names if (when := _born(folder / name)) is not None}
-    return sorted(born, key=lambda name: (-born[name], name))
+    return [name for name in names if _is_text(name)]
+
+
+def _is_text(name: str) -> bool:
+    """Return whether a name can be shown and stand in a URL: it is UTF-8, as Linux does not ask a name to be."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _is_run(path: Path) -> bool:
+    """Return whether a folder is not a pipeline's, which has a configuration and no log of its own."""
+    logged = os.path.lexists(path / runlog.METRICS_FILE)
+    return logged or runlog.kind_of(read_json(path, runlog.CONFIG_FILE)) != "pipeline"
+
+
+def _stages(folder: Path, name: str) -> list[str]:
+    return [f"{name}/{stage}" for stage in _folders(folder / name)]
 
 
 def _born(run: Path) -> int | None:
@@ -78,3 +108,16 @@ def open_plain(run: Path, *parts: str) -> IO[bytes] | None:
         return os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb")
     except OSError:
         return None
+
+
+def read_json(run: Path, *parts: str) -> dict[str, Any]:
+    """Return a small JSON object of a run's folder; empty when it is not there or is none."""
+    file = open_plain(run, *parts)
+    if file is None:
+        return {}
+    with file:
+        try:
+            found = json.loads(file.read(JSON_BYTES))
+        except (OSError, ValueError, RecursionError):
+            return {}
+    return found if isinstance(found, dict) else {}

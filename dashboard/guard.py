@@ -1,5 +1,6 @@
-"""What stands before every request: this machine's names only, no foreign page, nothing loaded from elsewhere."""
+"""What stands before every request: this machine and its names only, no foreign page, nothing loaded from elsewhere."""
 
+import ipaddress
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -24,6 +25,37 @@ HEADERS = {
 }
 
 
+class ThisMachine:
+    """Refuses requests, WebSockets too, of another machine, whatever address the server was made to listen on."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer 403 or pass the request on."""
+        if scope["type"] in ("http", "websocket") and not is_loopback(scope.get("client")):
+            await _refuse("requests of other machines are refused", scope, receive, send)
+        else:
+            await self._app(scope, receive, send)
+
+
+def is_loopback(client: tuple[str, int] | None) -> bool:
+    """Return whether a client's address is this machine's own."""
+    try:
+        address = ipaddress.ip_address(client[0]) if client else None
+    except ValueError:
+        return False
+    mapped = getattr(address, "ipv4_mapped", None)
+    return address is not None and (mapped or address).is_loopback
+
+
+async def _refuse(why: str, scope: Scope, receive: Receive, send: Send) -> None:
+    if scope["type"] == "websocket":
+        await send({"type": "websocket.close", "code": 1008})
+    else:
+        await JSONResponse({"error": why}, 403)(scope, receive, send)
+
+
 class SameOrigin:
     """Refuses requests, WebSockets too, that a page of another origin makes; adds ``HEADERS`` to every answer."""
 
@@ -38,11 +70,7 @@ class SameOrigin:
         headers = Headers(scope=scope)
         origin = headers.get("origin")
         if origin is not None and urlsplit(origin).netloc != headers.get("host"):
-            if scope["type"] == "websocket":
-                await send({"type": "websocket.close", "code": 1008})
-            else:
-                refusal = JSONResponse({"error": "requests from pages of another origin are refused"}, 403)
-                await refusal(scope, receive, send)
+            await _refuse("requests from pages of another origin are refused", scope, receive, send)
             return
 
         async def send_guarded(message: Message) -> None:
@@ -55,4 +83,8 @@ class SameOrigin:
         await self._app(scope, receive, send_guarded)
 
 
-MIDDLEWARE = [Middleware(TrustedHostMiddleware, allowed_hosts=HOSTS, www_redirect=False), Middleware(SameOrigin)]
+MIDDLEWARE = [
+    Middleware(ThisMachine),
+    Middleware(TrustedHostMiddleware, allowed_hosts=HOSTS, www_redirect=False),
+    Middleware(SameOrigin),
+]

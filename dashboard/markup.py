@@ -1,6 +1,8 @@
 """The little HTML that the page is set in. Whatever a run's files say goes through :func:`text` first."""
 
 import html
+import itertools
+from collections.abc import Iterable
 
 import streamlit as st
 from streamlit.delta_generator import DeltaGenerator
@@ -25,6 +27,7 @@ STYLE = """<style>
 .kit-strip {display: flex; flex-wrap: wrap; gap: 0.35rem 1.5rem; align-items: center; padding: 0.4rem 0.8rem;
   border-radius: 0.4rem; border-left: 6px solid var(--kit); background: color-mix(in srgb, var(--kit) 11%, transparent)}
 .kit-strip b.kit-verdict {font-size: 1.15rem; color: var(--kit)}
+.kit-strip, .kit-strip > *, .kit-alert, .kit-runs > * {min-width: 0; overflow-wrap: anywhere}
 .kit-tile {display: flex; flex-direction: column; line-height: 1.25}
 .kit-tile small {opacity: 0.7; font-size: 0.72rem}
 .kit-tile span {font-size: 1.02rem; font-weight: 600; font-variant-numeric: tabular-nums}
@@ -33,10 +36,15 @@ STYLE = """<style>
 .kit-alert .kit-tag {color: #fff; background: var(--kit); border-radius: 0.25rem; padding: 0 0.4rem; font-size: 0.72rem;
   margin-right: 0.4rem}
 .kit-alert .kit-dim, .kit-dim {opacity: 0.72}
-.kit-passed {opacity: 0.65}
+.kit-passed {opacity: 0.75}
+.kit-passed .kit-dim {opacity: 1}
+.kit-label {font-weight: 600}
+.st-key-token_map {min-width: 0; max-width: 100%; overflow-x: auto}
+details.kit-dim {font-size: 0.85rem}
 .kit-question {display: flex; justify-content: space-between; align-items: baseline; border-bottom: 1px solid #8884;
   padding-bottom: 0.15rem; font-weight: 600}
 .kit-question small {font-weight: 400; font-size: 0.75rem; color: var(--kit)}
+.kit-gone {border-left: 6px solid #d97706; padding: 0.3rem 0.8rem; overflow-wrap: anywhere}
 .kit-runs {display: flex; flex-wrap: wrap; gap: 0.2rem 1.1rem; font-size: 0.85rem; align-items: center}
 .kit-dot {display: inline-block; width: 0.7rem; height: 0.7rem; border-radius: 50%; margin-right: 0.35rem}
 </style>"""
@@ -50,6 +58,17 @@ def style() -> None:
 def text(value: object) -> str:
     """Return a text of a run's files as HTML that shows it and does nothing."""
     return html.escape(printable(str(value)))
+
+
+def labels(names: Iterable[str], *taken: str) -> dict[str, str]:
+    """Return what to print for each name: no two alike, and none of what is taken."""
+    used, found = set(taken), dict[str, str]()
+    for name in names:
+        plain = printable(name)
+        free = (plain if number == 1 else f"{plain} ({number})" for number in itertools.count(1))
+        found[name] = next(label for label in free if label not in used)
+        used.add(found[name])
+    return found
 
 
 def show(markup: str) -> None:

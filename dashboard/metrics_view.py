@@ -6,17 +6,29 @@ from itertools import chain
 
 import streamlit as st
 
-from dashboard import charts, questions, series
-from dashboard.markup import show, text, tile
+from dashboard import charts, kinds, questions, series
+from dashboard.markup import labels, show, text, tile
 from dashboard.series import Curve
 from dashboard.state import Choice, go
 from dashboard.store import Progress, Run, Store
+from rlhf_core.alerting.alert import is_nonfinite
+from rlhf_core.alerting.rules import LEARNING
 from rlhf_core.alerting.thresholds import default_thresholds
-from rlhf_core.alerts import SEVERITIES, Alert, synthetic_alerts
+from rlhf_core.alerts import SEVERITIES, Alert, Severity, synthetic_alerts
 from rlhf_core.terminal import printable
 
 POINTS = 250
 """Points of a curve, each with its minimum and maximum: two pixels of a chart at most, and soon drawn."""
+FIGURES = {
+    "loss": "loss",
+    "token_accuracy": "token accuracy",
+    "accuracy": "accuracy",
+    "reward_mean": "reward",
+    "kl": "KL, nats",
+    "entropy": "entropy, nats",
+    "tokens_per_second": "tokens/s",
+}
+"""The figures of the verdict's line, of those that a log has."""
 MOST_OPEN = 4
 MOST_ALERTS = 30
 
@@ -28,7 +40,7 @@ def draw(runs: Store, choice: Choice, examples: bool) -> None:
     # Each part has a container of its own: what appears in one does not move the charts to another place of the page's
     # tree, where they would be drawn anew.
     for name, run in shown.items():
-        verdict(name, run, found[name], many=len(shown) > 1)
+        verdict(name, run, found[name])
     with st.container(key="alerts"):
         if examples:
             draw_examples()
@@ -43,27 +55,55 @@ def draw_examples() -> None:
     draw_alerts(synthetic_alerts(default_thresholds()), "", "synthetic")
 
 
-def verdict(name: str, run: Run, alerts: Sequence[Alert], *, many: bool) -> None:
+def verdict(name: str, run: Run, alerts: Sequence[Alert]) -> None:
     """Draw the line that says whether a run is healthy, and how far it is."""
-    progress, latest = run.progress(), run.latest()
-    standing = [alert.severity for alert in alerts if alert.standing]
-    counts = [f"{standing.count(one)} {one}" for one in ("critical", "warning") if standing.count(one)]
-    worst = next((one for one in ("critical", "warning") if one in standing), None)
-    if progress.last_step is None:
-        colour, words = charts.INFO, "No step yet"
-    elif worst:
-        colour, words = charts.SEVERITY_COLOURS[worst], " and ".join(counts)
-    elif progress.read < 1:
-        colour, words = charts.INFO, "Reading"
-    else:
-        colour, words = charts.GOOD, "Healthy"
-    tiles = [tile("run" if many else state(progress), name if many else steps_done(progress))]
-    tiles += [tile(state(progress), steps_done(progress))] if many else []
-    tiles += [tile(label, value) for label, value in figures(progress, latest)]
+    progress = run.progress()
+    words, colour = judgement(progress, alerts, judged=run.judged())
+    tiles = [tile("run", name), tile(state(progress), steps_done(progress))]
+    tiles += [tile(label, value) for label, value in figures(progress, run.latest())]
     with st.container(key=f"verdict_{_plain(name)}"):
         words = f'<b class="kit-verdict">{text(words)}</b>'
         show(f'<div class="kit-strip" style="--kit:{colour}">{words}{"".join(tiles)}</div>')
         notes(progress)
+        if progress.last_step is not None and progress.read == 1:
+            unjudged(run)
+
+
+def judgement(progress: Progress, alerts: Sequence[Alert], *, judged: bool) -> tuple[str, str]:
+    """Return what to say of a run, and in which colour; without a rule that fits, no alert does not mean healthy."""
+    standing = Counter(alert.severity for alert in alerts if alert.standing)
+    if progress.last_step is None:
+        return "No step yet", charts.INFO
+    if standing["critical"] or standing["warning"]:
+        worst = "critical" if standing["critical"] else "warning"
+        return counted(standing), charts.SEVERITY_COLOURS[worst]
+    if progress.read < 1:
+        return "Reading", charts.INFO
+    return ("Healthy", charts.GOOD) if judged else ("Not judged", charts.INFO)
+
+
+def counted(standing: Counter[Severity]) -> str:
+    """Return how many critical alerts and warnings there are."""
+    warnings = "warning" if standing["warning"] == 1 else "warnings"
+    counts = {"critical": standing["critical"], warnings: standing["warning"]}
+    return " and ".join(f"{count} {name}" for name, count in counts.items() if count)
+
+
+def unjudged(run: Run) -> None:
+    """Say which rules could not look, or that those for a training with PPO do not fit the run."""
+    kind, missing = run.kind(), run.not_checked()
+    asked = kinds.judged_questions(kind)
+    if LEARNING not in asked:
+        said = f"No rule judges how good a run of rlhf {kind} is. What is asked of it: {' '.join(asked)}"
+        show(f'<small class="kit-dim">{text(said)}</small>')
+    elif missing:
+        lacking = sorted({metric for metrics in missing.values() for metric in metrics})
+        names = ", ".join(rule.replace("_", " ") for rule in missing)
+        rules = "1 rule" if len(missing) == 1 else f"{len(missing)} rules"
+        show(
+            f'<details class="kit-dim"><summary>{rules} not checked: the log lacks what they need</summary>'
+            f"{text(names)}. The log has no {text(', '.join(lacking))}.</details>"
+        )
 
 
 def state(progress: Progress) -> str:
@@ -86,8 +126,7 @@ def steps_done(progress: Progress) -> str:
 
 def figures(progress: Progress, latest: dict[str, float | None]) -> list[tuple[str, str]]:
     """Return the figures of the verdict's line."""
-    names = {"reward_mean": "reward", "kl": "KL, nats", "entropy": "entropy, nats", "tokens_per_second": "tokens/s"}
-    found = [(label, questions.number(latest[name])) for name, label in names.items() if name in latest]
+    found = [(label, questions.number(latest[name])) for name, label in FIGURES.items() if name in latest]
     if progress.running and progress.steps and progress.last_step and progress.step_time_s:
         left = (progress.steps - progress.last_step) * progress.step_time_s
         found.append(("time left", questions.duration(left)))
@@ -159,11 +198,14 @@ def card(alert: Alert, owner: str) -> str:
     )
     of = f"{text(owner)}: " if owner else ""
     moved = f" Moved with it: {text(', '.join(alert.moved_with))}." if alert.moved_with else ""
-    value, limit = questions.number(alert.value), questions.number(alert.threshold)
+    if is_nonfinite(alert):
+        moved, figures = "", f"{', '.join((alert.metric, *alert.moved_with))} not finite"
+    else:
+        figures = f"{alert.metric} {questions.number(alert.value)}, threshold {questions.number(alert.threshold)}"
     return (
         f'<div class="kit-alert {"" if alert.standing else "kit-passed"}" style="--kit:{colour}">'
         f'<div class="kit-head">{spelled}{of}{text(alert.name.replace("_", " "))} · {steps} · '
-        f"{text(alert.metric)} {value}, threshold {limit}</div>"
+        f"{text(figures)}</div>"
         f"<div>{text(alert.cause)} <b>Do:</b> {text(alert.remedy)}</div>"
         f'<div class="kit-dim">{text(alert.evidence)}.{moved}</div></div>'
     )
@@ -172,7 +214,7 @@ def card(alert: Alert, owner: str) -> str:
 def draw_questions(shown: dict[str, Run], found: dict[str, list[Alert]], choice: Choice) -> None:
     """Draw the metrics by question, side by side where there is room."""
     if len(shown) > 1:
-        dots = zip(shown, charts.COLOURS, strict=False)
+        dots = zip(labels(shown).values(), charts.COLOURS, strict=False)
         legend = [f'<span><i class="kit-dot" style="background:{c}"></i>{text(name)}</span>' for name, c in dots]
         show(f'<div class="kit-runs">{"".join(legend)}</div>')
     names = list(dict.fromkeys(name for run in shown.values() for name in run.names()))
@@ -196,12 +238,12 @@ def answer(
 ) -> tuple[str, str]:
     """Return what to say of a question, and in which colour: an alert weighs more than a range, in any of the runs."""
     about = {*metrics, *questions.QUESTIONS.get(question, ())}
-    standing = [one for one in alerts if one.standing and one.severity != "info" and curve_name(one) in about]
+    standing = [one for one in alerts if one.standing and one.severity != "info" and about & curve_names(one)]
     judged = [
         (name, row[name])
         for row in latest
         for name in metrics
-        if name in row and questions.healthy(name) != (None, None)
+        if name in row and (row[name] is None or questions.healthy(name) != (None, None))
     ]
     outside = list(dict.fromkeys(name for name, value in judged if questions.outside(name, value)))
     if standing:
@@ -213,22 +255,24 @@ def answer(
     return (f"{names} of {names} in range" if judged else ""), charts.GOOD
 
 
-def curve_name(alert: Alert) -> str:
-    """Return the metric on whose curve an alert shows."""
-    return questions.CURVE_OF.get(alert.metric, alert.metric)
+def curve_names(alert: Alert) -> set[str]:
+    """Return the metrics that an alert speaks of, by whose curve it shows on."""
+    others = alert.moved_with if is_nonfinite(alert) else ()
+    return {questions.CURVE_OF.get(alert.metric, alert.metric), *others}
 
 
 def draw_metric(name: str, shown: dict[str, Run], found: dict[str, list[Alert]], choice: Choice) -> None:
     """Draw one metric over all runs."""
-    curves = {run_name: curve_of(run, name, choice) for run_name, run in shown.items()}
-    first_name, first = next(iter(shown.items()))
+    names = labels(shown)
+    curves = {names[run_name]: curve_of(run, name, choice) for run_name, run in shown.items()}
     marks = [
         (place, alert.severity)
-        for alert in found[first_name]
-        if alert.severity != "info"
-        and name in (curve_name(alert), *alert.moved_with)
-        and (place := _inside(first, alert.first_step, choice, curves))
+        for run_name, run in shown.items()
+        for alert in found[run_name]
+        if alert.severity != "info" and name in {*curve_names(alert), *alert.moved_with}
+        if (place := _inside(run, alert.first_step, choice, curves)) is not None
     ]
+    first = next(iter(shown.values()))
     chosen = None if choice.step is None else _inside(first, choice.step, choice, curves)
     latest = first.latest()
     rows = charts.metric_rows(
@@ -241,7 +285,8 @@ def draw_metric(name: str, shown: dict[str, Run], found: dict[str, list[Alert]],
     spec = charts.metric_chart(
         printable(questions.title(name)),
         questions.healthy(name),
-        [printable(one) for one in shown],
+        list(curves),
+        axis=choice.axis,
         log=choice.log,
     )
     key = f"chart_{_plain(name)}_{choice.axis}_{choice.log}_{len(shown)}"

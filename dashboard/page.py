@@ -3,7 +3,7 @@
 import streamlit as st
 
 from dashboard import compare_view, metrics_view, profile_view, steps_view, store
-from dashboard.markup import show, style
+from dashboard.markup import show, style, text
 from dashboard.state import REFRESH_S, Choice, toolbar
 
 DRAW = {
@@ -32,6 +32,8 @@ def live(runs: store.Store, names: list[str], choice: Choice, examples: bool) ->
     """Draw what is chosen, with what has been logged since."""
     if runs.names() != names:
         st.rerun()
+    for name in choice.gone:
+        show(f'<div class="kit-gone">There is no run {text(repr(name))} here (any more).</div>')
     DRAW[choice.view](runs, choice, examples)
 
 

@@ -29,7 +29,7 @@ def draw(runs: Store, choice: Choice, examples: bool) -> None:
     """Draw the view of the first run."""
     name = choice.runs[0]
     run = runs.run(name)
-    verdict(name, run, run.alerts(), many=len(choice.runs) > 1)
+    verdict(name, run, run.alerts())
     summary = read_csv(run, "summary.csv")
     profiled = stages_of(summary)
     left, right = split()
@@ -96,21 +96,29 @@ def stages_of(summary: list[dict[str, str]]) -> list[dict[str, Any]]:
     steps = calls.get(WHOLE_STEP) or max((count for name, count in calls.items() if "/" not in name), default=0.0)
     if not steps:
         return []
-    return bars_of({name: total / steps for name, total in totals.items() if total is not None and name != WHOLE_STEP})
+    means = {name: total / steps for name, total in totals.items() if total is not None}
+    whole = means.pop(WHOLE_STEP, None)
+    return bars_of(means, whole)
 
 
 def logged_stages(run: Run) -> list[dict[str, Any]]:
     """Return the bars of the run's own timings: the mean of all steps."""
     steps = run.count("step_time_s")
     names = [name for name in run.names() if name.startswith("stages_s/")]
-    return (
-        bars_of({name.removeprefix("stages_s/"): 1000.0 * run.total(name) / steps for name in names}) if steps else []
-    )
+    if not steps:
+        return []
+    milliseconds = {name.removeprefix("stages_s/"): 1000.0 * run.total(name) / steps for name in names}
+    return bars_of(milliseconds, 1000.0 * run.total("step_time_s") / steps)
 
 
-def bars_of(milliseconds: dict[str, float]) -> list[dict[str, Any]]:
-    """Return bars by falling time, each stage's inner ones under it."""
-    whole = sum(value for name, value in milliseconds.items() if "/" not in name)
+def bars_of(milliseconds: dict[str, float], whole: float | None) -> list[dict[str, Any]]:
+    """Return bars by falling time, each stage's inner ones under it.
+
+    Args:
+        milliseconds: of a step, by stage.
+        whole: those of the whole step, which shares are of; None: as long as the stages together.
+    """
+    whole = whole or sum(value for name, value in milliseconds.items() if "/" not in name)
 
     def place(name: str) -> list[tuple[float, str]]:
         parts = name.split("/")

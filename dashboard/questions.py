@@ -1,12 +1,33 @@
 """The questions that a run's metrics answer."""
 
-from dashboard.series import AXES
-from rlhf_core.metrics import METRICS, TIMINGS, Metric
+import dataclasses
 
-BY_NAME: dict[str, Metric] = {metric.name: metric for metric in (*METRICS, *TIMINGS)}
+from dashboard.series import AXES
+from rlhf_core.alerting.rules import CLOSE, FAST, LEARNING, STABLE
+from rlhf_core.metrics import DPO_METRICS, EVAL_METRICS, METRICS, REWARD_METRICS, SFT_METRICS, TIMINGS, Metric
+
+TABLES = (METRICS, TIMINGS, SFT_METRICS, REWARD_METRICS, DPO_METRICS, EVAL_METRICS)
+
+
+def _by_name() -> dict[str, Metric]:
+    """Return the metrics of all commands; one whose unit is another in each has none."""
+    found: dict[str, Metric] = {}
+    for metric in (metric for table in TABLES for metric in table):
+        known = found.setdefault(metric.name, metric)
+        if known.unit != metric.unit:
+            found[metric.name] = dataclasses.replace(known, unit="1")
+    return found
+
+
+BY_NAME = _by_name()
 
 QUESTIONS: dict[str, tuple[str, ...]] = {
-    "Is it learning?": (
+    LEARNING: (
+        "loss",
+        "token_accuracy",
+        "accuracy",
+        "gap_mean",
+        "reward_margin",
         "reward_mean",
         "reward_var",
         "explained_variance",
@@ -19,7 +40,7 @@ QUESTIONS: dict[str, tuple[str, ...]] = {
         "reward_length_corr",
         "reward_zero_std_frac",
     ),
-    "Is it stable?": (
+    STABLE: (
         "entropy",
         "grad_norm",
         "clip_frac",
@@ -34,7 +55,11 @@ QUESTIONS: dict[str, tuple[str, ...]] = {
         "tokens_after_eos",
         "value_gradient_share",
     ),
-    "Is the policy still close?": (
+    CLOSE: (
+        "reward_chosen",
+        "reward_rejected",
+        "logprob_chosen",
+        "logprob_rejected",
         "kl",
         "kl_coef",
         "approx_kl",
@@ -43,10 +68,12 @@ QUESTIONS: dict[str, tuple[str, ...]] = {
         "kl_target_error",
         "rollout_logprob_diff_p99",
     ),
-    "Is it fast?": (
+    FAST: (
         "tokens_per_second",
         "step_time_s",
         "peak_mem_bytes",
+        "units",
+        "completions",
         "response_tokens",
     ),
 }
@@ -54,18 +81,23 @@ CURVE_OF = {"kl_per_token": "kl", "rollout_logprob_diff": "rollout_logprob_diff_
 """The curve on which an alert shows whose rule speaks of a figure that no log has."""
 FIRST = 4
 """Metrics of a question that are shown before all are asked for."""
+LARGEST_SPELLED = 1e15
+"""From here on numbers are written with an exponent: no letter is left that anybody knows."""
 OTHER = "Also in this log"
 
 
 def grouped(names: list[str], *, everything: bool) -> dict[str, list[str]]:
-    """Return the metrics of a log by question; what belongs to none stands last, under ``OTHER``."""
+    """Return the metrics of a log by question; what belongs to none stands last, under ``OTHER``.
+
+    That is shown unasked where nothing else says whether the run learns: another trainer's loss may be among it.
+    """
     groups = {
         question: [name for name in metrics if name in names][: None if everything else FIRST]
         for question, metrics in QUESTIONS.items()
     }
     known = {name for metrics in QUESTIONS.values() for name in metrics} | {"step", *AXES}
     others = [name for name in names if name not in known and "/" not in name]
-    if others and (everything or not any(groups.values())):
+    if others and (everything or not groups[LEARNING]):
         groups[OTHER] = others
     return {question: metrics for question, metrics in groups.items() if metrics}
 
@@ -90,10 +122,12 @@ def title(name: str) -> str:
 
 
 def number(value: float | None) -> str:
-    """Return a number as a person reads it: four digits, thousands and millions as k and M."""
+    """Return a number as a person reads it: four digits, thousands and millions as k and M; 1e15 and more as that."""
     if value is None or value != value:
         return "not finite"
     size = abs(value)
+    if size >= LARGEST_SPELLED:
+        return f"{value:.4g}"
     for limit, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e4, "k")):
         if size >= limit:
             return f"{value / (1e3 if letter == 'k' else limit):.4g}{letter}"

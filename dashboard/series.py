@@ -8,6 +8,8 @@ import numpy as np
 from dashboard.jsonl import Columns
 
 BUCKETS = 8192
+FEWEST = 64
+"""Buckets that there is room for at first."""
 RECENT = 8192
 AXES = ("step", "time_s", "tokens")
 """What a curve can be drawn over; none of them falls within a log."""
@@ -41,6 +43,7 @@ class Buckets:
         self.capacity = capacity
         self.width = 1
         self.rows = 0
+        self._room = min(capacity, FEWEST)
         self._parts: dict[str, dict[str, np.ndarray]] = {}
 
     def extend(self, columns: Columns) -> None:
@@ -50,12 +53,13 @@ class Buckets:
             return
         while (self.rows + count - 1) // self.width >= self.capacity:
             self._coarsen()
+        self._make_room((self.rows + count - 1) // self.width + 1)
         bucket = (self.rows + np.arange(count)) // self.width
         starts = np.flatnonzero(np.diff(bucket, prepend=-1))
         into = bucket[starts]
         for name, column in columns.items():
             if name not in self._parts:
-                self._parts[name] = {part: np.full(self.capacity, empty) for part, empty in _EMPTY.items()}
+                self._parts[name] = {part: np.full(self._room, empty) for part, empty in _EMPTY.items()}
             values, present = np.ma.getdata(column), ~np.ma.getmaskarray(column)
             finite = np.isfinite(values) & present
             new = {
@@ -70,8 +74,18 @@ class Buckets:
                 held[into] = merge(held[into], merge.reduceat(new[part], starts))  # type: ignore[attr-defined]
         self.rows += count
 
+    def _make_room(self, buckets: int) -> None:
+        """Hold twice as many buckets until they are enough: a short log of many metrics takes little memory."""
+        if buckets <= self._room:
+            return
+        while self._room < buckets:
+            self._room = min(2 * self._room, self.capacity)
+        for parts in self._parts.values():
+            for part, held in parts.items():
+                parts[part] = np.concatenate([held, np.full(self._room - len(held), _EMPTY[part])])
+
     def _coarsen(self) -> None:
-        half = self.capacity // 2
+        half = self._room // 2
         for parts in self._parts.values():
             for part, merge in _MERGES.items():
                 held = parts[part]

@@ -4,11 +4,10 @@ from dataclasses import dataclass
 
 import streamlit as st
 
-from dashboard.charts import COLOURS
+from dashboard.charts import AXIS_TITLES, COLOURS
 from dashboard.series import AXES
 
 VIEWS = ("Metrics", "Completions", "Profile", "Compare")
-AXIS_NAMES = {"step": "step", "time_s": "time, s", "tokens": "tokens"}
 WINDOWS = ("all", "100", "1000", "10000", "100000")
 REFRESH_S = 2.0
 
@@ -19,6 +18,8 @@ class Choice:
 
     runs: tuple[str, ...]
     """The runs; the first is the one that is judged. Without a choice it is the newest."""
+    gone: tuple[str, ...]
+    """Runs that the URL asks for and that are not there, or no longer."""
     view: str
     axis: str
     smoothing: float
@@ -32,6 +33,9 @@ class Choice:
 
 def toolbar(names: list[str]) -> Choice:
     """Draw the controls and return what is chosen."""
+    # The widget takes what it does not have out of the URL: what that was is kept until something else is chosen.
+    gone = [name for name in st.query_params.get_all("run") if name and name not in names]
+    st.session_state["gone"] = tuple(dict.fromkeys((*st.session_state.get("gone", ()), *gone)))
     with st.container(horizontal=True, vertical_alignment="center", key="toolbar", gap="small"):
         chosen = st.multiselect(
             "Runs",
@@ -39,6 +43,7 @@ def toolbar(names: list[str]) -> Choice:
             key="run",
             bind="query-params",
             max_selections=len(COLOURS),
+            on_change=forget_gone,
             placeholder=f"Runs: the newest, {names[0]}",
             label_visibility="collapsed",
         )
@@ -70,7 +75,7 @@ def toolbar(names: list[str]) -> Choice:
                 default="step",
                 key="x",
                 bind="query-params",
-                format_func=AXIS_NAMES.__getitem__,
+                format_func=AXIS_TITLES.__getitem__,
                 required=True,
             )
             smoothing = st.slider(
@@ -85,6 +90,7 @@ def toolbar(names: list[str]) -> Choice:
         )
     return Choice(
         runs=tuple(chosen) or (names[0],),
+        gone=tuple(name for name in st.session_state.get("gone", ()) if name not in names),
         view=view or VIEWS[0],
         axis=axis or "step",
         smoothing=smoothing,
@@ -94,6 +100,11 @@ def toolbar(names: list[str]) -> Choice:
         step=step,
         live=not paused,
     )
+
+
+def forget_gone() -> None:
+    """Say no more that a run is not there: another choice has been made."""
+    st.session_state["gone"] = ()
 
 
 def go(view: str, step: int) -> None:

@@ -6,6 +6,7 @@ import streamlit as st
 
 from dashboard import charts, jsonl, questions
 from dashboard.folder import open_plain
+from dashboard.kinds import SUPERVISED
 from dashboard.markup import show, split, text
 from dashboard.metrics_view import verdict
 from dashboard.state import Choice
@@ -30,10 +31,13 @@ def draw(runs: Store, choice: Choice, examples: bool) -> None:
     """Draw the view of the first run."""
     name = choice.runs[0]
     run = runs.run(name)
-    verdict(name, run, run.alerts(), many=len(choice.runs) > 1)
+    verdict(name, run, run.alerts())
     known = logged_steps(run)
     if known is None:
-        st.text("There are no completions yet. A run logs a few of each step; --log.samples-per-step says how many.")
+        st.text(without_completions(run.kind()))
+        last_step = run.progress().last_step
+        if last_step is not None:
+            draw_step(run, last_step if choice.step is None else choice.step)
         return
     first, last = known
     step = min(max(last if choice.step is None else choice.step, first), last)
@@ -44,6 +48,13 @@ def draw(runs: Store, choice: Choice, examples: bool) -> None:
         draw_samples(run, step)
     with right:
         draw_step(run, step)
+
+
+def without_completions(kind: str | None) -> str:
+    """Return why a run has no completions."""
+    if kind in SUPERVISED:
+        return f"A run of rlhf {kind} draws no completions."
+    return "There are no completions yet. A run logs a few of each step; --log.samples-per-step says how many."
 
 
 def logged_steps(run: Run) -> tuple[int, int] | None:
@@ -84,7 +95,7 @@ def draw_samples(run: Run, step: int) -> None:
     samples.sort(key=lambda row: (number(row, by) is None, (number(row, by) or 0.0) * (-1 if falling else 1)))
     chosen = st.dataframe(
         [table_row(row) for row in samples],
-        key=f"samples_{step}_{order}",
+        key=f"samples_{order}",  # not of the step: what is chosen stays chosen when a run that goes on has a new one
         on_select="rerun",
         selection_mode="single-row",
         hide_index=True,
@@ -98,8 +109,8 @@ def draw_samples(run: Run, step: int) -> None:
             "completion": st.column_config.TextColumn(width="large"),
         },
     )
-    rows = chosen["selection"]["rows"]
-    draw_sample(samples[rows[0] if rows and rows[0] < len(samples) else 0])
+    rows = [row for row in chosen["selection"]["rows"] if row < len(samples)]
+    draw_sample(samples[rows[0] if rows else 0], by_hand=bool(rows))
 
 
 def number(row: dict[str, Any], name: str) -> float | None:
@@ -127,27 +138,31 @@ def shortened(words: str, most: int) -> str:
     return spelled if len(words) <= most else f"{spelled} … [{len(words) - most:,} characters more]"
 
 
-def draw_sample(row: dict[str, Any]) -> None:
+def draw_sample(row: dict[str, Any], *, by_hand: bool) -> None:
     """Draw one completion: its tokens over their log-ratio, its text, and the tokens as a table."""
     tokens = tokens_of(row)
+    hint = "" if by_hand else "; select a row above to see another"
+    show(f'<small class="kit-label">Sample {text(row.get("sample", ""))} of step {text(row["step"])}{hint}</small>')
     if tokens is None:
-        show('<small class="kit-dim">This log has no log-probs of single tokens; runs of this version do.</small>')
+        show('<small class="kit-dim">This log has no log-probs of single tokens; rlhf train logs them.</small>')
     else:
         ratios = [p - q for _, p, q in tokens]
         limit = max(1.0, *(abs(ratio) for ratio in ratios)) if ratios else 1.0
         show(
-            f'<small class="kit-dim">Sample {text(row.get("sample", ""))}, log π − log π_ref of each token: '
+            f'<small class="kit-dim">log π − log π_ref of each token: '
             f'<b style="color:{charts.TOKEN_COLOURS[2]}">red</b> is likelier under the policy, '
             f'<b style="color:{charts.TOKEN_COLOURS[0]}">blue</b> under the reference; full colour at {limit:.2f} nats'
             f"{'' if len(tokens) < MOST_TOKENS else f'; the first {MOST_TOKENS:,} tokens'}</small>"
         )
         data = charts.token_rows(*zip(*tokens, strict=True)) if tokens else None
         if data is not None:
-            st.vega_lite_chart(
-                data, charts.token_map(limit), key="tokens", width="content", alt="log-ratio of each token"
-            )
-    st.code(shortened(row["prompt"], MOST_CHARACTERS), language=None, wrap_lines=True)
-    st.code(shortened(row["completion"], MOST_CHARACTERS), language=None, wrap_lines=True)
+            with st.container(key="token_map"):
+                st.vega_lite_chart(
+                    data, charts.token_map(limit), key="tokens", width="content", alt="log-ratio of each token"
+                )
+    for name in ("prompt", "completion"):
+        show(f'<small class="kit-label">{name.capitalize()}</small>')
+        st.code(shortened(row[name], MOST_CHARACTERS), language=None, wrap_lines=True)
     if tokens:
         with st.expander("Tokens as a table"):
             st.dataframe(
@@ -190,17 +205,21 @@ def draw_step(run: Run, step: int) -> None:
         hide_index=True,
         height=min(38 + 35 * len(order), 900),
         key="step_metrics",
-        column_config={"metric": st.column_config.TextColumn(width="medium")},
+        column_config={
+            "metric": st.column_config.TextColumn(width="medium"),
+            "value": st.column_config.NumberColumn(format="%.4g"),
+        },
     )
 
 
-def step_row(name: str, value: float) -> dict[str, str]:
-    """Return a metric's row of the table."""
+def step_row(name: str, value: float) -> dict[str, str | float | None]:
+    """Return a metric's row of the table; its value is a number, so that the table is sorted by it."""
     low, high = questions.healthy(name)
     sides = ("" if low is None else f"≥ {low:g}", "" if high is None else f"≤ {high:g}")
-    outside = questions.outside(name, value if value == value else None)
+    finite = value if value == value else None
+    mark = "⚠ " if questions.outside(name, finite) else ""
     return {
-        "metric": ("⚠ " if outside else "") + printable(questions.title(name)),
-        "value": questions.number(value),
+        "metric": mark + printable(questions.title(name)) + ("" if finite is not None else ": not finite"),
+        "value": finite,
         "healthy": " and ".join(side for side in sides if side),
     }

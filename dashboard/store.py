@@ -2,7 +2,6 @@
 
 import collections
 import functools
-import json
 import threading
 import time
 from dataclasses import dataclass
@@ -11,13 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from dashboard import folder, jsonl, series
+from dashboard import folder, jsonl, kinds, series
 from dashboard.jsonl import Columns
 from dashboard.series import Curve
 from rlhf_core import runlog
-from rlhf_core.alerting import readers
+from rlhf_core.alerting import readers, rules
 from rlhf_core.alerting.thresholds import default_thresholds
-from rlhf_core.alerts import Alert, Monitor, worst_first
+from rlhf_core.alerts import Alert, Monitor, Thresholds, worst_first
 
 MOST_RUNS = 12
 """Runs that are held at a time; the one not asked for the longest goes."""
@@ -28,8 +27,6 @@ HEAD_START_S = 3.0
 """How long the reading in the background waits, so that the page is drawn first."""
 LATE_S = 1.0
 """How long a row waits for its timings, which are written a moment later."""
-JSON_BYTES = 1 << 20
-"""A configuration that is longer is none of ours."""
 
 
 @dataclass(frozen=True)
@@ -40,12 +37,13 @@ class Progress:
     first_step: int | None
     last_step: int | None
     steps: int | None
-    """What the configuration asks for; None when it does not say."""
+    """What the run is to have; None when nothing says."""
     age_s: float
     """Seconds since the log was last written to."""
     step_time_s: float | None
     """Median of the latest steps."""
-    ended: bool
+    ended: bool | None
+    """None where nothing says when it is over."""
     bad_lines: int
     read: float
     """Share of the log that has been read; below 1, the curves are a preview made from evenly spaced rows."""
@@ -74,7 +72,7 @@ class Run:
         self._held: Columns = {}
         self._timed: Columns = {}
         self._totals = {"time_s": 0.0, "tokens": 0.0}
-        self._monitor = Monitor(default_thresholds())
+        self._monitor = Monitor(_thresholds())
         self._buckets = series.Buckets()
         self._recent: Columns = {}
         self._previews: list[series.Buckets] = []
@@ -234,14 +232,16 @@ class Run:
         """Return the alerts of what has been read, the worst first."""
         progress = self.progress()
         with self._lock:
-            waiting = progress.steps is not None and not progress.ended and progress.read == 1.0
+            waiting = progress.ended is False and progress.read == 1.0
             found = self._monitor.alerts(progress.age_s if waiting else None)
-        return worst_first([*found, *self._unlogged_alerts(progress.last_step or 0)])
+        questions = kinds.judged_questions(self.kind())
+        fitting = [alert for alert in found if rules.BY_NAME[alert.name].question in questions]
+        return worst_first([*fitting, *self._unlogged_alerts(progress.last_step or 0)])
 
     def _unlogged_alerts(self, last_step: int) -> list[Alert]:
         """Return the alert of a step that the trainer gave up, and so did not log."""
         path = folder.plain_file(self.path, runlog.ALERTS_FILE)
-        if path is None or path.stat().st_size > JSON_BYTES:
+        if path is None or path.stat().st_size > folder.JSON_BYTES:
             return []
         try:
             return readers.unlogged_alerts(self.path, last_step)
@@ -249,13 +249,22 @@ class Run:
             return []
 
     def not_checked(self) -> dict[str, tuple[str, ...]]:
-        """Return the rules that cannot look at this log, with the metrics that each lacks."""
+        """Return the rules that fit this kind of run and cannot look at its log, with the metrics that each lacks."""
+        questions = kinds.judged_questions(self.kind())
         with self._lock:
-            return self._monitor.not_checked()
+            missing = self._monitor.not_checked()
+        return {name: metrics for name, metrics in missing.items() if rules.BY_NAME[name].question in questions}
+
+    def judged(self) -> bool:
+        """Return whether a rule looks at whether the run learns; without one, no alert does not mean healthy."""
+        learning = {rule.name for rule in rules.RULES if rule.question == rules.LEARNING}
+        fits = rules.LEARNING in kinds.judged_questions(self.kind())
+        return fits and bool(learning - self.not_checked().keys())
 
     def progress(self) -> Progress:
         """Return how far the run is."""
-        steps = planned_steps(self.config())
+        config = self.config()
+        steps = kinds.planned_steps(self.path, config)
         with self._lock:
             reading = bool(self._previews)
             last = self.latest().get("step")
@@ -272,34 +281,18 @@ class Run:
             steps=steps,
             age_s=age_s,
             step_time_s=float(np.median(finite)) if len(finite) else None,
-            ended=steps is not None and last_step is not None and last_step >= steps,
+            ended=kinds.ended(self.path, kinds.kind_of(config), last_step, steps),
             bad_lines=self._bad_lines,
             read=min(read, 1.0),
         )
 
+    def kind(self) -> str | None:
+        """Return the command that made the run; None when its configuration is none of ours."""
+        return kinds.kind_of(self.config())
+
     def config(self) -> dict[str, Any]:
         """Return ``config.json``; empty when it is not there or is none."""
-        return read_json(self.path, runlog.CONFIG_FILE)
-
-
-def read_json(run: Path, *parts: str) -> dict[str, Any]:
-    """Return a small JSON object of a run's folder; empty when it is not there or is none."""
-    file = folder.open_plain(run, *parts)
-    if file is None:
-        return {}
-    with file:
-        try:
-            found = json.loads(file.read(JSON_BYTES))
-        except (ValueError, RecursionError):
-            return {}
-    return found if isinstance(found, dict) else {}
-
-
-def planned_steps(config: dict[str, Any]) -> int | None:
-    """Return how many steps a configuration asks for."""
-    ppo = config.get("ppo")
-    steps = ppo.get("steps") if isinstance(ppo, dict) else None
-    return steps if type(steps) is int else None
+        return folder.read_json(self.path, runlog.CONFIG_FILE)
 
 
 class Store:
@@ -322,12 +315,19 @@ class Store:
         """
         path = folder.find(self.path, name)
         with self._lock:
-            run = self._runs.setdefault(name, Run(path))
+            run = self._runs.get(name)
+            if run is None:
+                run = self._runs[name] = Run(path)
             self._runs.move_to_end(name)
             while len(self._runs) > MOST_RUNS:
                 self._runs.popitem(last=False)[1].close()
         run.refresh()
         return run
+
+
+@functools.cache
+def _thresholds() -> Thresholds:
+    return default_thresholds()
 
 
 @functools.cache

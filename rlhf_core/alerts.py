@@ -14,8 +14,8 @@ import numpy as np
 
 from rlhf_core.alerting.alert import SEVERITIES, Alert, Severity, Thresholds, severity_of
 from rlhf_core.alerting.judges import number
-from rlhf_core.alerting.rules import RULES, STALLED
-from rlhf_core.alerting.series import CONTEXT, derive
+from rlhf_core.alerting.rules import RULES, STALLED, Rule
+from rlhf_core.alerting.series import CONTEXT, NONFINITE, derive
 from rlhf_core.alerting.tracks import Track, joined
 
 __all__ = [
@@ -99,7 +99,9 @@ class Monitor:
         if "step_time_s" in block:
             self._step_times = np.concatenate([self._step_times, block["step_time_s"][finite["step_time_s"]]])[-20:]
         recent = joined(self._tail, block)
-        found = [alert for track in self._tracks for alert in track.extend(steps, block, finite, recent)]
+        # A limit, or a spread, that lies beyond the largest number is infinite, and not judged by.
+        with np.errstate(over="ignore", invalid="ignore"):
+            found = [alert for track in self._tracks for alert in track.extend(steps, block, finite, recent)]
         self._tail = {name: column[-2 * CONTEXT :] for name, column in recent.items()}
         return found
 
@@ -176,21 +178,24 @@ def nonfinite_alert(step: int, name: str, thresholds: Thresholds) -> Alert:
 
 def synthetic_alerts(thresholds: Thresholds) -> list[Alert]:
     """Return one made-up alert of each rule, marked synthetic: to see what they look like."""
-    return [
-        Alert(
-            name=rule.name,
-            severity=severity_of(thresholds[rule.name]),
-            metric=rule.metrics[0],
-            first_step=10,
-            raised_step=12,
-            step=20,
-            value=2.0,
-            threshold=1.0,
-            moved_with=("reward_mean", "entropy"),
-            cause=rule.cause,
-            remedy=rule.remedy,
-            evidence=f"synthetic: {rule.metrics[0]} 0.5 → 2",
-            synthetic=True,
-        )
-        for rule in (*RULES, STALLED)
-    ]
+    return [_synthetic(rule, severity_of(thresholds[rule.name])) for rule in (*RULES, STALLED)]
+
+
+def _synthetic(rule: Rule, severity: Severity) -> Alert:
+    lost = rule.metrics[0] == NONFINITE
+    metric = "grad_norm" if lost else rule.metrics[0]
+    return Alert(
+        name=rule.name,
+        severity=severity,
+        metric=metric,
+        first_step=10,
+        raised_step=12,
+        step=20,
+        value=None if lost else 2.0,
+        threshold=None if lost else 1.0,
+        moved_with=("reward_mean", "entropy"),
+        cause=rule.cause,
+        remedy=rule.remedy,
+        evidence=f"synthetic: {metric} is not finite" if lost else f"synthetic: {metric} 0.5 → 2",
+        synthetic=True,
+    )

@@ -34,7 +34,7 @@ def export(run: Path, out: Path) -> Path:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"{str(out)!r} exists; give a new folder to export to")
     config = _read_json(run / runlog.CONFIG_FILE)
-    kind = kind_of(config)
+    kind = runlog.kind_of(config)
     if kind == "pipeline":
         if not (run / "ppo" / runlog.CONFIG_FILE).is_file():
             raise FileNotFoundError(f"{run} has no stage ppo yet; continue it with rlhf pipeline --resume")

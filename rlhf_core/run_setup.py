@@ -1,7 +1,7 @@
 """How every run begins: threads, seeds, device, environment.json; and where its data is prepared."""
 
 import json
-import secrets
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -86,7 +86,7 @@ def _move_all(source: Path, target: Path) -> None:
 @contextmanager
 def data_place(runs: Path, run: Path | None) -> Iterator[DataPlace]:
     """Give a place beside the runs, on their disk, and take it away at the end, with a folder of runs made for it."""
-    scratch = runs / f".preparing-{secrets.token_hex(8)}"
+    scratch = runs / f".preparing-{os.getpid()}"
     made = not runs.exists()
     for left in sorted(runs.glob(".preparing-*")):
         with suppress(FileNotFoundError, ValueError), runlog.writing(left):  # a killed command's: nobody holds it

@@ -11,7 +11,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,20 @@ ENVIRONMENT_FILE = "environment.json"
 CONFIG_FILE = "config.json"
 EVALUATION_FILE = "evaluation.json"
 STEP_LOGS = (METRICS_FILE, TIMINGS_FILE, SAMPLES_FILE)
-DETERMINISTIC_LOGS = (METRICS_FILE, SAMPLES_FILE)
+
+
+def kind_of(config: Mapping[str, Any]) -> str:
+    """Return which command made a run, by its configuration."""
+    for key, kind in (
+        ("reward_model", "pipeline"),
+        ("ppo", "train"),
+        ("judging", "eval"),
+        ("preference", "reward"),
+        ("dpo", "dpo"),
+    ):
+        if key in config:
+            return kind
+    return "sft"
 
 
 def encode(row: dict[str, Any]) -> str:

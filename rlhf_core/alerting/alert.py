@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
 from rlhf_core.alerting.judges import Settings
+from rlhf_core.alerting.series import NONFINITE
 
 Severity = Literal["info", "warning", "critical"]
 SEVERITIES: tuple[Severity, ...] = ("info", "warning", "critical")
@@ -21,7 +22,7 @@ class Alert:
     """The rule's name."""
     severity: Severity
     metric: str
-    """The metric that the rule speaks of."""
+    """The metric that the rule speaks of; of several that are not finite, the first that was not."""
     first_step: int
     """The first bad step."""
     raised_step: int
@@ -31,9 +32,10 @@ class Alert:
     value: float | None
     """The metric at the last bad step; None where it is not finite."""
     threshold: float | None
-    """What it should have stayed within, as of the step at which the alert was raised."""
+    """What it should have stayed within, as of the step at which the alert was raised; None for what is not finite."""
     moved_with: tuple[str, ...]
-    """Metrics that left their range of the steps before at the same time, the farthest first."""
+    """Metrics that left their range of the steps before at the same time, the farthest first; of an alert on what is
+    not finite, the others that were not, then or later."""
     cause: str
     remedy: str
     evidence: str
@@ -58,6 +60,11 @@ class Alert:
         if row.keys() != known:
             raise ValueError(f"an alert has {', '.join(sorted(known))}; these differ: {sorted(row.keys() ^ known)}")
         return cls(**{**row, "moved_with": tuple(row["moved_with"])})
+
+
+def is_nonfinite(alert: Alert) -> bool:
+    """Return whether an alert is about values that are not finite, and not about how large one is."""
+    return alert.name == NONFINITE
 
 
 def severity_of(settings: Settings) -> Severity:

@@ -34,6 +34,11 @@ class Verdict:
         unit = None if self.unit is None else self.unit[row:]
         return Verdict(self.value[row:], self.limit[row:], self.sign, unit)
 
+    def where_finite(self) -> "Verdict":
+        """Return the verdict without the rows whose value or limit lies beyond the largest number: NaN, not judged."""
+        value, limit = (np.where(np.isfinite(figure), figure, np.nan) for figure in (self.value, self.limit))
+        return Verdict(value, limit, self.sign, self.unit)
+
     def beyond(self, threshold: float) -> np.ndarray:
         """[N] bool: beyond another threshold of the same kind."""
         unit = 1.0 if self.unit is None else self.unit

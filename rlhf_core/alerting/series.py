@@ -95,7 +95,8 @@ def median_by_row(x: np.ndarray, least: int) -> np.ndarray:
     count = np.count_nonzero(~np.isnan(x), axis=1)
     low, high = np.maximum(count - 1, 0) // 2, np.minimum(count // 2, x.shape[1] - 1)
     at = np.arange(len(x))
-    return np.where(count >= least, (ordered[at, low] + ordered[at, high]) / 2, np.nan)
+    # Halved before they are added: the sum of two large numbers may be none.
+    return np.where(count >= least, ordered[at, low] / 2 + ordered[at, high] / 2, np.nan)
 
 
 def run_lengths(flags: np.ndarray, carried: int) -> np.ndarray:

@@ -31,11 +31,15 @@ class Episode:
     sign: int
     level: int
     """Index of its worst severity."""
+    rows_before: int
+    """Rows that the rule had judged when it was raised."""
     good_rows: int = 0
     standing: bool = True
-    metric: str = ""
-    moved_with: tuple[str, ...] = ()
-    evidence: str = ""
+    lost: list[str] = field(default_factory=list)
+    """Metrics that were not finite, the first that was not first."""
+    moved: tuple[str, ...] = ()
+    figures: tuple[str, ...] = ()
+    """Of the rule's metrics and of those that moved, before and when it was raised."""
 
 
 @dataclass
@@ -68,15 +72,28 @@ class Track:
             return []
         series = self._series(new)
         known = len(series) - count
-        verdict = self.rule.judge(series, self.settings).since(known)
+        verdict = self.rule.judge(series, self.settings).since(known).where_finite()
         bad = verdict.bad & (series.rows[known:] >= number(self.settings, "warm_up"))
         raised = self._follow(new["step"], bad, verdict, _levels(verdict, self.settings))
         self.tail = {name: column[-CONTEXT:] for name, column in series.columns.items()}
         self.rows += count
         kept = [episode for episode in raised if any(episode is one for one in self.episodes)]
         for episode in kept:
-            _explain(self.rule, episode, recent)
+            _explain(self.rule, episode, recent, self._beginning(episode))
+        if self._counts_lost:
+            for episode in self.episodes:
+                _lose(episode, steps, block)
         return [self._alert(episode) for episode in kept]
+
+    @property
+    def _counts_lost(self) -> bool:
+        """Whether the rule counts values that are not finite: its numbers are those of no metric."""
+        return self.rule.metrics[0] == NONFINITE
+
+    def _beginning(self, episode: Episode) -> dict[str, float]:
+        """Return what the rule's metrics began with, once that was known."""
+        known = episode.rows_before >= HEAD
+        return {name: float(np.median(head)) for name, head in self.head.items()} if known else {}
 
     def _series(self, new: Mapping[str, np.ndarray]) -> Series:
         for name in self.rule.metrics:
@@ -103,7 +120,8 @@ class Track:
             begin = at - int(lengths[at]) + 1
             first = int(steps[begin]) if begin >= 0 else self.streak_step
             step, value, limit = int(steps[at]), float(verdict.value[at]), float(verdict.limit[at])
-            raised.append(Episode(first, step, step, value, limit, verdict.sign, int(levels[at])))
+            level, before = int(levels[at]), self.rows + at
+            raised.append(Episode(first, step, step, value, limit, verdict.sign, level, before))
             self.episodes.append(raised[-1])
             del self.episodes[1 : -MOST_EPISODES + 1]
             at += 1
@@ -136,19 +154,20 @@ class Track:
         return [self._alert(episode) for episode in self.episodes]
 
     def _alert(self, episode: Episode) -> Alert:
+        lost = [f"{name} is not finite" for name in episode.lost]
         return Alert(
             name=self.rule.name,
             severity=SEVERITIES[episode.level],
-            metric=episode.metric,
+            metric=episode.lost[0] if self._counts_lost and episode.lost else self.rule.metrics[0],
             first_step=episode.first_step,
             raised_step=episode.raised_step,
             step=episode.step,
-            value=episode.value,
-            threshold=episode.limit,
-            moved_with=episode.moved_with,
+            value=None if self._counts_lost else episode.value,
+            threshold=None if self._counts_lost else episode.limit,
+            moved_with=tuple(episode.lost[1:]) if self._counts_lost else episode.moved,
             cause=self.rule.cause,
             remedy=self.rule.remedy,
-            evidence=episode.evidence,
+            evidence=", ".join([*lost, *episode.figures]),
             standing=episode.standing,
         )
 
@@ -162,7 +181,7 @@ def _levels(verdict: Verdict, settings: Settings) -> np.ndarray:
     return levels
 
 
-def _explain(rule: Rule, episode: Episode, recent: Mapping[str, np.ndarray]) -> None:
+def _explain(rule: Rule, episode: Episode, recent: Mapping[str, np.ndarray], beginning: Mapping[str, float]) -> None:
     """Find which metrics moved when an episode was raised, and write its figures in a line."""
     names = [name for name in recent if name != "step" and name not in DERIVED]
     until = int(np.flatnonzero(recent["step"] == episode.raised_step)[-1]) + 1
@@ -170,7 +189,7 @@ def _explain(rule: Rule, episode: Episode, recent: Mapping[str, np.ndarray]) -> 
     since = int(began[-1]) if len(began) else 0
     shown = [name for name in rule.metrics if name in recent]
     matrix = np.stack([recent[name] for name in (*shown, *names)])
-    lost = [name for name in names if np.isinf(recent[name][since:until]).any()]
+    episode.lost = [name for name in names if np.isinf(recent[name][since:until]).any()]
     matrix[~np.isfinite(matrix)] = np.nan
     before, now = matrix[:, max(0, since - CONTEXT) : since], median_by_row(matrix[:, since:until], 1)
     usual = median_by_row(before, 3) if since else np.full(len(matrix), np.nan)
@@ -179,14 +198,27 @@ def _explain(rule: Rule, episode: Episode, recent: Mapping[str, np.ndarray]) -> 
     order = [int(i) for i in np.argsort(-distance, kind="stable") if distance[i] > MOVED_DEVIATIONS]
     moved = [names[i] for i in order if names[i] not in rule.metrics][:MOST_MOVED]
     figures = dict(zip((*shown, *names), zip(usual.tolist(), now.tolist(), strict=True), strict=True))
-    texts = [_figure(name, *figures[name]) for name in (*shown, *moved) if name != NONFINITE]
-    episode.metric = lost[0] if lost and rule.metrics[0] == NONFINITE else rule.metrics[0]
-    episode.moved_with = tuple(moved)
-    episode.evidence = ", ".join([*(f"{name} is not finite" for name in lost), *texts])
+    episode.moved = tuple(moved)
+    named = [name for name in (*shown, *moved) if name != NONFINITE]
+    episode.figures = tuple(_figure(name, *figures[name], beginning.get(name)) for name in named)
 
 
-def _figure(name: str, before: float, now: float) -> str:
-    return f"{name} {now:.4g}" if np.isnan(before) else f"{name} {before:.4g} → {now:.4g}"
+def _lose(episode: Episode, steps: np.ndarray, block: Mapping[str, np.ndarray]) -> None:
+    """Add the metrics of a block that were not finite during an episode and have not been named."""
+    inside = (steps >= episode.first_step) & (steps <= episode.step)
+    if not inside.any():
+        return
+    unnamed = [name for name in block if name != "step" and name not in DERIVED and name not in episode.lost]
+    lost = {name: np.flatnonzero(inside & np.isinf(block[name])) for name in unnamed}
+    episode.lost += sorted((name for name in unnamed if len(lost[name])), key=lambda name: int(lost[name][0]))
+
+
+def _figure(name: str, before: float, now: float, beginning: float | None) -> str:
+    """Return a metric's values in a few words: what moved slowly is set against what the run began with."""
+    was, shown = f"{before:.4g}", f"{now:.4g}"
+    if was == shown and beginning is not None and f"{beginning:.4g}" != shown:
+        return f"{name} {shown}, {beginning:.4g} at the beginning"
+    return f"{name} {shown}" if np.isnan(before) else f"{name} {was} → {shown}"
 
 
 def joined(tail: Mapping[str, np.ndarray], new: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

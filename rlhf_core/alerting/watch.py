@@ -73,10 +73,10 @@ def _has_rows(run: Path) -> bool:
 
 def in_words(alert: Alert) -> str:
     """Return an alert in one line: what, since when, the figures, what to do."""
-    value, limit = number_in_words(alert.value), number_in_words(alert.threshold)
+    against = "" if alert.threshold is None else f" against {number_in_words(alert.threshold)}"
     return (
-        f"{alert.severity} alert {alert.name} since step {alert.first_step}: {alert.metric} is {value} against {limit} "
-        f"({alert.evidence}). {alert.remedy.removesuffix('.')}"
+        f"{alert.severity} alert {alert.name} since step {alert.first_step}: {alert.metric} is "
+        f"{number_in_words(alert.value)}{against} ({alert.evidence}). {alert.remedy.removesuffix('.')}"
     )
 
 

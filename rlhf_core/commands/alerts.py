@@ -124,7 +124,8 @@ def _table(alerts: Sequence[Alert], seen: str) -> Table:
         rule = BY_NAME.get(alert.name, STALLED)
         name = Text(f"{alert.severity}\n", style=STYLES[alert.severity]) + Text(printable(alert.name), style="bold")
         until = f"{alert.first_step} to {alert.step}\n{'stands' if alert.standing else 'passed'}"
-        value = f"{number_in_words(alert.value)}\nagainst {number_in_words(alert.threshold)}"
+        against = "" if alert.threshold is None else f"\nagainst {number_in_words(alert.threshold)}"
+        value = f"{number_in_words(alert.value)}{against}"
         text = Text.assemble(
             f"{rule.text}\n", (f"{printable(alert.evidence)}\n", "dim"), f"why: {rule.cause}\ndo: {rule.remedy}"
         )

@@ -45,5 +45,6 @@ def command(options: Options) -> list[str]:
     if found is None or not found.submodule_search_locations:
         raise FileNotFoundError("the dashboard is not installed; install the kit with: pip install -e .")
     app = Path(found.submodule_search_locations[0]) / "app.py"
-    streamlit = [sys.executable, "-m", "streamlit", "run", str(app), "--server.port", str(options.port)]
-    return [*streamlit, "--", str(options.runs.resolve())]
+    # An option outweighs STREAMLIT_SERVER_ADDRESS and the user's own settings.
+    served = ["--server.address", "127.0.0.1", "--server.port", str(options.port)]
+    return [sys.executable, "-m", "streamlit", "run", str(app), *served, "--", str(options.runs.resolve())]

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from rlhf_core.metrics import METRICS
+from rlhf_core.metrics import DPO_METRICS, EVAL_METRICS, METRICS, REWARD_METRICS, SFT_METRICS, Metric
 
 HOSTILE = (
     "<img src=x onerror=\"document.title='owned'\"><script>document.title='owned'</script>",
@@ -93,6 +93,41 @@ def make_run(runs: Path, name: str, steps: int, *, planned: int | None = None, *
     append(run / "timings.jsonl", *(timing_row(step) for step in every))
     append(run / "samples.jsonl", *(sample_row(step, sample) for step in every for sample in range(2)))
     return run
+
+
+STAGES: dict[str, tuple[dict[str, Any], tuple[Metric, ...]]] = {
+    "sft": ({"training": {"steps": None, "epochs": 2, "batch_size": 32}}, SFT_METRICS),
+    "reward": ({"training": {"steps": 9}, "preference": {"centering": 0.01}}, REWARD_METRICS),
+    "dpo": ({"training": {"steps": 9}, "dpo": {"beta": 0.1}}, DPO_METRICS),
+    "eval": ({"judging": {"prompts": 128, "best_of": 2, "batch_size": 64}}, EVAL_METRICS),
+}
+"""What the configuration of a command has, and a row of its log."""
+
+
+def make_stage_run(runs: Path, kind: str, steps: int, name: str | None = None) -> Path:
+    """A run of another command than ``rlhf train`` that is not over: 120 rows of data, of which 20 are held out."""
+    config, table = STAGES[kind]
+    run = runs / (name or kind)
+    (run / "data").mkdir(parents=True)
+    (run / "config.json").write_text(json.dumps({"seed": 0, "reward": []} | config))
+    (run / "data" / "report.json").write_text(json.dumps({"rows": 130, "used": 120, "held_out": 20}))
+    values = {metric.name: -0.5 if metric.name.startswith("logprob") else 0.75 for metric in table}
+    append(run / "metrics.jsonl", *(values | {"step": step, "nonfinite": []} for step in range(1, steps + 1)))
+    if kind == "eval":
+        rows = [sample_row(step, sample) for step in range(1, steps + 1) for sample in range(2)]
+        kept = [{key: row[key] for key in row if key not in ("tokens", "logprobs", "ref_logprobs")} for row in rows]
+        append(run / "samples.jsonl", *kept)
+    else:
+        append(run / "timings.jsonl", *(timing_row(step) for step in range(1, steps + 1)))
+    return run
+
+
+def finish(run: Path) -> None:
+    """Leave what a stage, or an evaluation, leaves at its end."""
+    (run / "evaluation.json").write_text("{}")
+    if "judging" not in json.loads((run / "config.json").read_text()):
+        (run / "model").mkdir()
+        (run / "model" / "config.json").write_text("{}")
 
 
 def make_long_log(run: Path, steps: int) -> None:

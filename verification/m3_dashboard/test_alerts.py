@@ -15,6 +15,7 @@ from rlhf_core.alerting import series as windows
 from rlhf_core.alerting.rules import BY_NAME, QUESTIONS, RULES, STALLED
 from rlhf_core.alerting.series import WINDOW, Series, median_by_row, run_lengths
 from rlhf_core.alerting.thresholds import default_thresholds, read_thresholds
+from rlhf_core.alerting.watch import in_words
 from rlhf_core.alerts import Alert, Monitor, check, synthetic_alerts, worst_first
 
 pytestmark = pytest.mark.m3
@@ -242,6 +243,41 @@ def test_the_metric_that_is_not_finite_is_named():
     assert alert.metric in ("policy_loss", "mine")
     assert alert.severity == "critical"
     assert "mine is not finite" in alert.evidence
+
+
+def test_what_is_not_finite_has_no_value_and_no_threshold_and_all_of_it_is_named():
+    columns = healthy()
+    for name, row in (("kl", 30), ("reward_mean", 30), ("entropy", 31), ("lr", 50)):
+        columns[name][row] = np.nan
+    for cut in (60, 31, 45, 1):
+        monitor = Monitor(THRESHOLDS)
+        for start in range(0, 60, cut):
+            monitor.extend({name: column[start : start + cut] for name, column in columns.items()})
+        [alert] = [alert for alert in monitor.alerts() if alert.name == "nonfinite"]
+        assert (alert.value, alert.threshold) == (None, None)
+        named = [alert.metric, *alert.moved_with]
+        assert (sorted(named[:2]), named[2:]) == (["kl", "reward_mean"], ["entropy", "lr"])
+        assert all(f"{name} is not finite" in alert.evidence for name in named)
+        assert "is not finite (" in in_words(alert)
+        assert "against" not in in_words(alert)
+
+
+def test_a_metric_that_fell_slowly_is_set_against_what_the_run_began_with():
+    columns = healthy(60)
+    columns["reward_mean"] = np.concatenate([np.full(6, 1.0), np.full(54, -1.0)])
+    assert found(columns)["reward_falling"].evidence.startswith("reward_mean -1, 1 at the beginning")
+    columns["reward_mean"] = np.concatenate([np.full(10, 1.0), np.full(50, -1.0)])
+    assert found(columns)["reward_falling"].evidence.startswith("reward_mean 1 → -1")
+
+
+@pytest.mark.parametrize("size", [1e308, -1e308, 1.7e308])
+def test_numbers_near_the_largest_are_judged_without_a_warning(size):
+    alternating = size * np.where(np.arange(60) % 2, 1.0, -1.0)
+    for values in (np.full(60, size), alternating):
+        columns = {"step": np.arange(1, 61)} | {name: values for name in healthy() if name != "step"}
+        for some in (columns, healthy() | {"reward_mean": values}):
+            for alert in check(some, THRESHOLDS):
+                json.dumps(alert.to_json(), allow_nan=False)
 
 
 def test_what_is_not_finite_never_passes():

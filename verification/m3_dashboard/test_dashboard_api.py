@@ -3,7 +3,7 @@ import os
 from pathlib import Path
 
 import pytest
-from dashboard_runs import append, make_run, metrics_row, timing_row
+from dashboard_runs import append, make_run, make_stage_run, metrics_row, timing_row
 
 pytestmark = pytest.mark.m3
 
@@ -28,6 +28,29 @@ def test_runs_are_listed_with_their_last_step(server):
     assert runs["api"] == {"name": "api", "last_step": 12, "steps": 20}
 
 
+def test_one_bad_run_does_not_take_down_the_list(server):
+    make_run(server.runs, os.fsdecode(b"bad\xff"), 2)
+    deep = make_run(server.runs, "deep", 2)
+    (deep / "config.json").write_text("[" * 100_000)
+    (deep / "metrics.jsonl").write_bytes(b"\xff\n")
+    runs = {one["name"]: one for one in server.json("/api/runs")["runs"]}
+    assert runs["api"]["last_step"] == 12
+    assert runs["deep"] == {"name": "deep", "last_step": None, "steps": None}
+    assert not [name for name in runs if name.startswith("bad")]
+
+
+def test_the_stages_of_a_pipeline_are_asked_for_by_both_names(server):
+    pipeline = server.runs / "staged"
+    pipeline.mkdir()
+    (pipeline / "config.json").write_text('{"reward_model": {}, "ppo": {"steps": 2}}')
+    make_stage_run(pipeline, "sft", 3)
+    runs = {one["name"]: one for one in server.json("/api/runs")["runs"]}
+    assert runs["staged/sft"] == {"name": "staged/sft", "last_step": 3, "steps": 6}
+    assert "staged" not in runs
+    assert len(server.json("/api/metrics?run=staged/sft")["rows"]) == 3
+    assert server.request("/api/metrics.csv?run=staged/sft")[1]["content-disposition"].endswith('"staged_sft.csv"')
+
+
 def test_metrics_begin_at_the_step_asked_for_and_go_with_their_timings(server):
     answer = server.json("/api/metrics?run=api&from=5")
     assert [row["step"] for row in answer["rows"]] == [5, 6, 7, 8, 9, 10, 11, 12]
@@ -43,6 +66,7 @@ def test_what_was_not_finite_is_null_and_never_breaks_the_json(server):
     assert row["nonfinite"] == ["kl"]
     found = {alert["name"]: alert for alert in server.json("/alerts?run=api")["alerts"]}
     assert (found["nonfinite"]["severity"], found["nonfinite"]["first_step"]) == ("critical", 7)
+    assert (found["nonfinite"]["value"], found["nonfinite"]["threshold"]) == (None, None)
 
 
 def test_a_log_that_spells_nan_and_infinity_is_answered_in_strict_json(server):
@@ -202,10 +226,7 @@ def test_its_own_page_is_answered_and_may_load_nothing_from_elsewhere(server):
 
 
 def test_it_listens_on_this_machine_alone(server):
-    tables = [Path("/proc/net/tcp"), Path("/proc/net/tcp6")]
-    sockets = [line.split() for table in tables if table.exists() for line in table.read_text().splitlines()]
-    listening = [one[1] for one in sockets if one[3] == "0A" and one[1].endswith(f":{server.port:04X}")]
-    assert listening == [f"0100007F:{server.port:04X}"]
+    assert server.listening() == [f"0100007F:{server.port:04X}"]
 
 
 def test_the_server_has_not_loaded_torch(server):

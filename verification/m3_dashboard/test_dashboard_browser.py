@@ -179,6 +179,39 @@ def test_the_page_is_readable_on_a_narrow_screen(page, server):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("view", ["Metrics", "Completions", "Profile", "Compare"])
+def test_the_page_does_not_scroll_sideways_on_a_phone(page, server, view):
+    name = "A" * 200
+    if not (server.runs / name).exists():
+        run = make_run(server.runs, name, 12)
+        append(run / "samples.jsonl", sample_row(13, completion="a very long completion " * 40))
+        append(run / "metrics.jsonl", metrics_row(13, kl=None))
+    page.set_viewport_size({"width": 390, "height": 844})
+    page.goto(f"{server.url}/?run={name}&view={view}")
+    page.wait_for_selector(".kit-strip")
+    if view in ("Metrics", "Completions"):
+        drawn(page, 1)
+    wider = page.evaluate(
+        "() => document.querySelector('.stMain').scrollWidth - document.querySelector('.stMain').clientWidth"
+    )
+    assert wider <= 0
+
+
+@pytest.mark.slow
+def test_a_completion_that_is_selected_stays_so_at_the_next_step_of_a_live_run(page, server):
+    run = make_run(server.runs, "selected", 3, planned=9)
+    page.goto(f"{server.url}/?run=selected&view=Completions")
+    waits_for(page, "Sample 0 of step 3; select a row above")
+    table = page.locator("[data-testid=stDataFrame]").first
+    table.click(position={"x": 16, "y": 35 + 35 + 17})  # the box before the second row
+    waits_for(page, "Sample 1 of step 3")
+    append(run / "metrics.jsonl", metrics_row(4))
+    append(run / "timings.jsonl", timing_row(4))
+    append(run / "samples.jsonl", *(sample_row(4, sample) for sample in range(2)))
+    waits_for(page, "Sample 1 of step 4")
+
+
+@pytest.mark.slow
 def test_a_real_training_is_seen_from_its_first_step_to_its_last(page, server):
     """``rlhf train`` beside the server: its run appears, its curves move, and it is finished in the end."""
     page.goto(f"{server.url}/")

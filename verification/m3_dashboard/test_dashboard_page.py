@@ -3,49 +3,22 @@
 import shutil
 import subprocess
 import sys
-from pathlib import Path
+from collections import Counter
 
+import numpy as np
+import pyarrow as pa
 import pytest
+from dashboard_page import PAGE, chart_count, html, page, ran
 from dashboard_runs import HOSTILE, append, lines, make_run, metrics_row, sample_row, timing_row
 from dashboard_server import ROOT, environment
 from streamlit.testing.v1 import AppTest
 
-from dashboard import charts, profile_view
+from dashboard import metrics_view, profile_view
+from dashboard.markup import labels
+from dashboard.store import Store
 from rlhf_core.alerting.rules import RULES, STALLED
 
 pytestmark = pytest.mark.m3
-
-PAGE = str(ROOT / "dashboard" / "page.py")
-
-
-@pytest.fixture
-def runs(tmp_path, monkeypatch) -> Path:
-    folder = (tmp_path / "runs").resolve()
-    folder.mkdir()
-    monkeypatch.setenv("RLHF_RUNS", str(folder))
-    return folder
-
-
-def page(**query) -> AppTest:
-    """Run the page with a query and fail on what it raises."""
-    app = AppTest.from_file(PAGE, default_timeout=30)
-    for name, value in query.items():
-        app.query_params[name] = value
-    return ran(app)
-
-
-def ran(app: AppTest) -> AppTest:
-    app.run()
-    assert not app.exception, app.exception[0].stack_trace
-    return app
-
-
-def html(app: AppTest) -> str:
-    return "\n".join(element.proto.body for element in app.get("html"))
-
-
-def chart_count(app: AppTest) -> int:
-    return len(app.get("vega_lite_chart"))
 
 
 def test_a_folder_without_runs_says_how_to_begin(runs):
@@ -86,7 +59,8 @@ def test_alerts_come_before_the_metrics_and_lead_to_their_step(runs):
     assert (app.session_state["view"], app.session_state["step"]) == ("Completions", 9)
     assert app.dataframe[0].value["completion"].tolist() == ["number 0", "number 1", "number 2"]
     metrics = app.dataframe[len(app.dataframe) - 1].value.set_index("metric")["value"]
-    assert metrics["⚠ kl, nats"] == "not finite"
+    assert np.isnan(metrics["⚠ kl, nats: not finite"])
+    assert metrics["clip_frac"] == metrics_row(9)["clip_frac"], "numbers, which a table sorts as such"
 
 
 def test_a_question_is_answered_by_the_alerts_on_its_metrics_in_any_run(runs):
@@ -102,6 +76,40 @@ def test_a_question_is_answered_by_the_alerts_on_its_metrics_in_any_run(runs):
         assert close[: close.index("</div>")].count(" alert") == 1, close[:300]
     learning = words[words.index("Is it learning?") :]
     assert "in range" in learning[: learning.index("</div>")]
+
+
+def question(words: str, asked: str) -> str:
+    """What the page says beside a question."""
+    rest = words[words.index(f"<span>{asked}</span>") :]
+    return rest[: rest.index("</div>")]
+
+
+def test_every_metric_that_is_not_finite_is_named_and_its_question_marked(runs):
+    run = make_run(runs, "a", 8, planned=30)
+    lost = (metrics_row(9, reward_mean=None, kl=None), metrics_row(10), metrics_row(11, entropy=None))
+    append(run / "metrics.jsonl", *lost, metrics_row(12))
+    append(run / "timings.jsonl", *(timing_row(step) for step in range(9, 13)))
+    words = html(page(run="a"))
+    head = words[words.index("nonfinite") :]
+    assert "reward_mean, kl, entropy not finite</div>" in head or "kl, reward_mean, entropy not finite</div>" in head
+    assert "threshold" not in head[: head.index("</div>")]
+    for asked in ("Is it learning?", "Is it stable?", "Is the policy still close?"):
+        assert "1 alert" in question(words, asked)
+    assert alert_marks(page(run="a"), "reward_mean over step") == [9]
+
+
+def test_a_metric_without_a_range_that_is_not_finite_is_not_said_to_be_in_range():
+    latest = [{"reward_mean": None, "reward_var": 1.0}]
+    said, _ = metrics_view.answer("Is it learning?", ["reward_mean", "reward_var"], latest, [])
+    assert said == "outside its range: reward_mean"
+
+
+@pytest.mark.parametrize(
+    ("critical", "warning", "words"),
+    [(0, 1, "1 warning"), (0, 2, "2 warnings"), (2, 3, "2 critical and 3 warnings"), (1, 0, "1 critical")],
+)
+def test_alerts_are_counted_in_words(critical, warning, words):
+    assert metrics_view.counted(Counter(critical=critical, warning=warning)) == words
 
 
 def test_an_example_of_each_rule_is_shown_and_marked(runs):
@@ -136,6 +144,52 @@ def test_a_run_that_is_not_listed_is_not_opened(runs, name):
     assert "step 3 of 3" in html(app)
 
 
+def test_a_run_that_is_asked_for_and_not_there_is_said_to_be_gone(runs):
+    make_run(runs, "a", 3)
+    app = page(run=["gone", "a"])
+    assert "There is no run &#x27;gone&#x27;" in html(app)
+    assert "There is no run &#x27;gone&#x27;" in html(ran(app)), "also after the next refresh"
+    app.multiselect[0].set_value([])
+    assert "There is no run" not in html(ran(app))
+    assert "There is no run" not in html(page(run="a"))
+
+
+def test_a_single_run_is_named_too(runs):
+    make_run(runs, "mine", 3)
+    assert "<small>run</small><span>mine</span>" in html(page())
+
+
+def alert_marks(app: AppTest, metric: str) -> list[float]:
+    """The places of the alerts in the chart of a metric."""
+    charts = {chart.proto.alt: chart for chart in app.get("vega_lite_chart")}
+    data = (
+        charts[metric].proto.datasets[0].data.data if charts[metric].proto.datasets else charts[metric].proto.data.data
+    )
+    table = pa.ipc.open_stream(data).read_all().to_pylist()
+    return [row["x"] for row in table if row["kind"] == "alert"]
+
+
+def test_alerts_of_every_run_are_marked_those_of_step_0_too(runs):
+    for name, bad in (("a", 0), ("b", 7)):
+        run = runs / name
+        run.mkdir()
+        append(run / "metrics.jsonl", *({"step": step, "lr": None if step == bad else 1.0} for step in range(12)))
+    assert alert_marks(page(run=["b", "a"]), "lr over step") == [7, 0]
+
+
+def test_runs_whose_names_print_alike_are_told_apart():
+    assert labels(["a", "\x1b", "\\x1b", "name"], "name") == {
+        "a": "a", "\x1b": "\\x1b", "\\x1b": "\\x1b (2)", "name": "name (2)",
+    }  # fmt: skip
+
+
+def test_a_run_called_name_does_not_hide_the_names_of_the_options(runs):
+    for name, rate in (("name", 1), ("name2", 2)):
+        make_run(runs, name, 3, lr=rate)
+    rows = page(run=["name", "name2"], view="Compare").dataframe[0].value.to_dict("records")
+    assert rows == [{"name": "lr", "name (2)": "1", "name2": "2"}]
+
+
 def test_comparison_shows_what_differs_and_where_the_logs_part(runs):
     a, b = make_run(runs, "a", 5, lr=1), make_run(runs, "b", 5, lr=2)
     for run, reward in ((a, 0.25), (b, 0.75)):
@@ -162,6 +216,26 @@ def test_completions_are_sorted_by_reward_and_kl(runs):
     for order, expected in orders.items():
         app = page(view="Completions", step="4", order=order)
         assert app.dataframe[0].value["sample"].tolist() == expected
+
+
+def test_the_completion_that_is_shown_is_named_and_its_texts_are_labelled(runs):
+    make_run(runs, "a", 3)
+    words = html(page(view="Completions"))
+    assert "Sample 0 of step 3; select a row above to see another" in words
+    assert words.index(">Prompt<") < words.index(">Completion<")
+
+
+def test_the_table_of_completions_is_the_same_widget_at_every_step_of_a_live_run(runs):
+    """So that a row that is selected stays so."""
+    run = make_run(runs, "a", 3, planned=9)
+    app = page(view="Completions")
+    before = app.dataframe[0].proto.id
+    append(run / "metrics.jsonl", metrics_row(4))
+    append(run / "timings.jsonl", timing_row(4))
+    append(run / "samples.jsonl", sample_row(4, completion="new"), sample_row(4, 1))
+    ran(app)
+    assert app.dataframe[0].value["completion"][0] == "new"
+    assert app.dataframe[0].proto.id == before
 
 
 def test_a_step_beyond_the_log_shows_the_nearest(runs):
@@ -244,8 +318,8 @@ def test_the_profile_shows_stages_operators_and_files(runs):
     (run / "profiles" / "summary.csv").write_text(
         "stage,calls,total_ms,mean_ms,p50_ms,p95_ms,share,tokens,tokens_per_s,cpu_peak_bytes,cuda_peak_bytes\n"
         "step,2,1000,500,500,500,1,80,80,3145728,0\n"
-        "rollout,2,200,100,100,100,0.25,80,400,1000,0\nupdate,2,600,300,300,300,0.75,80,133,2000,0\n"
-        "update/forward,8,400,50,50,50,0.5,80,200,2000,0\n"
+        "rollout,2,200,100,100,100,0.2,80,400,1000,0\nupdate,2,600,300,300,300,0.6,80,133,2000,0\n"
+        "update/forward,8,400,50,50,50,0.4,80,200,2000,0\n"
     )
     (run / "profiles" / "op_stats.csv").write_text(
         "operator,calls,self_cpu_ms,total_cpu_ms\naten::add,5,1.5,2\naten::mm,9,70.25,80\n"
@@ -258,12 +332,27 @@ def test_the_profile_shows_stages_operators_and_files(runs):
     assert summary["cpu_peak_MiB"][0] == 3
     assert "cuda_peak_MiB" not in summary, "nothing but zeros"
     bars = profile_view.stages_of(summary.astype(str).to_dict("records"))
-    assert [(bar["milliseconds"], bar["share"]) for bar in bars] == [(300, 0.75), (200, 0.5), (100, 0.25)]
+    assert [(bar["milliseconds"], bar["share"]) for bar in bars] == [(300, 0.6), (200, 0.4), (100, 0.2)]
+    assert [bar["share"] for bar in bars] == summary["share"].sort_values(ascending=False).tolist()[1:]
     assert app.dataframe[1].value["operator"].tolist() == ["aten::mm", "aten::add"]
     urls = [link.proto.url for link in app.get("link_button")]
     assert urls[0] == "/api/metrics.csv?run=a"
     assert [url.rpartition("=")[2] for url in urls[1:]] == ["summary.csv", "op_stats.csv", "chrome_trace.json"]
     assert "ui.perfetto.dev" in app.text[-1].value
+
+
+def test_shares_of_the_timings_are_of_the_step_too(runs):
+    make_run(runs, "a", 3)  # 0.5 s a step, of which the stages have all: so a stage of nothing is taken away
+    timings = [timing_row(step) for step in range(1, 4)]
+    for row in timings:
+        del row["stages_s"]["rollout"]
+    (runs / "a" / "timings.jsonl").write_bytes(lines(timings))
+    bars = profile_view.logged_stages(Store(runs).run("a"))
+    assert [(bar["stage"].strip(), round(bar["share"], 6)) for bar in bars] == [("update", 0.6), ("optimizer", 0.1)]
+
+
+def test_stages_without_a_step_are_shares_of_their_sum():
+    assert [bar["share"] for bar in profile_view.bars_of({"a": 3.0, "b": 1.0, "a/c": 1.0}, None)] == [0.75, 0.25, 0.25]
 
 
 @pytest.mark.parametrize("content", ["", "stage\n", "\x00", "a,b\n1\n2,3,4\n", "stage,total_ms,calls\nx,nan,1\n"])
@@ -293,15 +382,6 @@ def test_a_chart_keeps_its_specification_while_its_rows_grow(runs):
     after = ran(app).get("vega_lite_chart")
     assert [chart.proto.spec for chart in after] == before
     assert len(before) == 16
-
-
-def test_healthy_ranges_and_marks_are_in_the_charts():
-    spec = charts.metric_chart("kl", (0.0, 30.0), ["a"], log=False)
-    field = spec["layer"][0]["encoding"]
-    assert "scale('y', 30.0)" in field["y"]["value"]["expr"]
-    assert "scale('y', 0.0)" in field["y2"]["value"]["expr"]
-    assert spec["layer"][1]["mark"]["type"] == "area"
-    assert charts.metric_chart("kl", (None, None), ["a"], log=False)["layer"][0]["mark"]["type"] == "area"
 
 
 def test_no_file_of_the_dashboard_hides_a_module_of_python():

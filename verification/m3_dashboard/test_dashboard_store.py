@@ -8,7 +8,7 @@ import pytest
 from dashboard_runs import append, make_long_log, make_run, metrics_row, sample_row, timing_row
 
 from dashboard import folder, jsonl, series
-from dashboard.store import Store
+from dashboard.store import Run, Store
 from rlhf_core.alerting import readers
 from rlhf_core.alerting.thresholds import default_thresholds
 from rlhf_core.alerts import check
@@ -225,6 +225,24 @@ class TestCurves:
             assert curve.high[bucket] == np.nanmax(raw)
             assert curve.mean[bucket] == pytest.approx(np.nanmean(raw))
 
+    def test_a_short_log_of_many_metrics_takes_little_memory(self):
+        buckets = series.Buckets()
+        names = ["step", *(f"metric {number}" for number in range(500))]
+        for start in (0, 50, 100):
+            buckets.extend({name: np.ma.arange(start, start + 50.0) for name in names})
+        held = sum(values.nbytes for parts in buckets._parts.values() for values in parts.values())
+        assert held <= 501 * 5 * 8 * 2 * 150
+        assert buckets.curve("metric 7", "step").mean.tolist() == list(range(150))
+
+    def test_a_metric_that_appears_late_has_room_for_all(self):
+        buckets = series.Buckets(256)
+        buckets.extend({"step": np.ma.arange(100.0)})
+        buckets.extend({"step": np.ma.arange(100.0, 200.0), "late": np.ma.arange(100.0)})
+        buckets.extend({"step": np.ma.arange(200.0, 900.0), "late": np.ma.arange(100.0, 800.0)})
+        assert buckets.width == 4
+        assert buckets.sums("late") == (sum(range(800)), 800)
+        assert buckets.curve("late", "step").high[-1] == 799
+
     def test_short_logs_are_kept_row_by_row(self):
         buckets = series.Buckets(64)
         buckets.extend({"step": np.ma.arange(1.0, 65.0), "x": np.ma.arange(64.0)})
@@ -298,12 +316,29 @@ def test_few_runs_are_held_at_a_time(runs):
     assert len(store._runs) == 12
 
 
+def test_a_run_is_made_once_however_often_it_is_looked_at(runs, monkeypatch):
+    from dashboard import store as module
+
+    make_run(runs, "a", 1)
+    made = []
+    monkeypatch.setattr(module, "Run", lambda path: made.append(path) or Run(path))
+    store = Store(runs)
+    assert store.run("a") is store.run("a")
+    assert made == [runs / "a"]
+
+
 def test_links_and_files_are_no_runs_and_the_newest_stands_first(runs):
     for age, name in enumerate(("new", "older", "oldest")):
         run = make_run(runs, name, 1)
         os.utime(run / "config.json", (10**9 - age,) * 2)
     (runs / "latest").symlink_to("new")
     assert folder.list_runs(runs) == ["new", "older", "oldest"]
+
+
+def test_a_folder_whose_name_is_no_text_is_left_out(runs):
+    make_run(runs, "a", 1)
+    make_run(runs, os.fsdecode(b"bad\xff"), 1)
+    assert folder.list_runs(runs) == ["a"]
 
 
 def test_a_long_log_is_previewed_at_once_and_read_in_the_background(runs, monkeypatch):

@@ -1,5 +1,7 @@
 """Where a run's data is prepared."""
 
+import os
+
 from rlhf_core.run_setup import data_place
 
 
@@ -7,13 +9,14 @@ def prepare(place):
     place.prepare(lambda folder: (folder / "tokens").write_text("1 2 3"))
 
 
-def test_data_that_another_command_prepares_stays_and_what_a_killed_one_left_goes(tmp_path):
+def test_data_that_another_command_prepares_stay_and_what_a_killed_one_left_goes(tmp_path, monkeypatch):
     runs = tmp_path / "runs"
     left = runs / ".preparing-1" / "data"
     left.mkdir(parents=True)
     with data_place(runs, None) as one:
         prepare(one)
         assert not left.exists()
+        monkeypatch.setattr(os, "getpid", lambda: 2)
         with data_place(runs, None) as another:
             prepare(another)
             assert one.scratch != another.scratch
