@@ -39,7 +39,7 @@ def _steps_of_epochs(run: Path, config: dict[str, Any]) -> int | None:
     epochs, size = _count(config, "training", "epochs"), _count(config, "training", "batch_size")
     used, held_out = _rows(run)
     rows = used - held_out
-    return max(1, epochs * rows // min(size, rows)) if epochs and size and rows > 0 else None
+    return epochs * (rows // min(size, rows)) if epochs and size and rows > 0 else None
 
 
 def _batches_to_judge(run: Path, config: dict[str, Any]) -> int | None:

@@ -11,7 +11,6 @@ from rlhf_core.data.tokenization import load_tokenizer
 from rlhf_core.policy import load_model
 from rlhf_core.reward_model import load_reward_model
 from rlhf_core.run_setup import DATA_FOLDER
-from rlhf_core.stage_config import kind_of
 
 KINDS = {
     "train": "policy trained with {algorithm}",

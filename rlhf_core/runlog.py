@@ -26,18 +26,20 @@ EVALUATION_FILE = "evaluation.json"
 STEP_LOGS = (METRICS_FILE, TIMINGS_FILE, SAMPLES_FILE)
 
 
+_KINDS = {
+    "reward_model": "pipeline",
+    "ppo": "train",
+    "judging": "eval",
+    "preference": "reward",
+    "dpo": "dpo",
+    "training": "sft",
+}
+"""By which key of its configuration a command's run is known; the first that is there tells."""
+
+
 def kind_of(config: Mapping[str, Any]) -> str:
-    """Return which command made a run, by its configuration."""
-    for key, kind in (
-        ("reward_model", "pipeline"),
-        ("ppo", "train"),
-        ("judging", "eval"),
-        ("preference", "reward"),
-        ("dpo", "dpo"),
-    ):
-        if key in config:
-            return kind
-    return "sft"
+    """Return which command made a run, by its configuration; one that says nothing is taken for that of ``train``."""
+    return next((kind for key, kind in _KINDS.items() if key in config), "train")
 
 
 def encode(row: dict[str, Any]) -> str:

@@ -1,10 +1,9 @@
 """The configurations of the commands but ``rlhf train``, whose is in ``config``, and which command made a run."""
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from rlhf_core import runlog
 from rlhf_core.config import (
@@ -175,22 +174,6 @@ class PipelineConfig(RunConfig):
     """The evaluation of the policy before and after PPO."""
 
 
-_KEYS = {
-    "reward_model": "pipeline",
-    "ppo": "train",
-    "judging": "eval",
-    "preference": "reward",
-    "dpo": "dpo",
-    "training": "sft",
-}
-"""By which key of its configuration a command's run is known; the first that is there tells."""
-
-
-def kind_of(config: Mapping[str, Any]) -> str:
-    """Return which command made a run, by its configuration; one that says nothing is taken for that of ``train``."""
-    return next((kind for key, kind in _KEYS.items() if key in config), "train")
-
-
 def require_training_run(run: Path) -> None:
     """Raise ValueError if another command than ``rlhf train`` made a run.
 
@@ -200,5 +183,5 @@ def require_training_run(run: Path) -> None:
         config = json.loads((run / runlog.CONFIG_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return
-    kind = kind_of(config) if isinstance(config, dict) else "train"
+    kind = runlog.kind_of(config) if isinstance(config, dict) else "train"
     _require(kind == "train", f"{run} is a run of rlhf {kind}; this command is for runs of rlhf train")
