@@ -24,6 +24,7 @@ from rlhf_kernels.arguments import (
     require_uniforms,
 )
 from rlhf_kernels.dispatch import choose_backend
+from rlhf_kernels.native import native_serves
 
 _FLOATS = (torch.float32, torch.float64)
 _LOGITS = (torch.float32, torch.bfloat16, torch.float16)
@@ -249,7 +250,13 @@ def linear_token_logprobs(
         logp, entropy = reference.linear_token_logprobs(
             hidden, weight, labels, bias, temperature, with_entropy, ignore_index
         )
-    elif keep_logits and ignore_index is None and torch.is_grad_enabled() and weight.requires_grad:
+    elif (
+        keep_logits
+        and ignore_index is None
+        and torch.is_grad_enabled()
+        and weight.requires_grad
+        and native_serves(hidden, weight, bias, dtypes=_LOGITS)
+    ):
         from rlhf_kernels.cpu.linear import KeepingLogits  # which there is where native code was chosen
 
         logp, entropy = KeepingLogits.apply(hidden, weight, labels, bias, temperature, with_entropy)

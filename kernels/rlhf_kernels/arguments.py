@@ -82,7 +82,9 @@ def require_none(name: str, tensor: Tensor, bad: Tensor, rule: str) -> None:
 
 
 def require_temperature(temperature: float) -> None:
-    """Raise ValueError unless the temperature is finite and not too small to divide by."""
+    """Raise ValueError unless the temperature is finite, not too small to divide by, and asks for no gradient."""
+    if isinstance(temperature, Tensor) and temperature.requires_grad:
+        raise ValueError("temperature has no gradient: pass a number, or divide the logits by the tensor yourself")
     if not MIN_TEMPERATURE <= temperature < math.inf:
         raise ValueError(f"temperature is {temperature}; it must be finite and at least {MIN_TEMPERATURE}")
 
@@ -102,7 +104,8 @@ def require_labels_in_range(labels: Tensor, vocabulary: int, ignore_index: int |
         bad &= labels != ignore_index
     if bad.any():
         position = tuple(int(i) for i in bad.nonzero()[0])
-        raise IndexError(f"label {int(labels[position])} at position {position} is outside [0, {vocabulary})")
+        hint = "" if ignore_index is not None else "; pass ignore_index for labels that do not count"
+        raise IndexError(f"label {int(labels[position])} at position {position} is outside [0, {vocabulary}){hint}")
 
 
 def require_distributions(logits: Tensor) -> None:

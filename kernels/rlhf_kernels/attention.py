@@ -13,7 +13,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from rlhf_kernels.native import native_serves
+from rlhf_kernels.arguments import require_dtype, require_rank, require_shape
+from rlhf_kernels.native import differentiable_once, native_serves
 
 _native: Any
 try:
@@ -42,15 +43,48 @@ def attend(query_NHK: Tensor, key_NGK: Tensor, value_NGK: Tensor, starts: Tensor
 
     Returns:
         [N, H, K], differentiable once.
+
+    Raises:
+        ValueError: a shape, or ``starts``, that does not fit.
+        TypeError: a tensor that is not float32 on the CPU, or a dtype of ``starts``.
     """
+    _require_heads(query_NHK, key_NGK, value_NGK)
+    _require_starts(starts, len(query_NHK))
     return cast("Tensor", _Attend.apply(query_NHK, key_NGK, value_NGK, starts, scale))
+
+
+def _require_heads(query: Tensor, key: Tensor, value: Tensor) -> None:
+    """Raise unless these are float32 on the CPU, [N, H, K] and twice [N, G, K], G a divisor of H."""
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        if not attends(x):
+            raise TypeError(f"{name} is {x.dtype} on {x.device}; native attention takes float32 on the CPU")
+        require_rank(name, x, 3)
+    shared = key.shape[1]
+    if shared == 0 or query.shape[1] % shared:
+        raise ValueError(f"query has {query.shape[1]} heads, which the {shared} of key do not divide")
+    require_shape("key", key, torch.Size((len(query), shared, query.shape[2])))
+    require_shape("value", value, key.shape)
+
+
+def _require_starts(starts: Tensor, tokens: int) -> None:
+    """Raise unless ``starts`` [B + 1] goes up from 0 to the number of tokens."""
+    require_rank("starts", starts, 1)
+    require_dtype("starts", starts, (torch.int64,))
+    if len(starts) == 0 or starts[0] != 0 or starts[-1] != tokens or bool((starts.diff() < 0).any()):
+        raise ValueError(f"starts is {starts.tolist()}; it must go up from 0 to the {tokens} tokens there are")
 
 
 class Cache:
     """Keys and values of the tokens so far, row by row, each row with a length of its own."""
 
     def __init__(self, key_NGK: Tensor, value_NGK: Tensor, starts: Tensor, more: int) -> None:
-        """Hold those of rows that lie side by side, with room for ``more`` tokens each."""
+        """Hold those of rows that lie side by side, with room for ``more`` tokens each.
+
+        Raises:
+            ValueError, TypeError: as :func:`attend`.
+        """
+        _require_heads(key_NGK, key_NGK, value_NGK)
+        _require_starts(starts, len(key_NGK))
         lengths_B = starts.diff()
         rows, (_, shared, width) = len(lengths_B), key_NGK.shape
         room = -(-(int(lengths_B.max()) + more) // LANES) * LANES
@@ -67,7 +101,18 @@ class Cache:
         self.keys, self.values_BGSK = self.keys[rows], self.values_BGSK[rows]
 
     def attend(self, query_BHK: Tensor, key_BGK: Tensor, value_BGK: Tensor, lengths_B: Tensor, scale: float) -> Tensor:
-        """Put a token behind each row and return [B, H, K] what its query attends to; ``lengths_B`` are from before."""
+        """Put a token behind each row and return [B, H, K] what its query attends to; ``lengths_B`` are from before.
+
+        Raises:
+            ValueError: a shape that does not fit the cache, or a row without room.
+            TypeError: a tensor that is not float32 on the CPU, or lengths that are not int64.
+        """
+        _require_heads(query_BHK, key_BGK, value_BGK)
+        require_shape("key", key_BGK, torch.Size((*self.values_BGSK.shape[:2], self.values_BGSK.shape[3])))
+        require_shape("lengths", lengths_B, query_BHK.shape[:1])
+        require_dtype("lengths", lengths_B, (torch.int64,))
+        if bool((lengths_B < 0).any()):
+            raise ValueError(f"lengths is {lengths_B.tolist()}; a row has no fewer than 0 tokens")
         rows, heads, width = query_BHK.shape
         shared, room = self.values_BGSK.shape[1:3]
         query_BHK, key_BGK, value_BGK = (_heads_side_by_side(x) for x in (query_BHK, key_BGK, value_BGK))
@@ -108,7 +153,7 @@ class _Attend(torch.autograd.Function):
         return out_NHK
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad_NHK: Tensor) -> tuple[Tensor | None, ...]:
         query_NHK, key_NGK, value_NGK, starts, softmax_NH2 = ctx.saved_tensors
         heads, (shared, width) = query_NHK.shape[1], key_NGK.shape[1:]

@@ -4,7 +4,7 @@ Native for float32 (activations for bfloat16 too) on the CPU, the same bits on e
 threads and whatever rows stand beside a row; torch's own operators elsewhere, none of which promises that.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from rlhf_kernels.native import native_serves, shown_as
+from rlhf_kernels.native import differentiable_once, native_serves, shown_as
 
 native: Any
 try:
@@ -59,7 +59,8 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Te
         bias: [D].
         eps: ε.
     """
-    if not serves((torch.float32,), x, weight, bias):
+    fit = weight.shape == bias.shape == x.shape[-1:]
+    if not (fit and serves((torch.float32,), x, weight, bias)):  # torch says what does not fit
         return functional.layer_norm(x, weight.shape, weight, bias, eps)
     return apply(Norm(eps, centered=True), x, weight, bias)
 
@@ -74,7 +75,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
         weight: [D].
         eps: ε.
     """
-    if not serves((torch.float32,), x, weight):
+    if not (weight.shape == x.shape[-1:] and serves((torch.float32,), x, weight)):
         return functional.rms_norm(x, weight.shape, weight, eps)
     return apply(Norm(eps, centered=False), x, weight)
 
@@ -84,8 +85,9 @@ def sum_of_squares(x: Tensor) -> float:
     return sums_of_squares([x])[0]
 
 
-def sums_of_squares(tensors: Sequence[Tensor]) -> list[float]:
+def sums_of_squares(tensors: Iterable[Tensor]) -> list[float]:
     """Return :func:`sum_of_squares` of each tensor, at the cost of one call."""
+    tensors = list(tensors)
     if not serves((torch.float32,), *tensors):
         return [float(x.detach().double().square().sum()) for x in tensors]
     lying = [x.t() if x.dim() == 2 and x.t().is_contiguous() else x.contiguous() for x in tensors]
@@ -200,7 +202,7 @@ class _Apply(torch.autograd.Function):
         return value(function, x, *parameters)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, *parameters = ctx.saved_tensors
         return (None, *ctx.function.gradients(x, grad, *parameters))

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from rlhf_kernels.dense import Rowwise, column_sums, value
-from rlhf_kernels.native import native_serves
+from rlhf_kernels.native import differentiable_once, native_serves
 
 _native: Any
 try:
@@ -39,7 +39,7 @@ def available() -> bool:
 
 def multiplies(*matrices: Tensor | None) -> bool:
     """Whether :func:`multiply` serves matrices like these."""
-    return available() and native_serves(*matrices)
+    return native_serves(*matrices) and available()
 
 
 @cache
@@ -51,7 +51,7 @@ def widens() -> bool:
 
 def widens_these(*matrices: Tensor | None) -> bool:
     """Whether :func:`multiply_widened` serves matrices like these."""
-    return widens() and native_serves(*matrices, dtypes=(torch.bfloat16,))
+    return native_serves(*matrices, dtypes=(torch.bfloat16,)) and widens()
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -70,7 +70,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     if takes(x, weight, bias):
         return linear_between(x, weight, bias)
-    if widens() and _fits(x, weight) and _in_bfloat16(x, weight, bias):
+    if _fits(x, weight, bias) and _in_bfloat16(x, weight, bias) and widens():
         if torch.is_grad_enabled():
             bias_N = None if bias is None else bias.to(torch.bfloat16)
             return cast("Tensor", _WidenedLinear.apply(x.to(torch.bfloat16), weight.to(torch.bfloat16), bias_N))
@@ -80,11 +80,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def takes(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether :func:`linear` is native for these; where they do not fit each other, torch says so."""
-    return _fits(x, weight) and multiplies(x, weight, bias) and not torch.is_autocast_enabled("cpu")
+    return _fits(x, weight, bias) and multiplies(x, weight, bias) and not torch.is_autocast_enabled("cpu")
 
 
-def _fits(x: Tensor, weight: Tensor) -> bool:
-    return weight.dim() == 2 and x.dim() > 0 and x.shape[-1] == weight.shape[1]
+def _fits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    fits = weight.dim() == 2 and x.dim() > 0 and x.shape[-1] == weight.shape[1]
+    return fits and (bias is None or bias.shape == weight.shape[:1])
 
 
 def _in_bfloat16(*matrices: Tensor | None) -> bool:
@@ -234,7 +235,7 @@ class _Linear(torch.autograd.Function):
         return _linear(x, weight, bias, before, parameters, residual)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, *parameters = ctx.saved_tensors
         need_x, need_weight, need_bias, need_residual, _, *need_parameters = ctx.needs_input_grad
@@ -259,7 +260,7 @@ class _WidenedLinear(torch.autograd.Function):
         return multiply_widened(_as_rows(x), weight.t(), bias).view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         need_x, need_weight, need_bias = ctx.needs_input_grad

@@ -26,7 +26,7 @@ from rlhf_kernels._operations import Attended, EachRow, Gated, Linear, Operation
 from rlhf_kernels.attention import Cache, attends
 from rlhf_kernels.dense import Rowwise
 from rlhf_kernels.memory import reusable
-from rlhf_kernels.native import shown_as
+from rlhf_kernels.native import differentiable_once, shown_as
 from rlhf_kernels.products import multiplies
 
 __all__ = ["Matrix", "Program", "Step", "Turns", "heads_in", "programmable"]
@@ -187,7 +187,7 @@ class Program:
         Raises:
             IndexError: a token that is read is none of the N.
         """
-        layout = _Layout(starts, turns, torch.arange(len(x_ND)) if read_M is None else read_M)
+        layout = _Layout(starts, turns, torch.arange(len(x_ND), device="cpu") if read_M is None else read_M)
         parameters = self.parameters
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x_ND, *parameters)):
             return cast("Tensor", _Run.apply(self, x_ND, layout, *parameters))
@@ -330,7 +330,7 @@ class Step:
 
     def __init__(self, program: Program, code: _Finished, caches: list[Cache], rows: int) -> None:
         self._code, self._caches, self._rows = code, caches, rows
-        self._all = torch.arange(rows)
+        self._all = torch.arange(rows, device="cpu")
         self._arena = arenas.new(code.columns * rows)
         self._x_BD = _matrix(self._arena, code.where[0], rows, program.input.width)
         self._out_BD = _matrix(self._arena, code.where[program.output.number], rows, program.output.width)
@@ -355,7 +355,7 @@ class _Run(torch.autograd.Function):
         return program._carried_out(forward, ctx.arena, x_ND, layout)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         learned, code, arena, tokens = ctx.saved_tensors, ctx.code, ctx.arena, ctx.tokens
         if arena is None:

@@ -81,14 +81,14 @@ def linear_token_logprobs(
     return token_logprobs(logits, labels, temperature, with_entropy, ignore_index)
 
 
-def top_k_top_p_mask(logp_NV: Tensor, top_k: int, top_p: float) -> Tensor:
+def top_k_top_p_mask(logits_NV: Tensor, logp_NV: Tensor, top_k: int, top_p: float) -> Tensor:
     """True for the tokens that top-k, then top-p of what top-k left, keep (Holtzman et al. 2020, arXiv 1904.09751).
 
-    Tokens are ranked by log-probability, equal ones by id, lower first. Top-p keeps a token when the mass ranked before
+    Tokens are ranked by logit, equal ones by id, lower first. Top-p keeps a token when the mass ranked before
     it is less than `top_p` of the mass that top-k kept, so at least one token always stays.
     """
-    ranked_logp, order = torch.sort(logp_NV, dim=-1, descending=True, stable=True)
-    ranked_p = ranked_logp.exp()
+    order = torch.sort(logits_NV, dim=-1, descending=True, stable=True).indices
+    ranked_p = logp_NV.gather(-1, order).exp()
     keep = torch.ones_like(ranked_p, dtype=torch.bool)
     if top_k > 0:
         keep[:, top_k:] = False
@@ -108,7 +108,7 @@ def sample_tokens(
     Returns ids [N], their log-probability under softmax(logits / temperature), and the same after top-k and top-p.
     """
     logp_NV = torch.log_softmax(logits_NV.double() / temperature, dim=-1)
-    keep_NV = top_k_top_p_mask(logp_NV, top_k, top_p)
+    keep_NV = top_k_top_p_mask(logits_NV, logp_NV, top_k, top_p)
     kept_p_NV = torch.where(keep_NV, logp_NV.exp(), 0.0)
     cumulative_NV = kept_p_NV.cumsum(-1)
     target_N1 = uniforms_N.double().unsqueeze(-1) * cumulative_NV[:, -1:]

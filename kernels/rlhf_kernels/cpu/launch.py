@@ -170,9 +170,9 @@ def _token_logprobs_cpu(
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows, flat_labels = _rows_of(logits), labels.contiguous()
     shape = labels.shape
-    logp = torch.empty(shape, dtype=torch.float32)
-    entropy = torch.empty(shape if with_entropy else (0,), dtype=torch.float32)
-    statistics = torch.empty((*shape, 2), dtype=torch.float32)
+    logp = torch.empty(shape, dtype=torch.float32, device="cpu")
+    entropy = torch.empty(shape if with_entropy else (0,), dtype=torch.float32, device="cpu")
+    statistics = torch.empty((*shape, 2), dtype=torch.float32, device="cpu")
     bad_row = _logprob.forward(
         rows.tensor.data_ptr(),
         ELEMENT_TYPE[logits.dtype],
@@ -248,9 +248,9 @@ def _sample_tokens_cpu(
         raise ValueError(f"uniform {float(uniforms[row])} of row {row} is outside [0, 1)")
     if logits.shape[-1] > 1 and logits.stride(-1) != 1:
         logits = logits.contiguous()
-    ids = torch.empty(uniforms.shape, dtype=torch.int64)
-    logprobs = torch.empty(uniforms.shape, dtype=torch.float32)
-    filtered_logprobs = torch.empty(uniforms.shape, dtype=torch.float32)
+    ids = torch.empty(uniforms.shape, dtype=torch.int64, device="cpu")
+    logprobs = torch.empty(uniforms.shape, dtype=torch.float32, device="cpu")
+    filtered_logprobs = torch.empty(uniforms.shape, dtype=torch.float32, device="cpu")
     bad_row = _sampling.sample(
         logits.data_ptr(),
         ELEMENT_TYPE[logits.dtype],

@@ -14,6 +14,7 @@ from torch import Tensor
 from rlhf_kernels.cpu import _logprob
 from rlhf_kernels.cpu.launch import ELEMENT_TYPE, address, instruction_set, output, require_labels_in_range, threads
 from rlhf_kernels.cpu.logits import KeptLogits, parts, product_into
+from rlhf_kernels.native import differentiable_once
 from rlhf_kernels.ops import register_kernel
 
 
@@ -48,7 +49,7 @@ def _linear_token_logprobs_cpu(
     read = None if ignore_index is None else _selected(labels.reshape(-1) != ignore_index)
     hidden_NH, label_N = (_rows(t, labels.dim(), read) for t in (hidden, labels))
     n = label_N.numel()
-    states_N4 = torch.tensor([-torch.inf, 0.0, 0.0, 0.0], dtype=torch.float64).repeat(n, 1)
+    states_N4 = torch.tensor([-torch.inf, 0.0, 0.0, 0.0], dtype=torch.float64, device="cpu").repeat(n, 1)
     with torch.autocast("cpu", enabled=False):
         for part in parts(hidden_NH, weight.detach(), None if bias is None else bias.detach(), kept):
             _logprob.read_part(
@@ -65,7 +66,7 @@ def _linear_token_logprobs_cpu(
                 instruction_set(),
                 threads(),
             )
-    logp_N, entropy_N, statistics_N2 = torch.empty(n), torch.empty(n), torch.empty(n, 2)
+    logp_N, entropy_N, statistics_N2 = (states_N4.new_empty(shape, dtype=torch.float32) for shape in (n, n, (n, 2)))
     _logprob.finish(
         address(states_N4),
         n,
@@ -76,7 +77,7 @@ def _linear_token_logprobs_cpu(
         instruction_set(),
     )
     logp = _spread(logp_N, read, labels.numel()).view(labels.shape)
-    entropy = _spread(entropy_N, read, labels.numel()).view(labels.shape) if with_entropy else torch.empty(0)
+    entropy = _spread(entropy_N, read, labels.numel()).view(labels.shape) if with_entropy else logp_N.new_empty(0)
     return logp, entropy, _spread(statistics_N2, read, labels.numel()).view(*labels.shape, 2)
 
 
@@ -96,7 +97,7 @@ def _linear_token_logprobs_backward_cpu(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden, weight and bias, an empty tensor for each that is not needed."""
     # Rows without upstream gradient are left out: that saves their products, and NaN under a mask cannot spread.
-    active_N = torch.zeros(labels.numel(), dtype=torch.bool)
+    active_N = torch.zeros(labels.numel(), dtype=torch.bool, device="cpu")
     for upstream in (grad_logp, grad_entropy):
         if upstream is not None:
             active_N |= upstream.reshape(-1) != 0
@@ -110,14 +111,20 @@ def _linear_token_logprobs_backward_cpu(
     )
     n, weight_VH = label_N.numel(), weight.detach()
     need_hidden, need_weight, need_bias = needs_gradient
-    grad_hidden_NH = torch.zeros(hidden_NH.shape if need_hidden else (0,))
+    grad_hidden_NH = statistics.new_zeros(hidden_NH.shape if need_hidden else (0,))
     weight_shape = weight.shape if need_weight else torch.Size((0,))
     if n == 0:
         grad_weight_VH = weight.new_zeros(weight_shape)
     else:
         grad_weight_VH = output(weight_shape, weight.dtype) if kept is None else kept.memory_VH
-    kept_rows = None if kept is None else torch.arange(kept.rows) if active is None else active[active < kept.rows]
-    grad_bias_V = torch.zeros(weight.shape[:1] if need_bias else (0,))
+    kept_rows = (
+        None
+        if kept is None
+        else torch.arange(kept.rows, device="cpu")
+        if active is None
+        else active[active < kept.rows]
+    )
+    grad_bias_V = statistics.new_zeros(weight.shape[:1] if need_bias else (0,))
     with torch.autocast("cpu", enabled=False):
         for part in parts(hidden_NH, weight_VH, None if bias is None else bias.detach(), kept, kept_rows):
             rows, columns, logits, gradient = part
@@ -182,7 +189,7 @@ class KeepingLogits(torch.autograd.Function):
         return logp, entropy
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad_logp: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
         """Return the gradients; the logits are gone then, and a second backward pass computes them again."""
         needed = [ctx.needs_input_grad[at] for at in (0, 1, 3)]
@@ -200,7 +207,7 @@ class KeepingLogits(torch.autograd.Function):
 
 def _sums_for(target: Tensor) -> Tensor:
     """Where float32 sums for this target are made: in itself where it has that dtype."""
-    return target if target.dtype == torch.float32 else torch.empty(target.shape)
+    return target if target.dtype == torch.float32 else target.new_empty(target.shape, dtype=torch.float32)
 
 
 register_kernel("linear_token_logprobs", _linear_token_logprobs_cpu, "CPU")

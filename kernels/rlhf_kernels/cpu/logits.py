@@ -98,7 +98,7 @@ def product_into(out: Tensor, a: Tensor, b: Tensor, bias: Tensor | None = None, 
     elif widens_these(a, b, bias):
         multiply_widened(a, b, bias, out_MN=out, add=add)
     elif out.dtype != a.dtype:
-        torch.add(out if add else torch.zeros(()), a @ b, out=out)
+        torch.add(out if add else out.new_zeros(()), a @ b, out=out)
     elif add or bias is not None:
         torch.addmm(out if bias is None else bias, a, b, out=out)
     else:
