@@ -240,7 +240,8 @@ def policy_frozen(series: Series, settings: Settings) -> Verdict:
     median, _ = series.baseline("approx_kl")
     moved = np.fmax(median, series.largest_at_first("approx_kl")) > number(settings, "least")
     limit = np.where(moved, number(settings, "threshold"), np.nan)
-    return Verdict(series["approx_kl"], limit, sign=-1)
+    # Other trainers log the mean of −log ratio as theirs, which has either sign.
+    return Verdict(np.abs(series["approx_kl"]), limit, sign=-1)
 
 
 def value_bias(series: Series, settings: Settings) -> Verdict:

@@ -122,6 +122,13 @@ def test_a_flat_reward_is_worth_a_word_and_no_more():
     assert "reward_flat" not in found(healthy(120))
 
 
+def test_a_policy_whose_log_has_a_signed_kl_is_not_called_frozen():
+    """verl and OpenRLHF log the mean of -log ratio."""
+    columns = healthy(120)
+    signs = np.where(np.arange(120) % 7 < 3, -1.0, 1.0)
+    assert "policy_frozen" not in found(columns | {"approx_kl": columns["approx_kl"] * signs})
+
+
 def test_a_policy_that_updates_once_a_rollout_is_not_called_frozen():
     assert "policy_frozen" not in found(spoiled(since=0, approx_kl=0.0))
 

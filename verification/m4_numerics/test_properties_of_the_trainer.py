@@ -77,6 +77,27 @@ def test_a_trainer_that_cannot_do_something_is_not_accused_of_it():
     assert broken(ppo_only) == {}
 
 
+def test_a_trainer_that_refuses_everything_is_not_called_right():
+    def refusing(case):
+        raise NotImplementedError
+
+    with pytest.raises(ValueError, match="nothing was asked"):
+        broken(refusing)
+
+
+def test_torchs_clipping_is_clipping(monkeypatch):
+    """It divides by the norm plus 1e-6, which nobody has to call a mistake."""
+    from rlhf_core import updates
+
+    def clip_as_torch_does(grads, norm, max_norm):
+        factor = min(1.0, max_norm / (norm + 1e-6))
+        for grad in grads:
+            grad.mul_(factor)
+
+    monkeypatch.setattr(updates, "clip_gradients", clip_as_torch_does)
+    PROPERTIES["clipped_norm"].check(kit_trainer)
+
+
 def test_a_trainer_that_does_nothing_has_next_to_no_property():
     from rlhf_core.testing.case import Outcome
 
