@@ -240,6 +240,11 @@ class PPOConfig:
         _require_divides(self, "minibatch_size", "batch_size")
         _require_divides(self, "micro_batch_size", "minibatch_size")
         self._check_recipe()
+        _require(
+            self.kl_control != "adaptive" or self.batch_size < 5 * self.kl_horizon,
+            f"ppo.kl_horizon is {self.kl_horizon}: the adaptive KL coefficient could become 0 or less in a step of "
+            f"{self.batch_size} completions; take more than a fifth of ppo.batch_size",
+        )
 
     def _check_recipe(self) -> None:
         recipe = self.recipe

@@ -81,13 +81,12 @@ class Projection:
     def __init__(self, project: nn.Module, before: nn.Module | None = None) -> None:
         """Take a linear layer, and what comes before it if anything does."""
         self._project, self._before = project, before
-        self._weight, self._bias = _weights_of(project)
         self._function, self._parameters = rowwise_of(before)
         self._joins = before is None or self._function is not None
 
     def __call__(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         """Return [N, out] of x [N, in] and a residual [N, out]."""
-        weight, bias = self._weight, self._bias
+        weight, bias = _weights_of(self._project)  # each time: a view that is made without gradients has none
         if weight is not None and self._joins and takes(x, weight, bias):
             return linear_between(
                 x, weight, bias, before=self._function, parameters=self._parameters, residual=residual
@@ -97,9 +96,9 @@ class Projection:
 
     def add_to(self, program: Program, x: Matrix, residual: Matrix | None = None) -> Matrix | None:
         """Add this to a program; None if that cannot have it."""
-        project: Any = self._project
-        if self._weight is None or not self._joins:
+        if not (self._joins and isinstance(self._project, RowwiseConv1D | RowwiseLinear)):
             return None
+        project: Any = self._project
         return program.linear(
             x,
             project.weight,

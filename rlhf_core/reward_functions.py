@@ -22,6 +22,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import torch
+
 LARGEST = 3.4028234663852886e38
 """The largest number of float32, in which rewards are kept."""
 RewardFunction = Callable[[list[str], list[str]], Sequence[float]]
@@ -45,7 +47,8 @@ def load_function(name: str) -> RewardFunction:
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     try:
-        found: Any = importlib.import_module(module_name)
+        with _torch_as_it_was():
+            found: Any = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name != module_name.partition(".")[0] and error.name != module_name:
             raise ValueError(f"reward {name!r}: {module_name} cannot be imported ({error})") from None
@@ -75,7 +78,7 @@ def call_function(
         RewardError: it raised, took longer than ``timeout_s``, or did not return one finite number a completion.
     """
     try:
-        with _time_limit(timeout_s):
+        with _torch_as_it_was(), _time_limit(timeout_s):
             scores = function(list(prompts), list(completions))
     except _TimeIsUp:
         raise RewardError(
@@ -85,6 +88,17 @@ def call_function(
     except (Exception, SystemExit) as error:
         raise RewardError(f"reward function {name} raised {_told(error)}") from None
     return _checked(name, scores, len(completions))
+
+
+@contextmanager
+def _torch_as_it_was() -> Iterator[None]:
+    """Put back what a user's code may change of torch: whether gradients are kept, and the default dtype."""
+    gradients, dtype = torch.is_grad_enabled(), torch.get_default_dtype()
+    try:
+        yield
+    finally:
+        torch.set_grad_enabled(gradients)
+        torch.set_default_dtype(dtype)
 
 
 def _checked(name: str, scores: Any, wanted: int) -> list[float]:

@@ -191,8 +191,11 @@ def optimizer_step(
 
     Raises:
         NonFiniteError: a loss or a gradient is not finite; the weights are as they were.
+        ValueError: no parameter has a gradient.
     """
     grads = gradients(parameters)
+    if not grads:
+        raise ValueError("no parameter has a gradient: something turned gradients off (torch.set_grad_enabled)")
     norm = total_norm(grads)
     if not (math.isfinite(norm) and bool(sums.sums.isfinite().all())):
         raise NonFiniteError(step, first_nonfinite_of_update(state.model, sums.sums))

@@ -210,7 +210,7 @@ def test_an_indivisible_batch_names_the_sizes_that_divide():
 
 
 def test_a_huge_batch_is_judged_at_once():
-    PPOConfig(batch_size=16 * 10**15)
+    PPOConfig(batch_size=16 * 10**15, kl_control="fixed")
     with pytest.raises(ValueError, match="not divisible by minibatch_size 16"):
         PPOConfig(batch_size=10**15 + 1)
 
@@ -320,3 +320,10 @@ def test_the_config_json_of_a_run_fed_back_gives_the_same_bytes(finished_run, tm
     assert outcome.code == 0, outcome.err
     assert_runs_identical(finished_run, tmp_path / "again")
     assert (tmp_path / "again" / "config.json").read_bytes() == (finished_run / "config.json").read_bytes()
+
+
+def test_an_adaptive_coefficient_that_could_become_negative_is_refused():
+    with pytest.raises(ValueError, match=r"ppo\.kl_horizon is 10: .* more than a fifth of ppo\.batch_size"):
+        PPOConfig(batch_size=64, minibatch_size=16, micro_batch_size=16, kl_horizon=10)
+    PPOConfig(batch_size=64, minibatch_size=16, micro_batch_size=16, kl_horizon=13)
+    PPOConfig(batch_size=64, minibatch_size=16, micro_batch_size=16, kl_horizon=10, kl_control="fixed")

@@ -1,8 +1,12 @@
+import copy
+
 import pytest
 import torch
 from tiny_models import ARCHITECTURES, tiny_lm
+from transformers.activations import ACT2FN
 
 from rlhf_core import packing
+from rlhf_core.layers import exchange_layers
 from rlhf_core.packing import hidden_states, pack, packable, response_logprobs
 
 IDS = torch.tensor([[9, 1, 2, 3, 4], [5, 6, 7, 9, 9], [1, 2, 3, 4, 5]])
@@ -107,3 +111,26 @@ def test_models_in_training_mode_hooked_into_or_under_portable_numerics_go_their
     assert packable(hooked) is None
     monkeypatch.setattr(packing, "is_portable", lambda: True)
     assert packable(tiny_lm("gpt2")) is None
+
+
+@pytest.mark.parametrize("activation", ["gelu_new", "gelu", "relu", "silu"])
+def test_every_matrix_has_the_gradient_of_transformers_own_forward_after_sampling(activation):
+    """Blocks are remembered from the rollout, where no gradient is kept."""
+    model = tiny_lm("gpt2", seed=4)
+    for block in model.transformer.h:
+        block.mlp.act = ACT2FN[activation].eval()
+    exact, packed = copy.deepcopy(model).double(), pack(IDS, torch.ones_like(MASK), 3)
+    exchange_layers(model)
+    for gradients in (False, True):
+        with torch.set_grad_enabled(gradients):
+            blocks = packable(model)
+            hidden_MD = hidden_states(blocks, packed, packed.predicting_M)
+            logprobs, _ = response_logprobs(blocks, packed, hidden_MD, 1.0)
+    logits = exact(IDS).logits[:, 1:-1].log_softmax(-1)
+    expected = logits.gather(-1, IDS[:, 2:, None])[..., 0]
+    parameters = dict(model.named_parameters())
+    found = torch.autograd.grad(logprobs.square().sum(), parameters.values(), allow_unused=True)
+    wanted = torch.autograd.grad(expected.square().sum(), [exact.get_parameter(name) for name in parameters])
+    for name, one, other in zip(parameters, found, wanted, strict=True):
+        assert one is not None, name
+        torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=1e-5, msg=name)

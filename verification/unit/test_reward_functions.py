@@ -159,3 +159,21 @@ def test_what_a_reward_option_says(tmp_path, monkeypatch):
     }.items():
         with pytest.raises(ValueError, match=re.escape(f"--reward {text!r}: ") + message):
             parse_reward(text)
+
+
+def test_what_a_function_or_its_module_changes_of_torch_is_put_back(module):
+    module(
+        "import torch\ntorch.set_grad_enabled(False)\ntorch.set_default_dtype(torch.float64)\ndef f(p, c): return [0.0]"
+    )
+
+    def changing(prompts, completions):
+        torch.set_grad_enabled(False)
+        torch.set_default_dtype(torch.float64)
+        return [0.0]
+
+    load_function("kit_test_rewards:f")
+    assert torch.is_grad_enabled()
+    assert torch.get_default_dtype() == torch.float32
+    call_function("mine:f", changing, ["p"], ["c"], 10)
+    assert torch.is_grad_enabled()
+    assert torch.get_default_dtype() == torch.float32
