@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from kernel_oracles import logp_and_entropy, same_bits, whitened
@@ -200,6 +201,22 @@ def test_the_last_of_more_than_two_to_the_31_elements_are_whitened(name):
     x[0, -8:], mask[0, -8:] = torch.linspace(-3, 5, 8), True
     alone = whiten(x[:, -8:].clone(), mask[:, -8:], backend=name)
     torch.testing.assert_close(whiten(x, mask, backend=name)[:, -8:], alone)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NATIVE)
+@pytest.mark.parametrize("shape", [(1, 2**31 + 37), (2**21 + 1, 1024)], ids=["one row", "many rows"])
+def test_the_last_of_more_than_two_to_the_31_elements_have_their_advantages(name, shape):
+    """What is zero and only read is never there (numpy asks for it so); the two results are, 16 GiB."""
+    needs(18)
+    rewards, values, mask = (torch.from_numpy(np.zeros(shape, kind)) for kind in (np.float32, np.float32, np.bool_))
+    rewards[-1, -8:], values[-1, -8:], mask[-1, -8:] = torch.arange(8.0), torch.linspace(-3, 5, 8), True
+    ends = [x[-1:, -8:].clone() for x in (rewards, values, mask)]
+    bootstrap = torch.full(shape[:1], 2.0)
+    found = gae(rewards, values, mask, gamma=0.99, lam=0.95, bootstrap=bootstrap, backend=name)
+    alone = gae(*ends, gamma=0.99, lam=0.95, bootstrap=bootstrap[-1:], backend=name)
+    assert all(same_bits(whole[-1:, -8:], end) for whole, end in zip(found, alone, strict=True))
+    assert all(torch.count_nonzero(whole) <= 8 for whole in found)
 
 
 FENCED = """
