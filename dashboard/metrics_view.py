@@ -99,11 +99,17 @@ def unjudged(run: Run) -> None:
     elif missing:
         lacking = sorted({metric for metrics in missing.values() for metric in metrics})
         names = ", ".join(rule.replace("_", " ") for rule in missing)
-        rules = "1 rule" if len(missing) == 1 else f"{len(missing)} rules"
         show(
-            f'<details class="kit-dim"><summary>{rules} not checked: the log lacks what they need</summary>'
+            f'<details class="kit-dim"><summary>{not_checked_in_words(len(missing))}</summary>'
             f"{text(names)}. The log has no {text(', '.join(lacking))}.</details>"
         )
+
+
+def not_checked_in_words(rules: int) -> str:
+    """Return how many rules could not look, and why."""
+    if rules == 1:
+        return "1 rule is not checked: the log lacks what it needs"
+    return f"{rules} rules are not checked: the log lacks what they need"
 
 
 def state(progress: Progress) -> str:

@@ -1,6 +1,5 @@
 """What a report says of a run: alerts, curves, time, operators, memory, completions. Imports no torch."""
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -125,7 +124,10 @@ def shown_metrics(columns: dict[str, np.ndarray]) -> dict[str, list[Metric]]:
 def _json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
-    tree = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        tree = runlog.parse_json(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}; the file was damaged or changed") from None
     return tree if isinstance(tree, dict) else {}
 
 

@@ -158,6 +158,16 @@ def test_a_row_of_timings_without_its_seconds_is_one_line(finished_run, tmp_path
     assert "timings.jsonl: step 3 has no step_time_s above 0 with a table stages_s of numbers" in outcome.complaint
 
 
+@pytest.mark.parametrize(("text", "why"), [('{"torch": ', "Expecting value"), ("[" * 100_000, "nested too deeply")])
+def test_an_environment_that_is_no_json_is_named_in_one_line(finished_run, tmp_path, text, why):
+    run = tmp_path / "run"
+    shutil.copytree(finished_run, run)
+    (run / "environment.json").write_text(text)
+    outcome = run_command("report", run)
+    assert outcome.code == 2
+    assert f"environment.json is not valid JSON: {why}" in outcome.complaint
+
+
 def test_a_metric_stands_under_the_question_of_the_alerts_that_speak_of_it():
     question_of = {name: question for question, names in QUESTIONS.items() for name in names}
     assert sum(map(len, QUESTIONS.values())) == len(question_of)
