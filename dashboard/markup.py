@@ -16,7 +16,8 @@ STYLE = """<style>
 [data-testid="stHeader"] button, [data-testid="stHeader"] button * {pointer-events: auto}
 .st-key-toolbar {padding-right: 3rem}
 .st-key-toolbar > div:first-child {flex: 1 1 15rem; min-width: 12rem}
-.st-key-questions > div {flex: 1 1 300px !important; min-width: min(300px, 100%) !important}
+.st-key-questions {display: grid !important; grid-template-columns: repeat(auto-fit, minmax(min(240px, 100%), 1fr))}
+.st-key-questions > div {width: auto !important; min-width: 0 !important}
 .st-key-split > div {flex: 1 1 360px !important; min-width: min(360px, 100%) !important}
 .st-key-split > div:first-child {flex: 1.6 1 620px !important}
 [class*="st-key-question_"] {gap: 0.35rem !important}

@@ -12,6 +12,7 @@ from dashboard.series import Curve
 from dashboard.state import Choice, go
 from dashboard.store import Progress, Run, Store
 from rlhf_core.alerting.alert import is_nonfinite
+from rlhf_core.alerting.questions import METRICS_OF
 from rlhf_core.alerting.rules import LEARNING
 from rlhf_core.alerting.thresholds import default_thresholds
 from rlhf_core.alerts import SEVERITIES, Alert, Severity, synthetic_alerts
@@ -243,7 +244,7 @@ def answer(
     question: str, metrics: Sequence[str], latest: Sequence[dict[str, float | None]], alerts: Sequence[Alert]
 ) -> tuple[str, str]:
     """Return what to say of a question, and in which colour: an alert weighs more than a range, in any of the runs."""
-    about = {*metrics, *questions.QUESTIONS.get(question, ())}
+    about = {*metrics, *METRICS_OF.get(question, ())}
     standing = [one for one in alerts if one.standing and one.severity != "info" and about & curve_names(one)]
     judged = [
         (name, row[name])

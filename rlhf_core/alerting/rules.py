@@ -58,7 +58,7 @@ RULES = (
     Rule(
         "targets_off_definition", EXACT, "Advantages or returns are not what rewards, KL penalty and values make them.",
         ("target_error",), above("target_error"),
-        "The KL penalty is missing or of a wrong sign, scores reach other rows or tokens, or GAE or whitening is wrong.",
+        "The KL penalty is missing or has a wrong sign, scores reach other rows or tokens, GAE or whitening is wrong.",
         "Check token rewards first (score on the last response token, −β per-token log-ratio), then γ, λ and the mask.",
     ),
     Rule(

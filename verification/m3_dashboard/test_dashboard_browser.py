@@ -5,6 +5,7 @@ import sys
 import time
 
 import pytest
+from dashboard_page import CHARTS
 from dashboard_runs import HOSTILE, append, make_run, metrics_row, sample_row, timing_row
 from dashboard_server import CHROMIUM, environment
 
@@ -49,7 +50,7 @@ def page(browser, server):
     assert complaints == []
 
 
-def drawn(page, count: int = 16) -> None:
+def drawn(page, count: int = CHARTS) -> None:
     page.wait_for_function(f"({DRAWN})() >= {count}")
 
 
@@ -79,7 +80,7 @@ def test_new_rows_show_within_three_seconds_in_the_charts_that_are_there(page, s
         f"before => JSON.stringify(({PIXELS})()) !== before", arg=page.evaluate("x => JSON.stringify(x)", before)
     )
     seen = page.evaluate("() => [...document.querySelectorAll('canvas.marks')].map(one => one.dataset.seen)")
-    assert seen == ["yes"] * 16
+    assert seen == ["yes"] * CHARTS
     assert "smooth=0.5" in page.url
     assert "run=growing" in page.url
 

@@ -3,7 +3,7 @@
 import os
 
 import pytest
-from dashboard_page import chart_count, html, page
+from dashboard_page import CHARTS, chart_count, html, page
 from dashboard_runs import append, finish, make_run, make_stage_run, metrics_row, timing_row
 
 from dashboard import kinds, questions
@@ -166,7 +166,7 @@ class TestPipelines:
         make_run(pipeline, "ppo", 12)
         for view in ("Metrics", "Completions", "Profile", "Compare"):
             assert "step 12 of 12" in html(page(run="pipe/ppo", view=view))
-        assert chart_count(page(run="pipe/ppo")) == 16
+        assert chart_count(page(run="pipe/ppo")) == CHARTS
 
     def test_what_is_beside_its_stages_is_not_reached_through_it(self, runs, pipeline):
         make_run(runs, "other", 3)

@@ -8,7 +8,7 @@ from collections import Counter
 import numpy as np
 import pyarrow as pa
 import pytest
-from dashboard_page import PAGE, chart_count, html, page, ran
+from dashboard_page import CHARTS, PAGE, chart_count, html, page, ran
 from dashboard_runs import append, lines, make_run, metrics_row, sample_row, timing_row
 from dashboard_server import ROOT, environment
 from streamlit.testing.v1 import AppTest
@@ -31,7 +31,7 @@ def test_the_newest_run_is_judged_when_none_is_chosen(runs):
     app = page()
     assert "Healthy" in html(app)
     assert "step 12 of 12" in html(app)
-    assert chart_count(app) == 16
+    assert chart_count(app) == CHARTS
     assert "Is it learning?" in html(app)
 
 
@@ -131,7 +131,7 @@ def test_the_state_is_read_from_the_url(runs):
     assert app.session_state["x"] == "tokens"
     assert app.session_state["smooth"] == 0.5
     assert (app.session_state["log"], app.session_state["all"], app.session_state["pause"]) == (True, True, True)
-    assert chart_count(app) > 16
+    assert chart_count(app) > CHARTS
 
 
 @pytest.mark.parametrize("name", ["../../etc", "/etc", "nothing", "<script>", ""])
@@ -203,7 +203,7 @@ def test_a_chart_keeps_its_specification_while_its_rows_grow(runs):
     append(run / "timings.jsonl", timing_row(4), timing_row(5))
     after = ran(app).get("vega_lite_chart")
     assert [chart.proto.spec for chart in after] == before
-    assert len(before) == 16
+    assert len(before) == CHARTS
 
 
 def test_no_file_of_the_dashboard_hides_a_module_of_python():
@@ -249,4 +249,4 @@ def test_a_log_of_one_row_and_one_of_gaps_alone_are_drawn(runs):
     append(gaps / "metrics.jsonl", *(metrics_row(step, kl=None, reward_mean=None) for step in range(1, 5)))
     append(gaps / "timings.jsonl", *(timing_row(step) for step in range(1, 5)))
     for query in ({}, {"log": "true"}, {"smooth": "0.9"}, {"x": "time_s", "last": "100"}):
-        assert chart_count(page(run=["one", "gaps"], **query)) == 16
+        assert chart_count(page(run=["one", "gaps"], **query)) == CHARTS
