@@ -199,6 +199,24 @@ def test_the_page_does_not_scroll_sideways_on_a_phone(page, server, view):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("view", ["Metrics", "Completions", "Profile", "Compare"])
+def test_the_names_of_all_views_are_seen_on_a_phone(page, server, view):
+    """The control would hide what does not fit, and scroll to what is chosen."""
+    if not (server.runs / "views").exists():
+        make_run(server.runs, "views", 3)
+    page.set_viewport_size({"width": 390, "height": 844})
+    page.goto(f"{server.url}/?run=views&view={view}")
+    page.wait_for_selector(".kit-strip")
+    hidden = page.evaluate(
+        "() => [...document.querySelectorAll('.st-key-view *')]"
+        ".filter(one => one.scrollWidth > one.clientWidth + 1 && getComputedStyle(one).overflowX !== 'visible')"
+        ".map(one => [one.scrollWidth, one.clientWidth])"
+    )
+    assert hidden == []
+    assert page.locator(".st-key-view button").count() == 4
+
+
+@pytest.mark.slow
 def test_a_completion_that_is_selected_stays_so_at_the_next_step_of_a_live_run(page, server):
     run = make_run(server.runs, "selected", 3, planned=9)
     page.goto(f"{server.url}/?run=selected&view=Completions")
