@@ -1,6 +1,5 @@
 """The folder of runs as the page may see it: names from its listing, files from inside it, never through a link."""
 
-import json
 import os
 import stat
 from pathlib import Path
@@ -117,7 +116,7 @@ def read_json(run: Path, *parts: str) -> dict[str, Any]:
         return {}
     with file:
         try:
-            found = json.loads(file.read(JSON_BYTES))
-        except (OSError, ValueError, RecursionError):
+            found = runlog.parse_json(file.read(JSON_BYTES))
+        except (OSError, ValueError):
             return {}
     return found if isinstance(found, dict) else {}

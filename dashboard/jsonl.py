@@ -1,7 +1,6 @@
 """Logs of steps, one JSON object a line, read as they grow: by byte offset, up to the last newline."""
 
 import io
-import json
 import math
 import os
 import time
@@ -14,6 +13,7 @@ import pyarrow as pa
 import pyarrow.json
 
 from dashboard.folder import open_plain
+from rlhf_core import runlog
 
 BLOCK_BYTES = 1 << 22
 LONGEST_LINE = 1 << 26
@@ -167,10 +167,10 @@ def _from_lines(lines: bytes) -> tuple[Columns, int]:
 def decode(line: bytes) -> dict[str, Any] | None:
     """Return a row, or None when the line is no JSON object with a whole number as its step."""
     try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
+        row = runlog.parse_json(line)
+    except ValueError:
         return None
-    if not isinstance(row, dict) or type(row.get("step")) is not int or abs(row["step"]) > 2**53:
+    if not isinstance(row, dict) or type(row.get("step")) is not int or abs(row["step"]) > runlog.LARGEST_STEP:
         return None
     return row
 

@@ -13,8 +13,12 @@ JUDGED = {"eval": (EXACT,)} | dict.fromkeys(SUPERVISED, (EXACT, STABLE, FAST))
 DATA_REPORT = ("data", "report.json")
 
 
-def kind_of(config: dict[str, Any]) -> str | None:
-    """Return the command that made a run, by its configuration; None where that is no configuration of ours."""
+def our_kind(config: dict[str, Any]) -> str | None:
+    """Return the command that made a run, by its configuration; None where that is no configuration of ours.
+
+    :func:`rlhf_core.runlog.kind_of` takes one that says nothing for that of ``rlhf train``. Here such a folder may be
+    the log of another trainer.
+    """
     known = {"ppo", "training", "judging"} & config.keys()
     return runlog.kind_of(config) if known else None
 
@@ -26,7 +30,7 @@ def judged_questions(kind: str | None) -> tuple[str, ...]:
 
 def planned_steps(run: Path, config: dict[str, Any]) -> int | None:
     """Return how many steps a run is to have: by its configuration or, where that leaves it open, by its data."""
-    kind = kind_of(config)
+    kind = our_kind(config)
     if kind == "train":
         return _count(config, "ppo", "steps")
     if kind in SUPERVISED:

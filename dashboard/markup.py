@@ -16,7 +16,8 @@ STYLE = """<style>
 [data-testid="stHeader"] button, [data-testid="stHeader"] button * {pointer-events: auto}
 .st-key-toolbar {padding-right: 3rem}
 .st-key-toolbar > div:first-child {flex: 1 1 15rem; min-width: 12rem}
-.st-key-questions > div {flex: 1 1 300px !important; min-width: min(300px, 100%) !important}
+.st-key-questions {display: grid !important; grid-template-columns: repeat(auto-fit, minmax(min(240px, 100%), 1fr))}
+.st-key-questions > div {width: auto !important; min-width: 0 !important}
 .st-key-split > div {flex: 1 1 360px !important; min-width: min(360px, 100%) !important}
 .st-key-split > div:first-child {flex: 1.6 1 620px !important}
 [class*="st-key-question_"] {gap: 0.35rem !important}
@@ -46,6 +47,13 @@ details.kit-dim {font-size: 0.85rem}
 .kit-question small {font-weight: 400; font-size: 0.75rem; color: var(--kit)}
 .kit-gone {border-left: 6px solid #d97706; padding: 0.3rem 0.8rem; overflow-wrap: anywhere}
 .kit-runs {display: flex; flex-wrap: wrap; gap: 0.2rem 1.1rem; font-size: 0.85rem; align-items: center}
+@media (max-width: 640px) {
+  .st-key-toolbar {padding-right: 0}
+  .st-key-toolbar > div:first-child {margin-right: 3rem}
+  .st-key-view, .st-key-view > * {max-width: 100%}
+  .st-key-view button {padding: 0 0.5rem; font-size: 0.85rem}
+  .st-key-view button p {font-size: 0.85rem}
+}
 .kit-dot {display: inline-block; width: 0.7rem; height: 0.7rem; border-radius: 50%; margin-right: 0.35rem}
 </style>"""
 

@@ -12,6 +12,7 @@ from dashboard.series import Curve
 from dashboard.state import Choice, go
 from dashboard.store import Progress, Run, Store
 from rlhf_core.alerting.alert import is_nonfinite
+from rlhf_core.alerting.questions import METRICS_OF
 from rlhf_core.alerting.rules import LEARNING
 from rlhf_core.alerting.thresholds import default_thresholds
 from rlhf_core.alerts import SEVERITIES, Alert, Severity, synthetic_alerts
@@ -99,11 +100,17 @@ def unjudged(run: Run) -> None:
     elif missing:
         lacking = sorted({metric for metrics in missing.values() for metric in metrics})
         names = ", ".join(rule.replace("_", " ") for rule in missing)
-        rules = "1 rule" if len(missing) == 1 else f"{len(missing)} rules"
         show(
-            f'<details class="kit-dim"><summary>{rules} not checked: the log lacks what they need</summary>'
+            f'<details class="kit-dim"><summary>{not_checked_in_words(len(missing))}</summary>'
             f"{text(names)}. The log has no {text(', '.join(lacking))}.</details>"
         )
+
+
+def not_checked_in_words(rules: int) -> str:
+    """Return how many rules could not look, and why."""
+    if rules == 1:
+        return "1 rule is not checked: the log lacks what it needs"
+    return f"{rules} rules are not checked: the log lacks what they need"
 
 
 def state(progress: Progress) -> str:
@@ -237,7 +244,7 @@ def answer(
     question: str, metrics: Sequence[str], latest: Sequence[dict[str, float | None]], alerts: Sequence[Alert]
 ) -> tuple[str, str]:
     """Return what to say of a question, and in which colour: an alert weighs more than a range, in any of the runs."""
-    about = {*metrics, *questions.QUESTIONS.get(question, ())}
+    about = {*metrics, *METRICS_OF.get(question, ())}
     standing = [one for one in alerts if one.standing and one.severity != "info" and about & curve_names(one)]
     judged = [
         (name, row[name])

@@ -3,7 +3,8 @@
 import dataclasses
 
 from dashboard.series import AXES
-from rlhf_core.alerting.rules import CLOSE, FAST, LEARNING, STABLE
+from rlhf_core.alerting.questions import METRICS_OF
+from rlhf_core.alerting.rules import LEARNING
 from rlhf_core.metrics import DPO_METRICS, EVAL_METRICS, METRICS, REWARD_METRICS, SFT_METRICS, TIMINGS, Metric
 
 TABLES = (METRICS, TIMINGS, SFT_METRICS, REWARD_METRICS, DPO_METRICS, EVAL_METRICS)
@@ -21,62 +22,6 @@ def _by_name() -> dict[str, Metric]:
 
 BY_NAME = _by_name()
 
-QUESTIONS: dict[str, tuple[str, ...]] = {
-    LEARNING: (
-        "loss",
-        "token_accuracy",
-        "accuracy",
-        "gap_mean",
-        "reward_margin",
-        "reward_mean",
-        "reward_var",
-        "explained_variance",
-        "response_length_mean",
-        "eos_rate",
-        "score_mean",
-        "value_loss",
-        "value_mean",
-        "return_mean",
-        "reward_length_corr",
-        "reward_zero_std_frac",
-    ),
-    STABLE: (
-        "entropy",
-        "grad_norm",
-        "clip_frac",
-        "ratio_max_dev_first",
-        "policy_loss",
-        "grad_norm_max",
-        "adv_var",
-        "lr",
-        "first_gradient_error",
-        "target_error",
-        "sampling_z",
-        "tokens_after_eos",
-        "value_gradient_share",
-    ),
-    CLOSE: (
-        "reward_chosen",
-        "reward_rejected",
-        "logprob_chosen",
-        "logprob_rejected",
-        "kl",
-        "kl_coef",
-        "approx_kl",
-        "rollout_logprob_diff_max",
-        "kl_k3",
-        "kl_target_error",
-        "rollout_logprob_diff_p99",
-    ),
-    FAST: (
-        "tokens_per_second",
-        "step_time_s",
-        "peak_mem_bytes",
-        "units",
-        "completions",
-        "response_tokens",
-    ),
-}
 CURVE_OF = {"kl_per_token": "kl", "rollout_logprob_diff": "rollout_logprob_diff_max"}
 """The curve on which an alert shows whose rule speaks of a figure that no log has."""
 FIRST = 4
@@ -93,9 +38,9 @@ def grouped(names: list[str], *, everything: bool) -> dict[str, list[str]]:
     """
     groups = {
         question: [name for name in metrics if name in names][: None if everything else FIRST]
-        for question, metrics in QUESTIONS.items()
+        for question, metrics in METRICS_OF.items()
     }
-    known = {name for metrics in QUESTIONS.values() for name in metrics} | {"step", *AXES}
+    known = {name for metrics in METRICS_OF.values() for name in metrics} | {"step", *AXES}
     others = [name for name in names if name not in known and "/" not in name]
     if others and (everything or not groups[LEARNING]):
         groups[OTHER] = others

@@ -12,6 +12,7 @@ from dashboard.metrics_view import verdict
 from dashboard.state import Choice
 from dashboard.store import Run, Store
 from rlhf_core import runlog
+from rlhf_core.alerting.questions import METRICS_OF
 from rlhf_core.terminal import printable
 
 MOST_SAMPLES = 200
@@ -198,7 +199,7 @@ def draw_step(run: Run, step: int) -> None:
         return
     timing = next(jsonl.rows_at(run.path, runlog.TIMINGS_FILE, step), {})
     numbers = jsonl.numbers(timing) | jsonl.numbers(row)
-    order = [name for metrics in questions.QUESTIONS.values() for name in metrics if name in numbers]
+    order = [name for metrics in METRICS_OF.values() for name in metrics if name in numbers]
     order += [name for name in numbers if name not in order and name != "step" and "/" not in name]
     st.dataframe(
         [step_row(name, numbers[name]) for name in order],

@@ -281,14 +281,14 @@ class Run:
             steps=steps,
             age_s=age_s,
             step_time_s=float(np.median(finite)) if len(finite) else None,
-            ended=kinds.ended(self.path, kinds.kind_of(config), last_step, steps),
+            ended=kinds.ended(self.path, kinds.our_kind(config), last_step, steps),
             bad_lines=self._bad_lines,
             read=min(read, 1.0),
         )
 
     def kind(self) -> str | None:
         """Return the command that made the run; None when its configuration is none of ours."""
-        return kinds.kind_of(self.config())
+        return kinds.our_kind(self.config())
 
     def config(self) -> dict[str, Any]:
         """Return ``config.json``; empty when it is not there or is none."""

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from rlhf_core.runlog import errors_name, sync_folder
+from rlhf_core.runlog import errors_name, parse_json, sync_folder
 
 MANIFEST = "manifest.json"
 _STEP_FOLDER = re.compile(r"step_(\d{6,})")
@@ -86,7 +86,7 @@ def check_folder(folder: Path) -> None:
         ValueError: a file is missing, was changed, or is not in the manifest; the message names it.
     """
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        manifest = parse_json((folder / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"{folder}: no readable {MANIFEST} ({error})") from None
     if not isinstance(manifest, dict):

@@ -182,7 +182,7 @@ def state_of(folder: Path, key: str) -> tuple[str, str]:
     if not folder.exists():
         return "new", "begins"
     try:
-        noted = json.loads((folder / STAGE_FILE).read_text(encoding="utf-8"))
+        noted = runlog.parse_json((folder / STAGE_FILE).read_text(encoding="utf-8"))
         noted_key, outputs = noted["key"], noted.get("outputs")
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return "again", f"has no readable {STAGE_FILE}, so it is done again"

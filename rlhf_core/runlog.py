@@ -24,6 +24,8 @@ ENVIRONMENT_FILE = "environment.json"
 CONFIG_FILE = "config.json"
 EVALUATION_FILE = "evaluation.json"
 STEP_LOGS = (METRICS_FILE, TIMINGS_FILE, SAMPLES_FILE)
+LARGEST_STEP = 2**53
+"""Up to here float64, in which curves are drawn and judged, holds every whole number."""
 
 
 _KINDS = {
@@ -108,6 +110,18 @@ def read_samples(run: Path) -> Iterator[dict[str, Any]]:
         yield row
 
 
+def parse_json(text: str | bytes) -> Any:
+    """Return the value of a JSON text.
+
+    Raises:
+        ValueError: it is no JSON, or nested too deeply to be read.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError(f"nested too deeply ({error})") from None
+
+
 def decode_row(line: bytes, where: str) -> dict[str, Any]:
     """Return the row of a line of a log.
 
@@ -115,12 +129,12 @@ def decode_row(line: bytes, where: str) -> dict[str, Any]:
         ValueError: it is not a JSON object with a step; the message says where.
     """
     try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
+        row = parse_json(line)
+    except ValueError as error:
         torn = "" if line.endswith(b"\n") else " (the last line is torn: the run was killed while writing; --resume it)"
         raise ValueError(f"{where}: not JSON: {error}{torn or '; the file was damaged or changed'}") from None
-    if not isinstance(row, dict) or type(row.get("step")) is not int:
-        raise ValueError(f"{where}: each line must be a JSON object with a whole number as its step")
+    if not isinstance(row, dict) or type(row.get("step")) is not int or abs(row["step"]) > LARGEST_STEP:
+        raise ValueError(f"{where}: each line must be a JSON object with a whole number as its step, of at most 2^53")
     return row
 
 

@@ -1,6 +1,5 @@
 """The configurations of the commands but ``rlhf train``, whose is in ``config``, and which command made a run."""
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -180,8 +179,8 @@ def require_training_run(run: Path) -> None:
     A configuration that cannot be read is left to what reads it.
     """
     try:
-        config = json.loads((run / runlog.CONFIG_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        config = runlog.parse_json((run / runlog.CONFIG_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return
     kind = runlog.kind_of(config) if isinstance(config, dict) else "train"
     _require(kind == "train", f"{run} is a run of rlhf {kind}; this command is for runs of rlhf train")

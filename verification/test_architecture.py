@@ -29,6 +29,7 @@ TORCH_FREE = (
     "alerting.tracks",
     "alerting.thresholds",
     "alerting.readers",
+    "alerting.translate",
     "alerting.watch",
     "data.reviews",
     "data.review_grammar",

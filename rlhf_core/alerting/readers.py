@@ -1,40 +1,44 @@
 """Logs of this trainer and of others as columns for the alerts: TRL, OpenRLHF, verl. Imports no torch.
 
-A column is a masked array: masked where a row does not have the metric, NaN where its value was not finite. What
-another trainer logs under a name of its own gets this project's name where it means the same; the rest keeps its own.
+A column is a masked array: masked where a row does not have the metric, NaN where its value was not finite. A line of
+this trainer that cannot be read is an error, for its logs are exact; one of another trainer is left out and reported,
+for those are often what was on a terminal.
 """
 
 import ast
-import json
 import re
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 
 from rlhf_core import runlog
 from rlhf_core.alerting.alert import Alert
+from rlhf_core.alerting.translate import Row, float_of, openrlhf_row, trl_row, verl_row
 
 Format = Literal["rlhf", "trl", "openrlhf", "verl"]
-Row = dict[str, float]
+Report = Callable[[str], None]
 Columns = dict[str, np.ndarray]
 
 
-def read_columns(path: Path, kind: Format = "rlhf") -> Columns:
+def read_columns(path: Path, kind: Format = "rlhf", report: Report = warnings.warn) -> Columns:
     """Return a log's columns.
 
     Args:
         path: a run's folder, or for another trainer its log: a folder that holds one, or the file.
         kind: which trainer wrote it.
+        report: hears, in one line, how many lines of another trainer's log could not be read, and of the first.
 
     Raises:
         FileNotFoundError: there is no log.
-        ValueError: it is not one of that trainer; the message names the file, the line and what is wrong.
+        ValueError: a line of ours is malformed, or none of another trainer can be read; the message names the file, the
+            line and what is wrong.
     """
     if kind == "rlhf":
         return columns_of(run_rows(path))
-    rows = {"trl": _trl_rows, "openrlhf": _openrlhf_rows, "verl": _verl_rows}[kind](path)
+    rows = {"trl": _trl_rows, "openrlhf": _openrlhf_rows, "verl": _verl_rows}[kind](path, report)
     return columns_of(_merged(rows))
 
 
@@ -96,7 +100,7 @@ def metrics_of(row: Mapping[str, Any], where: str) -> Row:
     """Return the numbers of a row of metrics.jsonl or timings.jsonl; null, which stands for NaN or infinity, is NaN.
 
     Raises:
-        ValueError: a value is neither a number nor null.
+        ValueError: a value is neither a number nor null, or a number that no float holds.
     """
     numbers: Row = {}
     for name, value in row.items():
@@ -104,7 +108,10 @@ def metrics_of(row: Mapping[str, Any], where: str) -> Row:
             continue
         if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
             raise ValueError(f"{where}: {name} is {value!r}; it must be a number or null")
-        numbers[name] = np.nan if value is None else float(value)
+        try:
+            numbers[name] = np.nan if value is None else float_of(name, value)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
     return numbers
 
 
@@ -116,102 +123,6 @@ def _whole_lines(path: Path) -> Iterator[tuple[int, bytes]]:
 
 
 # -- other trainers ----------------------------------------------------------------------------------------------------
-
-
-def _same(value: float) -> float:
-    return value
-
-
-def _square(value: float) -> float:
-    return value * value
-
-
-def _rest(value: float) -> float:
-    return 1.0 - value
-
-
-Names = Mapping[str, tuple[str, Callable[[float], float]]]
-
-TRL: Names = {
-    "objective/kl": ("kl", _same),
-    "objective/scores": ("reward_mean", _same),
-    "objective/rlhf_reward": ("score_mean", _same),
-    "policy/approxkl_avg": ("approx_kl", _same),
-    "policy/clipfrac_avg": ("clip_frac", _same),
-    "policy/entropy_avg": ("entropy", _same),
-    "loss/policy_avg": ("policy_loss", _same),
-    "loss/value_avg": ("value_loss", _same),
-    "kl": ("kl_k3", _same),
-    "reward": ("reward_mean", _same),
-    "reward_std": ("reward_var", _square),
-    "frac_reward_zero_std": ("reward_zero_std_frac", _same),
-    "completions/mean_length": ("response_length_mean", _same),
-    "completions/clipped_ratio": ("eos_rate", _rest),
-    "clip_ratio/region_mean": ("clip_frac", _same),
-    "sampling/sampling_logp_difference/mean": ("rollout_logprob_diff_mean", _same),
-    "learning_rate": ("lr", _same),
-    "step_time": ("step_time_s", _same),
-}
-"""Names of TRL's PPOTrainer and GRPOTrainer, and what makes them ours."""
-
-OPENRLHF: Names = {
-    "kl": ("kl_per_token", _same),
-    "reward": ("reward_mean", _same),
-    "group_reward_std": ("reward_var", _square),
-    "return": ("return_mean", _same),
-    "values": ("value_mean", _same),
-    "critic_loss": ("value_loss", _same),
-    "response_length": ("response_length_mean", _same),
-    "truncated": ("eos_rate", _rest),
-    "response_clip_ratio": ("eos_rate", _rest),
-    "ppo_clip_ratio": ("clip_frac", _same),
-    "ppo_kl": ("approx_kl", _same),
-    "entropy_loss": ("entropy", _same),
-    "actor_grad_norm": ("grad_norm", _same),
-    "actor_lr": ("lr", _same),
-    "timing/step_total": ("step_time_s", _same),
-}
-
-VERL: Names = {
-    "actor/pg_loss": ("policy_loss", _same),
-    "actor/entropy": ("entropy", _same),
-    "actor/entropy_loss": ("entropy", _same),
-    "actor/kl_loss": ("kl_k3", _same),
-    "actor/reward_kl_penalty": ("kl_per_token", _same),
-    "actor/reward_kl_penalty_coeff": ("kl_coef", _same),
-    "actor/pg_clipfrac": ("clip_frac", _same),
-    "actor/ppo_kl": ("approx_kl", _same),
-    "actor/grad_norm": ("grad_norm", _same),
-    "actor/lr": ("lr", _same),
-    "critic/score/mean": ("reward_mean", _same),
-    "critic/rewards/mean": ("score_mean", _same),
-    "critic/vf_loss": ("value_loss", _same),
-    "critic/vf_explained_var": ("explained_variance", _same),
-    "critic/values/mean": ("value_mean", _same),
-    "critic/returns/mean": ("return_mean", _same),
-    "response_length/mean": ("response_length_mean", _same),
-    "response_length/clip_ratio": ("eos_rate", _rest),
-    "perf/throughput": ("tokens_per_second", _same),
-    "perf/time_per_step": ("step_time_s", _same),
-    "timing_s/step": ("step_time_s", _same),
-}
-
-STEP_NAMES = ("step", "global_step", "training/global_step", "_step")
-
-
-def _renamed(row: Mapping[str, Any], names: Names) -> Row:
-    """Return the numbers of a row under this project's names; text, lists and the like are left out."""
-    numbers = {
-        name.removeprefix("train/"): float(value)
-        for name, value in row.items()
-        if isinstance(value, int | float) and not isinstance(value, bool)
-    }
-    steps = [numbers[name] for name in STEP_NAMES if name in numbers]
-    renamed = {name: value for name, value in numbers.items() if name not in names and name not in STEP_NAMES}
-    for name, (ours, convert) in names.items():
-        if name in numbers:
-            renamed.setdefault(ours, convert(numbers[name]))
-    return renamed | ({"step": steps[0]} if steps and np.isfinite(steps[0]) else {})
 
 
 def _merged(rows: Iterable[Row]) -> list[Row]:
@@ -235,77 +146,135 @@ def _goes_on(before: Row, row: Row) -> bool:
     return before["step"] == row["step"] and row.keys() != both and all(before[name] == row[name] for name in both)
 
 
-def _trl_rows(path: Path) -> list[Row]:
+Entry = TypeVar("Entry")
+
+
+def _readable(
+    entries: Iterable[tuple[str, Entry]],
+    read: Callable[[Entry], Row],
+    report: Report,
+    file: Path,
+    wanted: str,
+) -> list[Row]:
+    """Return what is read of each entry, where that holds something at a step; what cannot be read is left out.
+
+    Raises:
+        ValueError: nothing could be read.
+    """
+    rows: list[Row] = []
+    left_out, first = 0, ""
+    for where, entry in entries:
+        try:
+            row = read(entry)
+        except ValueError as error:
+            left_out, first = left_out + 1, first or f"{where}: {error}"
+            continue
+        if "step" in row and len(row) > 1:
+            rows.append(row)
+    if not rows:
+        raise ValueError(f"{file} holds no {wanted}; is --format right?{f' ({first})' if first else ''}")
+    if left_out:
+        these = "1 row that cannot be read is" if left_out == 1 else f"{left_out} rows that cannot be read are"
+        report(f"{these} left out; the first is {first}")
+    return rows
+
+
+def _trl_rows(path: Path, report: Report) -> list[Row]:
     file = _trl_file(path)
-    try:
-        tree = json.loads(file.read_bytes())
-        history = tree["log_history"] if isinstance(tree, dict) else tree
-    except (ValueError, RecursionError, KeyError) as error:
-        raise ValueError(f"{file} is no trainer_state.json: {error!r}; it must be JSON with a log_history") from None
+    tree = _trl_state(file)
+    history = tree.get("log_history") if isinstance(tree, dict) else tree
     if not isinstance(history, list) or not all(isinstance(row, dict) for row in history):
-        raise ValueError(f"{file}: log_history must be a list of objects")
-    rows = []
-    for row in history:
-        renamed = _renamed(row, TRL)
-        kl, penalty = row.get("objective/kl"), row.get("objective/non_score_reward")
-        if isinstance(kl, float) and isinstance(penalty, float) and abs(kl) > 1e-3:
-            renamed["kl_coef"] = -penalty / kl  # as the trainer makes the penalty: the mean of −β Σ_t log-ratio
-        rows.append(renamed)
-    return _checked(rows, file, "rows with a step")
+        raise ValueError(f"{file} is no trainer_state.json; it must be JSON with a log_history, a list of objects")
+    entries = ((f"{file}, entry {number} of log_history", row) for number, row in enumerate(history, start=1))
+    return _readable(entries, trl_row, report, file, "rows with a step")
+
+
+def _trl_state(file: Path) -> Any:
+    try:
+        return runlog.parse_json(file.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{file} is no trainer_state.json: {error}; it must be JSON with a log_history") from None
 
 
 def _trl_file(path: Path) -> Path:
+    """Return the state of the highest step: a run that goes on leaves an older one in the folder that it saves to."""
     if path.is_file():
         return path
-    states = sorted(path.glob("checkpoint-*/trainer_state.json"), key=lambda one: (len(one.parent.name), str(one)))
-    for file in (path / "trainer_state.json", *reversed(states)):
-        if file.is_file():
-            return file
-    raise FileNotFoundError(
-        f"no trainer_state.json in {str(path)!r} nor in a checkpoint-N of it; give the folder that TRL saved to, "
-        "or the file"
-    )
+    files = [path / "trainer_state.json", *sorted(path.glob("checkpoint-*/trainer_state.json"))]
+    found = [file for file in files if file.is_file()]
+    if not found:
+        raise FileNotFoundError(
+            f"no trainer_state.json in {str(path)!r} nor in a checkpoint-N of it; give the folder that TRL saved to, "
+            "or the file"
+        )
+    return max(found, key=_trl_step)
 
 
-def _verl_rows(path: Path) -> list[Row]:
+def _trl_step(file: Path) -> int:
+    """Return the step of a state: of a checkpoint the one in its name, which needs no reading."""
+    if named := re.fullmatch(r"checkpoint-(\d+)", file.parent.name):
+        return int(named[1])
+    tree = _trl_state(file)
+    step = tree.get("global_step") if isinstance(tree, dict) else None
+    return step if type(step) is int else -1
+
+
+_VERL_LINE = re.compile(r"\bstep:(\d+)( - .*)")
+_VERL_PAIR = re.compile(r"(.+?):(?:np\.\w+\()?([-+]?(?:\d+(?:\.\d*)?(?:e[-+]?\d+)?|nan|inf))\)?(?=\s|$)", re.IGNORECASE)
+"""A name, which may have spaces and colons in it, and its number; what stands behind that is no part of it."""
+
+
+def _verl_rows(path: Path, report: Report) -> list[Row]:
     file = _log_file(path)
-    rows = []
-    for number, line in _lines(file):
-        if line.startswith("{"):
-            tree = _json(line, f"{file}:{number}")
-            data = tree["data"] if isinstance(tree.get("data"), dict) else tree
-            rows.append(_verl_row({"step": tree.get("step"), **data}))
-        elif match := re.search(r"\bstep:(\d+)((?: - [^\s:]+:\S+)+)", line):
-            pairs = (pair.rpartition(":") for pair in match[2].split(" - ")[1:])
-            rows.append(_verl_row({"step": int(match[1])} | {name: _number(name, text) for name, _, text in pairs}))
-    return _checked(rows, file, "lines such as 'step:1 - actor/pg_loss:0.1 - …', nor JSON with a step and data")
+    wanted = "lines such as 'step:1 - actor/pg_loss:0.1 - …', nor JSON with a step and data"
+    return _readable(_lines(file), _verl_line, report, file, wanted)
 
 
-def _verl_row(row: Mapping[str, Any]) -> Row:
-    renamed = _renamed(row, VERL)
-    for ours, theirs in (("reward_var", "critic/score"), ("adv_var", "critic/advantages")):
-        if {f"{theirs}/max", f"{theirs}/min"} <= renamed.keys():
-            # The most that a variance can be between two ends (Popoviciu), and 0 exactly where all are equal.
-            renamed[ours] = ((renamed[f"{theirs}/max"] - renamed[f"{theirs}/min"]) / 2) ** 2
-    if "perf/max_memory_allocated_gb" in renamed:
-        renamed["peak_mem_bytes"] = renamed["perf/max_memory_allocated_gb"] * 2**30
-    return renamed
+def _verl_line(line: str) -> Row:
+    if line.startswith("{"):
+        tree = _object(line)
+        data = tree["data"] if isinstance(tree.get("data"), dict) else tree
+        return verl_row({"step": tree.get("step"), **data})
+    match = _VERL_LINE.search(line)
+    return verl_row({"step": int(match[1])} | _verl_pairs(match[2])) if match else {}
 
 
-def _openrlhf_rows(path: Path) -> list[Row]:
+def _verl_pairs(text: str) -> dict[str, float]:
+    """Return the metrics of ``" - a/b:0.1 - c d/e:0.2"``; a part without a colon is the beginning of the next name."""
+    pairs: dict[str, float] = {}
+    begun = ""
+    for part in text.split(" - ")[1:]:
+        found = _VERL_PAIR.match(begun + part)
+        if found and not (_MAY_BE_TINY.fullmatch(found[1]) and re.fullmatch(r"-?0\.000", found[2])):
+            pairs[found[1]] = float(found[2])
+        begun = "" if ":" in part else f"{begun}{part} - "
+    return pairs
+
+
+_MAY_BE_TINY = re.compile(r".*/(lr|grad_norm|ppo_kl|kl_loss|reward_kl_penalty)")
+"""Metrics of which 0.000 only says that they are small."""
+
+
+def _openrlhf_rows(path: Path, report: Report) -> list[Row]:
     file = _log_file(path)
-    rows = []
-    for number, line in _lines(file):
-        if line.startswith("{"):
-            rows.append(_renamed(_json(line, f"{file}:{number}"), OPENRLHF))
-        elif match := re.search(r"[Gg]lobal[ _]step:? (\d+): (\{.*\})", line):
-            try:
-                # Python's own spelling of a dictionary, but for what is not finite; 1e999 is infinity.
-                status = ast.literal_eval(re.sub(r"(?<=: )-?(?:nan|inf)\b", "1e999", match[2]))
-            except (ValueError, SyntaxError, RecursionError, MemoryError):
-                raise ValueError(f"{file}:{number}: the status is no dictionary of numbers") from None
-            rows.append(_renamed({**status, "step": int(match[1])}, OPENRLHF))
-    return _checked(rows, file, "lines such as 'Global step 1: {…}', nor JSON with a step or global_step")
+    wanted = "lines such as 'Global step 1: {…}', nor JSON with a step or global_step"
+    return _readable(_lines(file), _openrlhf_line, report, file, wanted)
+
+
+def _openrlhf_line(line: str) -> Row:
+    if line.startswith("{"):
+        return openrlhf_row(_object(line))
+    match = re.search(r"[Gg]lobal[ _]step:? (\d+): (\{.*\}|\{.*)", line)
+    if not match:
+        return {}
+    try:
+        # Python's own spelling of a dictionary, but for what is not finite; 1e999 is infinity.
+        status = ast.literal_eval(re.sub(r"(?<=: )-?(?:nan|inf)\b", "1e999", match[2]))
+    except (ValueError, SyntaxError, RecursionError, MemoryError):
+        status = None
+    if not isinstance(status, dict):
+        raise ValueError("the status is no dictionary of numbers")
+    return openrlhf_row({**status, "step": int(match[1])})
 
 
 def _log_file(path: Path) -> Path:
@@ -326,40 +295,20 @@ def _log_file(path: Path) -> Path:
 _TERMINAL = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 
 
-def _lines(file: Path) -> Iterator[tuple[int, str]]:
-    """Yield the lines without a terminal's colours; a last JSON line that is being written is left out."""
+def _lines(file: Path) -> Iterator[tuple[str, str]]:
+    """Yield the lines without a terminal's colours, each with its place; one that is being written is left out."""
     with file.open(encoding="utf-8", errors="replace") as lines:
         for number, line in enumerate(lines, start=1):
             text = _TERMINAL.sub("", line).strip()
-            if text and (line.endswith("\n") or not text.startswith("{")):
-                yield number, text
+            if text and line.endswith("\n"):
+                yield f"{file}:{number}", text
 
 
-def _json(line: str, where: str) -> dict[str, Any]:
+def _object(line: str) -> dict[str, Any]:
     try:
-        tree = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where}: not JSON: {error}; the file was damaged or changed") from None
+        tree = runlog.parse_json(line)
+    except ValueError as error:
+        raise ValueError(f"not JSON: {error}") from None
     if not isinstance(tree, dict):
-        raise ValueError(f"{where}: each line must be a JSON object")
+        raise ValueError("it must be a JSON object")
     return tree
-
-
-_MAY_BE_TINY = re.compile(r".*/(lr|grad_norm|ppo_kl|kl_loss|reward_kl_penalty)")
-
-
-def _number(name: str, text: str) -> float | None:
-    """Return the number of a console's metric; None where there is none, and where 0.000 only says that it is small."""
-    if _MAY_BE_TINY.fullmatch(name) and re.fullmatch(r"-?0\.000", text):
-        return None
-    try:
-        return float(re.sub(r"^np\.\w+\((.*)\)$", r"\1", text))
-    except ValueError:
-        return None
-
-
-def _checked(rows: list[Row], file: Path, wanted: str) -> list[Row]:
-    rows = [row for row in rows if "step" in row and len(row) > 1]
-    if not rows:
-        raise ValueError(f"{file} holds no {wanted}; is --format right?")
-    return rows

@@ -58,7 +58,7 @@ RULES = (
     Rule(
         "targets_off_definition", EXACT, "Advantages or returns are not what rewards, KL penalty and values make them.",
         ("target_error",), above("target_error"),
-        "The KL penalty is left out or turned round, scores reach other rows or tokens, or GAE or whitening is wrong.",
+        "The KL penalty is missing or has a wrong sign, scores reach other rows or tokens, GAE or whitening is wrong.",
         "Check token rewards first (score on the last response token, −β per-token log-ratio), then γ, λ and the mask.",
     ),
     Rule(
@@ -74,7 +74,7 @@ RULES = (
         "Sample at the temperature of the loss, without top-k and top-p, from the weights that are trained.",
     ),
     Rule(
-        "tokens_after_end", EXACT, "Tokens behind a sequence's end count as response.", ("tokens_after_eos",),
+        "tokens_after_end", EXACT, "Tokens after a sequence's end count as response.", ("tokens_after_eos",),
         above("tokens_after_eos"),
         "The response mask covers padding, or the sampler does not stop at the end-of-sequence token.",
         "Build the mask from the first end-of-sequence token; check that sampler and trainer have the same id for it.",
@@ -82,7 +82,7 @@ RULES = (
     Rule(
         "kl_controller_off", EXACT, "The KL coefficient moves as no target of the KL can make it.",
         ("kl_target_error", "kl_coef", "kl"), judges.controller,
-        "The controller is turned round, steers by another KL than the logged one, or its target moves.",
+        "The controller has a wrong sign, steers by another KL than the logged one, or its target moves.",
         "Check that the coefficient grows while kl lies above kl_target, and falls while it lies below.",
     ),
     # -- is the policy still close? ------------------------------------------------------------------------------------
@@ -199,7 +199,7 @@ RULES = (
     ),
     Rule(
         "reward_falling", LEARNING, "The reward is falling.", ("reward_mean",), judges.reward_falling,
-        "A sign turned round, a penalty stronger than the reward, or a policy that falls apart.",
+        "A wrong sign, a penalty stronger than the reward, or a policy that falls apart.",
         "Compare reward_mean with score_mean and kl·kl_coef; read the completions before and after.",
     ),
     Rule(

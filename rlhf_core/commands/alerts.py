@@ -1,6 +1,7 @@
 """``rlhf alerts``."""
 
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +38,9 @@ class Options:
     run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")] = "latest"
     """A run: its name under --runs, or its folder. With another --format: the log, or the folder that holds it."""
     format: readers.Format = "rlhf"
-    """Which trainer wrote the log: trl reads trainer_state.json, openrlhf and verl read JSONL or console output."""
+    """Which trainer wrote the log: trl reads trainer_state.json, openrlhf and verl read JSONL or console output.
+
+    Rows of these three that cannot be read are left out, and standard error says how many."""
     config: Path | None = None
     """A .toml file that changes severities and thresholds; the defaults are rlhf_core/alerts.toml."""
     json: bool = False
@@ -58,7 +61,7 @@ def run(arguments: list[str]) -> int:
         age_s = _age_s(folder, columns)
     else:
         folder = Path(options.run)
-        columns = readers.read_columns(folder, options.format)
+        columns = readers.read_columns(folder, options.format, _note)
     monitor.extend(columns)
     alerts = worst_first([*monitor.alerts(age_s), *unlogged])
     if options.json:
@@ -66,6 +69,11 @@ def run(arguments: list[str]) -> int:
     else:
         _print(columns["step"], alerts, monitor.not_checked())
     return int(any(alert.severity == "critical" and alert.standing for alert in alerts))
+
+
+def _note(line: str) -> None:
+    """Print a line on standard error, where it is no part of the JSON."""
+    print(f"rlhf: {printable(line)}", file=sys.stderr)
 
 
 def _read_run(folder: Path) -> tuple[Mapping[str, np.ndarray], list[Alert]]:

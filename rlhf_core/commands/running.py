@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import dataclasses
-import json
 import shlex
 import sys
 from collections.abc import Callable
@@ -196,7 +195,7 @@ def _out_of_memory(error: Exception) -> bool:
 def working_directory(run: Path) -> Path | None:
     """Return the directory that a run was begun in, as its ``environment.json`` has it; None when it has none."""
     try:
-        found = json.loads((run / runlog.ENVIRONMENT_FILE).read_text(encoding="utf-8")).get("working_directory")
+        found = runlog.parse_json((run / runlog.ENVIRONMENT_FILE).read_text(encoding="utf-8")).get("working_directory")
     except (OSError, ValueError, AttributeError):
         return None
     return Path(found) if isinstance(found, str) else None

@@ -1,6 +1,5 @@
 """What a report says of a run: alerts, curves, time, operators, memory, completions. Imports no torch."""
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ import numpy as np
 
 from rlhf_core import runlog
 from rlhf_core.alerting import readers
-from rlhf_core.alerting.rules import CLOSE, EXACT, FAST, LEARNING, STABLE
+from rlhf_core.alerting.questions import METRICS_OF
 from rlhf_core.alerting.thresholds import default_thresholds
 from rlhf_core.alerts import Alert, Monitor, worst_first
 from rlhf_core.checks.metrics_check import is_number
@@ -26,23 +25,6 @@ from rlhf_core.profiles.files import (
     read_table,
 )
 
-QUESTIONS: dict[str, tuple[str, ...]] = {
-    LEARNING: (
-        "reward_mean", "reward_var", "score_mean", "adv_var", "explained_variance", "value_mean", "return_mean",
-        "reward_length_corr", "reward_zero_std_frac", "response_length_mean", "eos_rate",
-    ),
-    STABLE: (
-        "entropy", "grad_norm", "grad_norm_max", "approx_kl", "clip_frac", "policy_loss", "value_loss",
-        "value_gradient_share", "lr",
-    ),
-    CLOSE: ("kl", "kl_k3", "kl_coef"),
-    FAST: ("tokens_per_second", "step_time_s", "peak_mem_bytes", "response_tokens"),
-    EXACT: (
-        "ratio_max_dev_first", "first_gradient_error", "target_error", "rollout_logprob_diff_max",
-        "rollout_logprob_diff_p99", "sampling_z", "tokens_after_eos", "kl_target_error",
-    ),
-}  # fmt: skip
-"""The metrics of each question; what an alert speaks of stands under the alert's question."""
 PACKED = ("gpt2", "llama")
 """The model types whose native updates hold no logits: see :mod:`rlhf_core.packing`."""
 TOP_OPERATORS = 15
@@ -118,14 +100,17 @@ def shown_metrics(columns: dict[str, np.ndarray]) -> dict[str, list[Metric]]:
     table = {metric.name: metric for metric in (*METRICS, *TIMINGS)}
     return {
         question: [table[name] for name in names if name in table and name in columns]
-        for question, names in QUESTIONS.items()
+        for question, names in METRICS_OF.items()
     }
 
 
 def _json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
-    tree = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        tree = runlog.parse_json(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}; the file was damaged or changed") from None
     return tree if isinstance(tree, dict) else {}
 
 

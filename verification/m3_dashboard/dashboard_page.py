@@ -4,6 +4,8 @@ from dashboard_server import ROOT
 from streamlit.testing.v1 import AppTest
 
 PAGE = str(ROOT / "dashboard" / "page.py")
+CHARTS = 19
+"""Charts of a training with PPO: the first four of each question, and the three of closeness."""
 
 
 def page(**query) -> AppTest:

@@ -105,6 +105,15 @@ def test_bad_input_is_one_line_and_exits_2(tmp_path):
         assert any(part in outcome.complaint for part in complaint.split("|")), outcome.complaint
 
 
+def test_lines_of_another_trainer_that_cannot_be_read_are_said_beside_the_json(tmp_path):
+    log = tmp_path / "log.jsonl"
+    log.write_text('{"step": 1, "kl": 0.1}\n{"step": 2, "k\n{"step": 3, "kl": 0.1}\n')
+    outcome = alerts(log, "--format", "openrlhf", "--json")
+    assert outcome.code == 0
+    assert json.loads(outcome.out)["rows"] == 2
+    assert outcome.complaint.startswith(f"rlhf: 1 row that cannot be read is left out; the first is {log}:2: not JSON")
+
+
 def test_hostile_names_of_metrics_cannot_reach_the_terminal(tmp_path):
     run = tmp_path / "trainer_state.json"
     run.write_text(json.dumps({"log_history": [{"step": 1, "\x1b[2J[red]evil": float("inf")}]}))

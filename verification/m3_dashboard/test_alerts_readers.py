@@ -3,28 +3,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from alert_columns import found, standing, write
 
 from rlhf_core.alerting.readers import columns_of, read_columns, unlogged_alerts
-from rlhf_core.alerting.thresholds import default_thresholds
-from rlhf_core.alerts import check
 
 pytestmark = pytest.mark.m3
 
 TRL = Path(__file__).parent / "trl_1_16_grpo"
 """The states that two runs of TRL 1.16's GRPOTrainer saved: one that learns, and one with a hundred times its rate."""
-
-
-def found(columns):
-    return {alert.name: alert for alert in check(columns, default_thresholds())}
-
-
-def standing(columns, severity):
-    return {name for name, alert in found(columns).items() if alert.severity == severity and alert.standing}
-
-
-def write(path, *lines):
-    path.write_text("".join(f"{line}\n" for line in lines))
-    return path
 
 
 # -- this project's ----------------------------------------------------------------------------------------------------
@@ -92,6 +78,20 @@ def test_no_rows_are_columns_without_rows():
     assert columns_of([])["step"].tolist() == []
 
 
+@pytest.mark.parametrize(
+    ("line", "complaint"),
+    [
+        ('{"step": 2, "kl": 1' + "0" * 400 + "}", "kl is a number of 401 digits"),
+        ('{"step": 1' + "0" * 400 + ', "kl": 1}', "whole number as its step, of at most 2\\^53"),
+        ('{"step": 2, "kl": ' + "[" * 100_000 + "]" * 100_000 + "}", "nested too deeply"),
+    ],
+)
+def test_a_number_that_no_float_holds_and_nesting_without_end_are_named_by_line(tmp_path, line, complaint):
+    write(tmp_path / "metrics.jsonl", '{"step": 1, "kl": 1.0}', line)
+    with pytest.raises(ValueError, match=f"metrics.jsonl:2: .*{complaint}"):
+        read_columns(tmp_path)
+
+
 # -- TRL ---------------------------------------------------------------------------------------------------------------
 
 
@@ -115,6 +115,61 @@ def test_the_newest_checkpoint_is_read(tmp_path):
         (folder / "trainer_state.json").write_text(json.dumps({"log_history": [{"step": step, "kl": 1.0}]}))
     assert read_columns(tmp_path, "trl")["step"].tolist() == [100]
     assert read_columns(tmp_path / "checkpoint-9" / "trainer_state.json", "trl")["step"].tolist() == [9]
+
+
+@pytest.mark.parametrize(("top", "read"), [(90, 100), (100, 90), (110, 90)])
+def test_the_state_with_the_highest_step_is_read_be_it_a_checkpoints_or_the_folders(tmp_path, top, read):
+    """The folder's own is written at the end of a training; one that goes on then writes newer checkpoints."""
+    (tmp_path / "checkpoint-100").mkdir()
+    for file, step in (("checkpoint-100/trainer_state.json", 100), ("trainer_state.json", 90)):
+        state = {"global_step": step if step == 100 else top, "log_history": [{"step": step, "kl": 1.0}]}
+        (tmp_path / file).write_text(json.dumps(state))
+    assert read_columns(tmp_path, "trl")["step"].tolist() == [read]
+
+
+NAN = float("nan")
+
+
+def trl_history(**at_step_3):
+    usual = {"loss": 0.1, "reward": 0.5, "kl": 0.1, "grad_norm": 1.0, "rewards/code/mean": 0.5, "rewards/code/std": 0.1}
+    return [{"step": step} | usual | (at_step_3 if step == 3 else {}) for step in range(1, 6)]
+
+
+@pytest.mark.parametrize("name", ["rewards/code/mean", "rewards/code/std", "eval_rewards/my/code/mean"])
+def test_nan_of_a_reward_function_that_did_not_apply_is_no_value_and_no_alert(tmp_path, name):
+    path = write(tmp_path / "log.json", json.dumps(trl_history(**{name: NAN, "rewards/b/mean": 0.25})))
+    columns = read_columns(path, "trl")
+    assert name not in columns or columns[name].mask.tolist() == [False, False, True, False, False]
+    assert columns["rewards/b/mean"].compressed().tolist() == [0.25]
+    assert "nonfinite" not in found(columns)
+
+
+@pytest.mark.parametrize("name", ["reward", "loss", "kl", "grad_norm", "reward_std", "rewards/code"])
+def test_nan_in_what_always_applies_is_critical(tmp_path, name):
+    columns = read_columns(write(tmp_path / "log.json", json.dumps(trl_history(**{name: NAN}))), "trl")
+    alert = found(columns)["nonfinite"]
+    assert (alert.severity, alert.first_step) == ("critical", 3)
+
+
+def test_infinity_in_a_reward_function_is_critical(tmp_path):
+    columns = read_columns(
+        write(tmp_path / "log.json", json.dumps(trl_history(**{"rewards/code/mean": np.inf}))), "trl"
+    )
+    assert found(columns)["nonfinite"].metric == "rewards/code/mean"
+
+
+@pytest.mark.parametrize(
+    ("step", "complaint"),
+    [("1e300", "step is 1e+300; it must be a whole number"), ("1" + "0" * 400, "401 digits"), ("2.5", "step is 2.5")],
+)
+def test_an_impossible_step_of_trl_is_left_out_and_named(tmp_path, step, complaint):
+    path = write(tmp_path / "log.json", '[{"step": 1, "loss": 1}, {"step": ' + step + ', "loss": 1}]')
+    reports = []
+    assert read_columns(path, "trl", reports.append)["step"].tolist() == [1]
+    [report] = reports
+    assert "1 row that cannot be read is left out" in report
+    assert f"{path}, entry 2 of log_history: " in report
+    assert complaint in report
 
 
 def test_the_names_of_trls_ppo_mean_what_ours_mean(tmp_path):
@@ -181,94 +236,3 @@ def test_what_is_no_trainer_state_is_refused(tmp_path, text):
 def test_a_missing_log_is_named(tmp_path, kind):
     with pytest.raises(FileNotFoundError, match=str(tmp_path / "none")):
         read_columns(tmp_path / "none", kind)
-
-
-# -- verl --------------------------------------------------------------------------------------------------------------
-
-VERL_CONSOLE = (
-    "\x1b[36m(TaskRunner pid=87031)\x1b[0m step:83 - actor/entropy:0.317 - actor/kl_loss:0.024"
-    " - actor/pg_clipfrac:0.012 - actor/ppo_kl:-1.2e-05 - actor/grad_norm:0.006 - actor/lr:0.000"
-    " - critic/score/mean:0.906 - critic/score/max:1.000 - critic/score/min:0.000 - response_length/mean:330.437"
-    " - response_length/clip_ratio:0.004 - perf/throughput:901.5"
-)
-
-
-def test_a_console_line_of_verl_is_read(tmp_path):
-    path = write(
-        tmp_path / "train.log", "INFO starting", VERL_CONSOLE, "step:84 - actor/entropy:np.float64(0.3)", "bye"
-    )
-    columns = read_columns(path, "verl")
-    first = {name: column[0] for name, column in columns.items() if not np.ma.getmaskarray(column)[0]}
-    assert columns["step"].tolist() == [83, 84]
-    assert columns["entropy"].tolist() == [0.317, 0.3]
-    assert first["kl_k3"] == 0.024
-    assert first["approx_kl"] == -1.2e-05
-    assert first["reward_mean"] == 0.906
-    assert first["reward_var"] == 0.25
-    assert first["eos_rate"] == pytest.approx(0.996)
-    assert first["tokens_per_second"] == 901.5
-    assert "lr" not in first  # three decimals of a small number are not 0
-
-
-def test_the_file_logger_of_verl_is_read(tmp_path):
-    rows = [{"step": n, "data": {"actor/entropy": 1.0, "actor/lr": 1e-6, "critic/vf_loss": 0.1}} for n in (1, 2)]
-    write(tmp_path / "metrics.jsonl", *map(json.dumps, rows))
-    columns = read_columns(tmp_path, "verl")
-    assert columns["lr"].tolist() == [1e-6, 1e-6]
-    assert columns["value_loss"].tolist() == [0.1, 0.1]
-
-
-def test_trouble_in_a_log_of_verl_is_found(tmp_path):
-    lines = [f"step:{n} - actor/entropy:{0.9 if n < 20 else 0.02} - critic/score/mean:0.5" for n in range(1, 41)]
-    columns = read_columns(write(tmp_path / "run.log", *lines), "verl")
-    assert standing(columns, "critical") == {"entropy_collapse"}
-    assert found(columns)["entropy_collapse"].first_step == 20
-
-
-# -- OpenRLHF ----------------------------------------------------------------------------------------------------------
-
-
-def test_the_json_lines_of_openrlhf_are_read(tmp_path):
-    rows = [{"train/global_step": n, "train/kl": 0.01, "train/reward": 0.5, "train/actor_lr": 1e-6} for n in (1, 2)]
-    columns = read_columns(write(tmp_path / "log.jsonl", *map(json.dumps, rows)), "openrlhf")
-    assert columns["step"].tolist() == [1, 2]
-    assert columns["kl_per_token"].tolist() == [0.01, 0.01]
-    assert columns["reward_mean"].tolist() == [0.5, 0.5]
-
-
-def test_the_console_of_openrlhf_is_read(tmp_path):
-    lines = [
-        f"2025-01-01 INFO ✨ Global step {n}: {{'policy_loss': nan, 'kl': 0.5, 'actor_lr': 1e-06}}" for n in (1, 2)
-    ]
-    columns = read_columns(write(tmp_path / "train.log", "hello", *lines), "openrlhf")
-    assert columns["lr"].tolist() == [1e-6, 1e-6]
-    assert found(columns)["nonfinite"].metric == "policy_loss"
-
-
-def test_a_policy_of_openrlhf_that_runs_away_is_found(tmp_path):
-    rows = [{"global_step": n, "kl": 0.05 if n < 15 else 8.0, "reward": 0.5} for n in range(1, 30)]
-    columns = read_columns(write(tmp_path / "log.jsonl", *map(json.dumps, rows)), "openrlhf")
-    assert standing(columns, "critical") == {"kl_blow_up"}
-
-
-@pytest.mark.parametrize("kind", ["openrlhf", "verl"])
-@pytest.mark.parametrize("text", ["", "nothing here\n", '{"a": 1}\n', '{"step": 1}\n'])
-def test_a_log_without_metrics_is_refused(tmp_path, kind, text):
-    (tmp_path / "log.jsonl").write_text(text)
-    with pytest.raises(ValueError, match="is --format right"):
-        read_columns(tmp_path, kind)
-
-
-@pytest.mark.parametrize("line", ['{"step": 1, "data"', "Global step 1: {'kl': __import__('os')}"])
-def test_a_damaged_line_is_named(tmp_path, line):
-    path = write(tmp_path / "log.jsonl", '{"step": 1, "data": {"kl": 1}}', line)
-    kind = "openrlhf" if "Global" in line else "verl"
-    with pytest.raises(ValueError, match="log.jsonl:2: "):
-        read_columns(path, kind)
-
-
-def test_several_logs_in_a_folder_are_a_question(tmp_path):
-    for name in ("a.jsonl", "b.jsonl"):
-        write(tmp_path / name, "{}")
-    with pytest.raises(ValueError, match=r"several logs \(a.jsonl, b.jsonl\)"):
-        read_columns(tmp_path, "verl")

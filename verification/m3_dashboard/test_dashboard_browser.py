@@ -5,6 +5,7 @@ import sys
 import time
 
 import pytest
+from dashboard_page import CHARTS
 from dashboard_runs import HOSTILE, append, make_run, metrics_row, sample_row, timing_row
 from dashboard_server import CHROMIUM, environment
 
@@ -49,7 +50,7 @@ def page(browser, server):
     assert complaints == []
 
 
-def drawn(page, count: int = 16) -> None:
+def drawn(page, count: int = CHARTS) -> None:
     page.wait_for_function(f"({DRAWN})() >= {count}")
 
 
@@ -79,7 +80,7 @@ def test_new_rows_show_within_three_seconds_in_the_charts_that_are_there(page, s
         f"before => JSON.stringify(({PIXELS})()) !== before", arg=page.evaluate("x => JSON.stringify(x)", before)
     )
     seen = page.evaluate("() => [...document.querySelectorAll('canvas.marks')].map(one => one.dataset.seen)")
-    assert seen == ["yes"] * 16
+    assert seen == ["yes"] * CHARTS
     assert "smooth=0.5" in page.url
     assert "run=growing" in page.url
 
@@ -195,6 +196,24 @@ def test_the_page_does_not_scroll_sideways_on_a_phone(page, server, view):
         "() => document.querySelector('.stMain').scrollWidth - document.querySelector('.stMain').clientWidth"
     )
     assert wider <= 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("view", ["Metrics", "Completions", "Profile", "Compare"])
+def test_the_names_of_all_views_are_seen_on_a_phone(page, server, view):
+    """The control would hide what does not fit, and scroll to what is chosen."""
+    if not (server.runs / "views").exists():
+        make_run(server.runs, "views", 3)
+    page.set_viewport_size({"width": 390, "height": 844})
+    page.goto(f"{server.url}/?run=views&view={view}")
+    page.wait_for_selector(".kit-strip")
+    hidden = page.evaluate(
+        "() => [...document.querySelectorAll('.st-key-view *')]"
+        ".filter(one => one.scrollWidth > one.clientWidth + 1 && getComputedStyle(one).overflowX !== 'visible')"
+        ".map(one => [one.scrollWidth, one.clientWidth])"
+    )
+    assert hidden == []
+    assert page.locator(".st-key-view button").count() == 4
 
 
 @pytest.mark.slow

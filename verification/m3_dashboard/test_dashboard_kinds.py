@@ -3,7 +3,7 @@
 import os
 
 import pytest
-from dashboard_page import chart_count, html, page
+from dashboard_page import CHARTS, chart_count, html, page
 from dashboard_runs import append, finish, make_run, make_stage_run, metrics_row, timing_row
 
 from dashboard import kinds, questions
@@ -115,6 +115,15 @@ def test_rules_that_could_not_look_are_named_with_what_the_log_lacks(runs):
     assert "not checked" not in html(page(run="whole"))
 
 
+def test_one_rule_and_several_that_could_not_look_are_told_in_right_grammar(runs):
+    for name, lacking in (("one", ("reward_length_corr",)), ("more", ("reward_length_corr", "lr"))):
+        run = make_run(runs, name, 0, planned=9)
+        rows = [metrics_row(step) | timing_row(step) for step in range(1, 9)]
+        append(run / "metrics.jsonl", *({key: row[key] for key in row if key not in lacking} for row in rows))
+    assert "1 rule is not checked: the log lacks what it needs" in html(page(run="one"))
+    assert "2 rules are not checked: the log lacks what they need" in html(page(run="more"))
+
+
 @pytest.mark.parametrize("kind", ["sft", "reward", "dpo"])
 def test_a_command_without_completions_says_so_and_shows_the_metrics_of_its_step(runs, kind):
     make_stage_run(runs, kind, 3)
@@ -157,7 +166,7 @@ class TestPipelines:
         make_run(pipeline, "ppo", 12)
         for view in ("Metrics", "Completions", "Profile", "Compare"):
             assert "step 12 of 12" in html(page(run="pipe/ppo", view=view))
-        assert chart_count(page(run="pipe/ppo")) == 16
+        assert chart_count(page(run="pipe/ppo")) == CHARTS
 
     def test_what_is_beside_its_stages_is_not_reached_through_it(self, runs, pipeline):
         make_run(runs, "other", 3)

@@ -10,10 +10,11 @@ from html.parser import HTMLParser
 import pytest
 
 from rlhf_core import runlog
-from rlhf_core.alerting.rules import RULES
+from rlhf_core.alerting.questions import METRICS_OF
+from rlhf_core.alerting.rules import QUESTIONS, RULES
 from rlhf_core.config import TrainConfig
-from rlhf_core.metrics import METRICS, TIMINGS
-from rlhf_core.reporting.content import QUESTIONS, SAMPLES, last_samples, memory_advice, read_content
+from rlhf_core.metrics import DPO_METRICS, EVAL_METRICS, METRICS, REWARD_METRICS, SFT_METRICS, TIMINGS
+from rlhf_core.reporting.content import SAMPLES, last_samples, memory_advice, read_content
 from rlhf_core.testing.command import TINY_RUN, run_command
 
 pytestmark = [pytest.mark.m3, pytest.mark.usefixtures("reviews_drawn_once")]
@@ -158,10 +159,22 @@ def test_a_row_of_timings_without_its_seconds_is_one_line(finished_run, tmp_path
     assert "timings.jsonl: step 3 has no step_time_s above 0 with a table stages_s of numbers" in outcome.complaint
 
 
+@pytest.mark.parametrize(("text", "why"), [('{"torch": ', "Expecting value"), ("[" * 100_000, "nested too deeply")])
+def test_an_environment_that_is_no_json_is_named_in_one_line(finished_run, tmp_path, text, why):
+    run = tmp_path / "run"
+    shutil.copytree(finished_run, run)
+    (run / "environment.json").write_text(text)
+    outcome = run_command("report", run)
+    assert outcome.code == 2
+    assert f"environment.json is not valid JSON: {why}" in outcome.complaint
+
+
 def test_a_metric_stands_under_the_question_of_the_alerts_that_speak_of_it():
-    question_of = {name: question for question, names in QUESTIONS.items() for name in names}
-    assert sum(map(len, QUESTIONS.values())) == len(question_of)
-    assert question_of.keys() == {metric.name for metric in (*METRICS, *TIMINGS)}
+    question_of = {name: question for question, names in METRICS_OF.items() for name in names}
+    assert sum(map(len, METRICS_OF.values())) == len(question_of)
+    tables = (METRICS, TIMINGS, SFT_METRICS, REWARD_METRICS, DPO_METRICS, EVAL_METRICS)
+    assert question_of.keys() == {metric.name for table in tables for metric in table}
+    assert tuple(METRICS_OF) == QUESTIONS
     spoken_of = {rule.metrics[0]: set() for rule in RULES}
     for rule in RULES:
         spoken_of[rule.metrics[0]].add(rule.question)

@@ -173,6 +173,7 @@ DAMAGES = [
     (lambda folder: (folder / "manifest.json").unlink(), "no readable manifest.json .*No such file"),
     (lambda folder: (folder / "manifest.json").write_text("{torn"), r"no readable manifest.json \(Expecting"),
     (lambda folder: (folder / "manifest.json").write_bytes(b"\xff"), r"no readable manifest.json \(.*utf-8"),
+    (lambda folder: (folder / "manifest.json").write_text("[" * 10**5), r"no readable manifest.json \(nested too deep"),
     (lambda folder: (folder / "manifest.json").write_text("[1]"), "manifest.json is not a table"),
     (lambda folder: (folder / "manifest.json").write_text("{}"), "is not in the manifest"),
     (lambda folder: (folder / "manifest.json").write_text('{"state.json": 3}'), "state.json does not have the SHA-256"),
