@@ -43,7 +43,7 @@ def gae(
 def tempered(logits: Tensor, temperature: float) -> Tensor:
     """Logits [..., V] over the temperature, up to a constant a row, so that the largest never overflows.
 
-    Where others do, the softmax is the limit of small temperatures: tokens with the largest logit share the probability.
+    Where others do, the softmax is the limit of low temperatures: those with the largest logit share the probability.
     """
     if temperature < 1.0 and logits.shape[-1] > 0:
         logits = logits - logits.detach().amax(-1, keepdim=True)
