@@ -15,6 +15,7 @@ from torch import nn
 from transformers import GPT2LMHeadModel, GPT2Model, LlamaForCausalLM, LlamaModel, PreTrainedModel
 
 from rlhf_core.layers import Projection, rowwise_of
+from rlhf_kernels.native import differentiable_once
 from rlhf_kernels.program import Matrix, Program, Turns, heads_in, programmable
 
 CAPTURING = "transformers.utils.output_capturing"
@@ -213,7 +214,7 @@ class _EmbedAndPass(torch.autograd.Function):
         return nn.functional.embedding(ids_N, weight_VD), weight_VD.view_as(weight_VD)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable_once
     def backward(
         ctx: Any, grad_ND: torch.Tensor | None, grad_VD: torch.Tensor | None
     ) -> tuple[torch.Tensor | None, None, None]:

@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from rlhf_kernels import gelu, layer_norm, linear, rms_norm, silu
 from rlhf_kernels.dense import GELU, SILU, Norm, Rowwise, serves
+from rlhf_kernels.native import differentiable_once
 from rlhf_kernels.products import linear_between, takes
 from rlhf_kernels.program import Matrix, Program
 
@@ -136,12 +137,12 @@ class _Softmax(torch.autograd.Function):
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+    @differentiable_once
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor]:
         # torch's own derivative adds a row up in an order that depends on the number of threads.
         (out,) = ctx.saved_tensors
         weighted = out * grad
-        return weighted.sub_(out * weighted.sum(dim=-1, keepdim=True))
+        return (weighted.sub_(out * weighted.sum(dim=-1, keepdim=True)),)
 
 
 def rowwise_attention(

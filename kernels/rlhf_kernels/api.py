@@ -10,21 +10,28 @@ from torch import Tensor
 
 from rlhf_kernels import ops, reference
 from rlhf_kernels.arguments import (
+    IGNORED,
+    TOP_K,
+    TOP_P,
     as_mask,
+    has_data,
     per_token,
     refuse_gradient,
     require_device,
     require_distributions,
     require_dtype,
+    require_labels,
     require_labels_in_range,
     require_like,
+    require_number,
     require_rank,
     require_shape,
     require_temperature,
+    require_tensors,
     require_uniforms,
 )
 from rlhf_kernels.dispatch import choose_backend
-from rlhf_kernels.native import native_serves
+from rlhf_kernels.native import native_serves, refuse_tangents
 
 _FLOATS = (torch.float32, torch.float64)
 _LOGITS = (torch.float32, torch.bfloat16, torch.float16)
@@ -73,11 +80,13 @@ def gae(
         TypeError: a dtype that does not fit.
         RuntimeError: an input requires a gradient; there is none, advantages are constants of the loss.
     """
+    require_tensors(rewards=rewards, values=values, mask=mask)
     require_rank("rewards", rewards, 2)
     require_dtype("rewards", rewards, _FLOATS)
     require_like("values", values, rewards)
     mask = as_mask(mask, rewards)
     if bootstrap is not None:
+        require_tensors(bootstrap=bootstrap)
         require_like("bootstrap", bootstrap, rewards, rewards.shape[:1])
     gamma, lam = per_token("gamma", gamma, rewards, mask), per_token("lam", lam, rewards, mask)
     gammas, lams = (x if isinstance(x, Tensor) else None for x in (gamma, lam))
@@ -131,7 +140,8 @@ def token_logprobs(
         logits: [..., V], float32, bfloat16 or float16 (float64 runs on the reference). Any strides: rows are read in
             place where the last dimension is contiguous.
         labels: [...], int64.
-        temperature: positive; the logits are divided by it.
+        temperature: at least 1e-30; the logits are divided by it. Where a quotient would overflow, results are the
+            limit of small temperatures: the largest logits share the probability.
         with_entropy: also return the entropy, in nats.
         ignore_index: a label that marks rows to skip.
         backend: auto, reference, cython or cuda.
@@ -145,13 +155,13 @@ def token_logprobs(
         ValueError: a shape, device or temperature that does not fit.
         TypeError: a dtype that does not fit.
     """
+    require_tensors(logits=logits, labels=labels)
     if logits.dim() == 0:
         raise ValueError("logits must have at least one dimension, [..., V], got a scalar")
     require_dtype("logits", logits, (*_LOGITS, torch.float64))
-    require_shape("labels", labels, logits.shape[:-1])
-    require_dtype("labels", labels, (torch.int64,))
-    require_device("labels", labels, logits)
+    require_labels(labels, logits.shape[:-1], logits)
     require_temperature(temperature)
+    require_number("ignore_index", ignore_index, IGNORED)
     if logits.shape[-1] == 0 and labels.numel() > 0:
         raise ValueError(f"logits have an empty vocabulary: shape {tuple(logits.shape)}")
     entropy: Tensor | None
@@ -159,6 +169,7 @@ def token_logprobs(
         require_labels_in_range(labels, logits.shape[-1], ignore_index)
         logp, entropy = reference.token_logprobs(logits, labels, temperature, with_entropy, ignore_index)
     else:
+        refuse_tangents(logits)
         logp, entropy = ops.token_logprobs(logits, labels, temperature, with_entropy, ignore_index)
     if not with_entropy:
         return logp
@@ -216,7 +227,8 @@ def linear_token_logprobs(
         weight: [V, H], the language-model head, same dtype.
         labels: [...], int64.
         bias: [V], same dtype.
-        temperature: positive; the logits are divided by it.
+        temperature: at least 1e-30; the logits are divided by it. Where a quotient would overflow, results are the
+            limit of small temperatures: the largest logits share the probability.
         with_entropy: also return the entropy, in nats.
         ignore_index: a label that marks rows to skip.
         keep_logits: spare the fourth product, or a part of it, on the CPU and without ``ignore_index``: keep the logits
@@ -231,17 +243,18 @@ def linear_token_logprobs(
         ValueError: a shape, device or temperature that does not fit.
         TypeError: a dtype that does not fit.
     """
+    require_tensors(hidden=hidden, weight=weight, labels=labels)
     if hidden.dim() == 0:
         raise ValueError("hidden must have at least one dimension, [..., H], got a scalar")
     require_dtype("hidden", hidden, (*_LOGITS, torch.float64))
     require_rank("weight", weight, 2)
     require_like("weight", weight, hidden, torch.Size((weight.shape[0], hidden.shape[-1])))
     if bias is not None:
+        require_tensors(bias=bias)
         require_like("bias", bias, hidden, weight.shape[:1])
-    require_shape("labels", labels, hidden.shape[:-1])
-    require_dtype("labels", labels, (torch.int64,))
-    require_device("labels", labels, hidden)
+    require_labels(labels, hidden.shape[:-1], hidden)
     require_temperature(temperature)
+    require_number("ignore_index", ignore_index, IGNORED)
     if weight.shape[0] == 0 and labels.numel() > 0:
         raise ValueError(f"weight has an empty vocabulary: shape {tuple(weight.shape)}")
     entropy: Tensor | None
@@ -261,6 +274,7 @@ def linear_token_logprobs(
 
         logp, entropy = KeepingLogits.apply(hidden, weight, labels, bias, temperature, with_entropy)
     else:
+        refuse_tangents(hidden, weight, bias)
         logp, entropy = ops.linear_token_logprobs(hidden, weight, labels, bias, temperature, with_entropy, ignore_index)
     if not with_entropy:
         return logp
@@ -286,7 +300,8 @@ def sample_tokens(
     Args:
         logits: [N, V], float32, bfloat16 or float16 (float64 runs on the reference).
         uniforms: [N], float32 or float64, in [0, 1).
-        temperature: positive; the logits are divided by it.
+        temperature: at least 1e-30; the logits are divided by it. Where a quotient would overflow, results are the
+            limit of small temperatures: the largest logits share the probability.
         top_k: keep the k most probable tokens, 0 = all.
         top_p: keep the smallest set of most probable tokens whose mass reaches top_p, 1.0 = all.
         backend: auto, reference or cython.
@@ -300,16 +315,15 @@ def sample_tokens(
             (NaN, +inf, or nothing but −inf), with its position.
         TypeError: a dtype that does not fit.
     """
+    require_tensors(logits=logits, uniforms=uniforms)
     require_rank("logits", logits, 2)
     require_dtype("logits", logits, (*_LOGITS, torch.float64))
     require_shape("uniforms", uniforms, logits.shape[:1])
     require_dtype("uniforms", uniforms, _FLOATS)
     require_device("uniforms", uniforms, logits)
     require_temperature(temperature)
-    if top_k < 0:
-        raise ValueError(f"top_k is {top_k}; it must be 0 (off) or positive")
-    if not 0.0 < top_p <= 1.0:
-        raise ValueError(f"top_p is {top_p}; it must be in (0, 1]")
+    require_number("top_k", top_k, TOP_K)
+    require_number("top_p", top_p, TOP_P)
     if logits.shape[1] == 0 and logits.shape[0] > 0:
         raise ValueError(f"logits have an empty vocabulary: shape {tuple(logits.shape)}")
     logits, uniforms = logits.detach(), uniforms.detach()
@@ -343,9 +357,10 @@ def whiten(x: Tensor, mask: Tensor, *, shift_mean: bool = True, backend: str = "
         TypeError: a dtype that does not fit.
         RuntimeError: x requires a gradient; there is none, whitened advantages are constants of the loss.
     """
+    require_tensors(x=x, mask=mask)
     require_dtype("x", x, _FLOATS)
     mask = as_mask(mask, x)
     refuse_gradient("whiten", x)
     if choose_backend(backend, x, _FLOATS) == "reference":
-        return reference.whiten(x, mask, shift_mean)
+        return reference.whiten(x, mask, shift_mean) if has_data(x) else torch.empty_like(x)
     return ops.whiten(x, mask, shift_mean)

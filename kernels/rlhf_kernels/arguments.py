@@ -1,11 +1,50 @@
 """What a user passes is checked here: each error names the value, its place and the rule."""
 
 import math
+import operator
+import reprlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
+
+from rlhf_kernels.native import carries_tangent
 
 MIN_TEMPERATURE = 1e-30
+
+
+class Rule(NamedTuple):
+    """What a number must be: a test of it, and the words that follow its value in an error."""
+
+    fits: Callable[[Any], bool]
+    says: str
+
+
+FRACTION = Rule(lambda x: 0.0 <= x <= 1.0, "must be a number in [0, 1]")
+TEMPERATURE = Rule(lambda x: MIN_TEMPERATURE <= x < math.inf, f"must be a finite number of at least {MIN_TEMPERATURE}")
+SCALE = Rule(math.isfinite, "must be a finite number")
+TOP_K = Rule(lambda x: operator.index(x) >= 0, "must be a whole number, 0 (off) or positive")
+TOP_P = Rule(lambda x: 0.0 < x <= 1.0, "must be a number in (0, 1]; 1.0 is off")
+IGNORED = Rule(lambda x: x is None or operator.index(x) == x, "must be a whole number, or None for no such label")
+
+
+def require_tensors(**arguments: object) -> None:
+    """Raise TypeError with the name and the value of the first argument that is no tensor."""
+    for name, argument in arguments.items():
+        if not isinstance(argument, Tensor):
+            raise TypeError(f"{name} is {reprlib.repr(argument)}; it must be a torch.Tensor")
+
+
+def require_number(name: str, number: Any, rule: Rule) -> None:
+    """Raise TypeError for what is no number, ValueError for a number that breaks the rule."""
+    try:
+        fits = rule.fits(number)
+    except (TypeError, RuntimeError):  # None, a string; a tensor of several numbers, or on the meta device
+        raise TypeError(f"{name} is {reprlib.repr(number)}; it {rule.says}") from None
+    if not fits:
+        raise ValueError(f"{name} is {number}; it {rule.says}")
 
 
 def require_rank(name: str, tensor: Tensor, rank: int) -> None:
@@ -23,7 +62,8 @@ def require_shape(name: str, tensor: Tensor, shape: torch.Size) -> None:
 def require_dtype(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
     """Raise TypeError unless the tensor has one of these dtypes."""
     if tensor.dtype not in dtypes:
-        raise TypeError(f"{name} must be {' or '.join(str(d) for d in dtypes)}, got {tensor.dtype}")
+        remedy = f"; pass {name}.long()" if dtypes == (torch.int64,) else ""
+        raise TypeError(f"{name} must be {' or '.join(str(d) for d in dtypes)}, got {tensor.dtype}{remedy}")
 
 
 def require_device(name: str, tensor: Tensor, other: Tensor) -> None:
@@ -37,6 +77,13 @@ def require_like(name: str, tensor: Tensor, other: Tensor, shape: torch.Size | N
     require_shape(name, tensor, other.shape if shape is None else shape)
     require_dtype(name, tensor, (other.dtype,))
     require_device(name, tensor, other)
+
+
+def require_labels(labels: Tensor, shape: torch.Size, other: Tensor) -> None:
+    """Raise unless the labels are int64, of this shape, and where the other is."""
+    require_shape("labels", labels, shape)
+    require_dtype("labels", labels, (torch.int64,))
+    require_device("labels", labels, other)
 
 
 def as_mask(mask: Tensor, other: Tensor) -> Tensor:
@@ -53,8 +100,7 @@ def as_mask(mask: Tensor, other: Tensor) -> Tensor:
 def per_token(name: str, number: float | Tensor, other: Tensor, mask: Tensor) -> float | Tensor:
     """The number, or the tensor expanded to the other's shape; either in [0, 1] where it counts."""
     if not isinstance(number, Tensor):
-        if not 0.0 <= number <= 1.0:
-            raise ValueError(f"{name} is {number}; it must be in [0, 1]")
+        require_number(name, number, FRACTION)
         return number
     require_dtype(name, number, (other.dtype,))
     require_device(name, number, other)
@@ -67,9 +113,14 @@ def per_token(name: str, number: float | Tensor, other: Tensor, mask: Tensor) ->
     return each
 
 
+def has_data(tensor: Tensor) -> bool:
+    """Whether a tensor is more than a shape: neither on the meta device nor fake."""
+    return not (tensor.is_meta or isinstance(tensor, FakeTensor))
+
+
 def has_values(tensor: Tensor) -> bool:
     """Whether values can be looked at: not while tracing or capturing a CUDA graph, and not without data."""
-    if torch.compiler.is_compiling() or tensor.device.type == "meta":
+    if torch.compiler.is_compiling() or not has_data(tensor):
         return False
     return not (tensor.is_cuda and torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())
 
@@ -85,19 +136,20 @@ def require_temperature(temperature: float) -> None:
     """Raise ValueError unless the temperature is finite, not too small to divide by, and asks for no gradient."""
     if isinstance(temperature, Tensor) and temperature.requires_grad:
         raise ValueError("temperature has no gradient: pass a number, or divide the logits by the tensor yourself")
-    if not MIN_TEMPERATURE <= temperature < math.inf:
-        raise ValueError(f"temperature is {temperature}; it must be finite and at least {MIN_TEMPERATURE}")
+    require_number("temperature", temperature, TEMPERATURE)
 
 
 def refuse_gradient(function: str, *tensors: Tensor | None) -> None:
-    """Raise RuntimeError if one of the tensors asks for a gradient that a function does not have."""
+    """Raise RuntimeError if one of the tensors asks for a gradient that a function does not have, or has a tangent."""
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         raise RuntimeError(f"{function} has no gradient: pass detached tensors, or call it under torch.no_grad()")
+    if carries_tangent(*tensors):
+        raise RuntimeError(f"{function} has no forward-mode derivative: pass detached tensors")
 
 
 def require_labels_in_range(labels: Tensor, vocabulary: int, ignore_index: int | None) -> None:
     """Raise IndexError with the first label outside [0, vocabulary) that is not ignored, and its position."""
-    if torch.compiler.is_compiling():  # the values are not known while tracing; gather checks them when it runs
+    if not has_values(labels):  # gather checks them when it runs
         return
     bad = (labels < 0) | (labels >= vocabulary)
     if ignore_index is not None:
@@ -110,6 +162,8 @@ def require_labels_in_range(labels: Tensor, vocabulary: int, ignore_index: int |
 
 def require_distributions(logits: Tensor) -> None:
     """Raise ValueError with the first row of logits [N, V] whose softmax is no distribution."""
+    if not has_values(logits):
+        return
     bad = ~logits.amax(-1).isfinite() if logits.numel() else torch.zeros(0, dtype=torch.bool)
     if bad.any():  # amax propagates NaN
         raise ValueError(f"logits of row {int(bad.nonzero()[0])} are no distribution: NaN, +inf, or nothing but -inf")
@@ -117,6 +171,8 @@ def require_distributions(logits: Tensor) -> None:
 
 def require_uniforms(uniforms: Tensor) -> None:
     """Raise ValueError with the first uniform number [N] outside [0, 1)."""
+    if not has_values(uniforms):
+        return
     bad = ~((uniforms >= 0.0) & (uniforms < 1.0))
     if bad.any():
         row = int(bad.nonzero()[0])

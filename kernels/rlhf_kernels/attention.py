@@ -13,7 +13,14 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from rlhf_kernels.arguments import require_dtype, require_rank, require_shape
+from rlhf_kernels.arguments import (
+    SCALE,
+    require_dtype,
+    require_number,
+    require_rank,
+    require_shape,
+    require_tensors,
+)
 from rlhf_kernels.native import differentiable_once, native_serves
 
 _native: Any
@@ -50,28 +57,34 @@ def attend(query_NHK: Tensor, key_NGK: Tensor, value_NGK: Tensor, starts: Tensor
     """
     _require_heads(query_NHK, key_NGK, value_NGK)
     _require_starts(starts, len(query_NHK))
+    require_number("scale", scale, SCALE)
     return cast("Tensor", _Attend.apply(query_NHK, key_NGK, value_NGK, starts, scale))
 
 
 def _require_heads(query: Tensor, key: Tensor, value: Tensor) -> None:
     """Raise unless these are float32 on the CPU, [N, H, K] and twice [N, G, K], G a divisor of H."""
+    require_tensors(query=query, key=key, value=value)
+    if _native is None or not native_serves(query, key, value):  # asked once for the three
+        for name, x in (("query", query), ("key", key), ("value", value)):
+            if not attends(x):
+                raise TypeError(f"{name} is {x.dtype} on {x.device}; native attention takes float32 on the CPU")
     for name, x in (("query", query), ("key", key), ("value", value)):
-        if not attends(x):
-            raise TypeError(f"{name} is {x.dtype} on {x.device}; native attention takes float32 on the CPU")
         require_rank(name, x, 3)
-    shared = key.shape[1]
-    if shared == 0 or query.shape[1] % shared:
-        raise ValueError(f"query has {query.shape[1]} heads, which the {shared} of key do not divide")
-    require_shape("key", key, torch.Size((len(query), shared, query.shape[2])))
+    (tokens, heads, width), shared = query.shape, key.shape[1]
+    if shared == 0 or heads % shared:
+        raise ValueError(f"query has {heads} heads, which the {shared} of key do not divide")
+    require_shape("key", key, torch.Size((tokens, shared, width)))
     require_shape("value", value, key.shape)
 
 
 def _require_starts(starts: Tensor, tokens: int) -> None:
     """Raise unless ``starts`` [B + 1] goes up from 0 to the number of tokens."""
+    require_tensors(starts=starts)
     require_rank("starts", starts, 1)
     require_dtype("starts", starts, (torch.int64,))
-    if len(starts) == 0 or starts[0] != 0 or starts[-1] != tokens or bool((starts.diff() < 0).any()):
-        raise ValueError(f"starts is {starts.tolist()}; it must go up from 0 to the {tokens} tokens there are")
+    places = starts.tolist()  # operators on tensors would take longer than the attention of a few tokens
+    if not places or places[0] != 0 or places[-1] != tokens or places != sorted(places):
+        raise ValueError(f"starts is {places}; it must go up from 0 to the {tokens} tokens there are")
 
 
 class Cache:
@@ -109,10 +122,12 @@ class Cache:
         """
         _require_heads(query_BHK, key_BGK, value_BGK)
         require_shape("key", key_BGK, torch.Size((*self.values_BGSK.shape[:2], self.values_BGSK.shape[3])))
+        require_tensors(lengths=lengths_B)
         require_shape("lengths", lengths_B, query_BHK.shape[:1])
         require_dtype("lengths", lengths_B, (torch.int64,))
-        if bool((lengths_B < 0).any()):
-            raise ValueError(f"lengths is {lengths_B.tolist()}; a row has no fewer than 0 tokens")
+        if min(lengths := lengths_B.tolist(), default=0) < 0:
+            raise ValueError(f"lengths is {lengths}; a row has no fewer than 0 tokens")
+        require_number("scale", scale, SCALE)
         rows, heads, width = query_BHK.shape
         shared, room = self.values_BGSK.shape[1:3]
         query_BHK, key_BGK, value_BGK = (_heads_side_by_side(x) for x in (query_BHK, key_BGK, value_BGK))

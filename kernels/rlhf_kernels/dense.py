@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from rlhf_kernels.arguments import has_data, require_tensors
 from rlhf_kernels.native import differentiable_once, native_serves, shown_as
 
 native: Any
@@ -34,6 +35,7 @@ def gelu(x: Tensor) -> Tensor:
     Args:
         x: any shape.
     """
+    require_tensors(x=x)
     return apply(GELU, x) if serves(_ACTIVATED, x) else functional.gelu(x, approximate="tanh")
 
 
@@ -45,6 +47,7 @@ def silu(x: Tensor) -> Tensor:
     Args:
         x: any shape.
     """
+    require_tensors(x=x)
     return apply(SILU, x) if serves(_ACTIVATED, x) else functional.silu(x)
 
 
@@ -59,6 +62,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Te
         bias: [D].
         eps: ε.
     """
+    require_tensors(x=x, weight=weight, bias=bias)
     fit = weight.shape == bias.shape == x.shape[-1:]
     if not (fit and serves((torch.float32,), x, weight, bias)):  # torch says what does not fit
         return functional.layer_norm(x, weight.shape, weight, bias, eps)
@@ -75,6 +79,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
         weight: [D].
         eps: ε.
     """
+    require_tensors(x=x, weight=weight)
     if not (weight.shape == x.shape[-1:] and serves((torch.float32,), x, weight)):
         return functional.rms_norm(x, weight.shape, weight, eps)
     return apply(Norm(eps, centered=False), x, weight)
@@ -82,6 +87,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
 
 def sum_of_squares(x: Tensor) -> float:
     """Return Σ x² of a tensor of any shape, added up in float64, in an order that does not depend on the threads."""
+    require_tensors(x=x)
     return sums_of_squares([x])[0]
 
 
@@ -89,6 +95,8 @@ def sums_of_squares(tensors: Iterable[Tensor]) -> list[float]:
     """Return :func:`sum_of_squares` of each tensor, at the cost of one call."""
     tensors = list(tensors)
     if not serves((torch.float32,), *tensors):
+        if not all(map(has_data, tensors)):
+            raise ValueError("there are no squares to add up: a tensor is on the meta device, or fake")
         return [float(x.detach().double().square().sum()) for x in tensors]
     lying = [x.t() if x.dim() == 2 and x.t().is_contiguous() else x.contiguous() for x in tensors]
     addresses = np.array([x.data_ptr() for x in lying], dtype=np.int64)

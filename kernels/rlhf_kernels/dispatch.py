@@ -60,7 +60,8 @@ def choose_backend(
     """The backend that runs this call: `reference`, `cython` or `cuda`.
 
     Args:
-        backend: what the caller asked for. `auto` yields to the environment variable RLHF_KERNELS_BACKEND.
+        backend: what the caller asked for. `auto` yields to the environment variable RLHF_KERNELS_BACKEND, unless that
+            is empty.
         tensor: the argument whose device and dtype decide.
         native_dtypes: what the native kernel takes; `auto` sends any other dtype to the reference.
         lacking: backends that have no kernel for this function.
@@ -70,9 +71,10 @@ def choose_backend(
         BackendUnavailableError: a backend that is not built, or is for another device.
         TypeError: a native backend was named and does not take this dtype.
     """
-    asked = os.environ.get(ENVIRONMENT_VARIABLE, "auto") if backend == "auto" else backend
+    asked = (os.environ.get(ENVIRONMENT_VARIABLE) or "auto") if backend == "auto" else backend
     if asked not in BACKENDS:
-        raise ValueError(f"backend is {asked!r}; choose one of {', '.join(BACKENDS)}")
+        who = ENVIRONMENT_VARIABLE if backend == "auto" else "backend"
+        raise ValueError(f"{who} is {asked!r}; choose one of {', '.join(BACKENDS)}")
     if asked == "reference":
         return asked
     native = _NATIVE_FOR_DEVICE.get(tensor.device.type)

@@ -9,6 +9,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from rlhf_kernels.native import refuse_tangents
+
 _LIBRARY = torch.library.Library("rlhf_kernels", "DEF")
 _SCHEMAS = (
     "gae(Tensor rewards, Tensor values, Tensor mask, Tensor? bootstrap, float gamma, float lam) -> (Tensor, Tensor)",
@@ -184,18 +186,20 @@ def _whiten_shapes(x: Tensor, mask: Tensor, shift_mean: bool) -> Tensor:
     return x.new_empty(x.shape)
 
 
+# A result is saved as a copy, because the caller's may be changed in place before the backward pass.
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    logits, labels, ctx.temperature, _, ctx.ignore_index = inputs
+    logits, labels, ctx.temperature, with_entropy, ctx.ignore_index = inputs
     _, entropy, statistics = output
     ctx.mark_non_differentiable(statistics)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(logits, labels, statistics, entropy)
+    ctx.save_for_backward(logits, labels, statistics, entropy.clone() if with_entropy else entropy)
 
 
 def _token_logprobs_gradient(
     ctx: Any, grad_logp: Tensor | None, grad_entropy: Tensor | None, _: Tensor | None
 ) -> tuple[Tensor | None, None, None, None, None]:
     logits, labels, statistics, entropy = ctx.saved_tensors
+    refuse_tangents(grad_logp, grad_entropy)
     if grad_logp is None and grad_entropy is None:
         return None, None, None, None, None
     grad_logits = torch.ops.rlhf_kernels.token_logprobs_backward(
@@ -210,17 +214,18 @@ torch.library.register_autograd(
 
 
 def _save_linear_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden, weight, labels, bias, ctx.temperature, _, ctx.ignore_index = inputs
+    hidden, weight, labels, bias, ctx.temperature, with_entropy, ctx.ignore_index = inputs
     _, entropy, statistics = output
     ctx.mark_non_differentiable(statistics)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(hidden, weight, labels, bias, statistics, entropy)
+    ctx.save_for_backward(hidden, weight, labels, bias, statistics, entropy.clone() if with_entropy else entropy)
 
 
 def _linear_token_logprobs_gradient(
     ctx: Any, grad_logp: Tensor | None, grad_entropy: Tensor | None, _: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     hidden, weight, labels, bias, statistics, entropy = ctx.saved_tensors
+    refuse_tangents(grad_logp, grad_entropy)
     needed = [ctx.needs_input_grad[i] for i in (0, 1, 3)]
     gradients: tuple[Tensor | None, ...] = (None, None, None)
     if grad_logp is not None or grad_entropy is not None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from rlhf_kernels.arguments import require_tensors
 from rlhf_kernels.dense import Rowwise, column_sums, value
 from rlhf_kernels.native import differentiable_once, native_serves
 
@@ -68,13 +69,14 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Returns:
         [..., N].
     """
+    require_tensors(x=x, weight=weight)
     if takes(x, weight, bias):
         return linear_between(x, weight, bias)
     if _fits(x, weight, bias) and _in_bfloat16(x, weight, bias) and widens():
         if torch.is_grad_enabled():
             bias_N = None if bias is None else bias.to(torch.bfloat16)
             return cast("Tensor", _WidenedLinear.apply(x.to(torch.bfloat16), weight.to(torch.bfloat16), bias_N))
-        return multiply_widened(_as_rows(x), weight.t(), bias).view(*x.shape[:-1], weight.shape[0])
+        return _widened_linear(x, weight, bias)
     return functional.linear(x, weight, bias)
 
 
@@ -134,7 +136,16 @@ def _linear(
 ) -> Tensor:
     x = x if before is None else value(before, x, *parameters)
     residual_MN = None if residual is None else _as_rows(residual)
-    return multiply(_as_rows(x), weight.t(), bias, residual_MN=residual_MN).view(*x.shape[:-1], weight.shape[0])
+    # A result that were a view of the rows could not be changed in place before the backward pass.
+    out = x.new_empty(*x.shape[:-1], weight.shape[0])
+    multiply(_as_rows(x), weight.t(), bias, residual_MN=residual_MN, out_MN=_as_rows(out))
+    return out
+
+
+def _widened_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    out = x.new_empty(*x.shape[:-1], weight.shape[0], dtype=torch.bfloat16)  # no view, as in _linear
+    multiply_widened(_as_rows(x), weight.t(), bias, out_MN=_as_rows(out))
+    return out
 
 
 def multiply(
@@ -257,7 +268,7 @@ class _WidenedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return multiply_widened(_as_rows(x), weight.t(), bias).view(*x.shape[:-1], weight.shape[0])
+        return _widened_linear(x, weight, bias)
 
     @staticmethod
     @differentiable_once

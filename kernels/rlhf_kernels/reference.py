@@ -40,6 +40,16 @@ def gae(
     return advantages_BT, torch.where(mask_BT, advantages_BT + values_BT, 0.0)
 
 
+def tempered(logits: Tensor, temperature: float) -> Tensor:
+    """Logits [..., V] over the temperature, up to a constant a row, so that the largest never overflows.
+
+    Where others do, the softmax is the limit of low temperatures: those with the largest logit share the probability.
+    """
+    if temperature < 1.0 and logits.shape[-1] > 0:
+        logits = logits - logits.detach().amax(-1, keepdim=True)
+    return logits / min(temperature, torch.finfo(logits.dtype).max)
+
+
 def token_logprobs(
     logits: Tensor, labels: Tensor, temperature: float, with_entropy: bool, ignore_index: int | None
 ) -> tuple[Tensor, Tensor | None]:
@@ -53,7 +63,7 @@ def token_logprobs(
         ignored = labels == ignore_index
         labels = labels.masked_fill(ignored, 0)
         wide = wide.masked_fill(ignored.unsqueeze(-1), 0.0)
-    logp = torch.log_softmax(wide / min(temperature, torch.finfo(wide.dtype).max), dim=-1)
+    logp = torch.log_softmax(tempered(wide, temperature), dim=-1)
     # torch adds up a long row of float32 differently by processor: what its probabilities lack to 1 is taken off again.
     logp = logp - logp.exp().sum(-1, keepdim=True, dtype=torch.float64).log().to(logp.dtype)
     picked = logp.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
@@ -107,7 +117,7 @@ def sample_tokens(
 
     Returns ids [N], their log-probability under softmax(logits / temperature), and the same after top-k and top-p.
     """
-    logp_NV = torch.log_softmax(logits_NV.double() / temperature, dim=-1)
+    logp_NV = torch.log_softmax(tempered(logits_NV.double(), temperature), dim=-1)
     keep_NV = top_k_top_p_mask(logits_NV, logp_NV, top_k, top_p)
     kept_p_NV = torch.where(keep_NV, logp_NV.exp(), 0.0)
     cumulative_NV = kept_p_NV.cumsum(-1)

@@ -185,3 +185,13 @@ def test_gradients_of_a_minibatch_lie_where_those_of_the_one_before_lay(architec
                 assert len(made) == len(blocks.program.parameters) + 1  # and the head
                 made.clear()
     assert made == []
+
+
+def test_a_second_derivative_of_the_embeddings_is_refused():
+    model = model_of("gpt2")  # whose head has the same weight
+    weight = model.get_input_embeddings().weight
+    x_ND = blocks_of(model).embed(torch.tensor([3, 4]), torch.tensor([0, 1]))
+    (gradient,) = torch.autograd.grad(x_ND.sum(), weight, create_graph=True)
+    assert gradient.sum() == 2 * weight.shape[1]
+    with pytest.raises(RuntimeError, match="_EmbedAndPass has no second derivative"):
+        (gradient * weight).sum().backward()

@@ -6,7 +6,7 @@ from tiny_models import ARCHITECTURES, tiny_lm
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from rlhf_core.layers import ROWWISE, exchange_layers
+from rlhf_core.layers import ROWWISE, exchange_layers, rowwise_attention
 from rlhf_kernels import token_logprobs
 
 
@@ -133,3 +133,17 @@ def test_dropout_is_as_in_transformers_where_it_is_left_on():
     assert torch.equal(model(**batch).logits, still)
     model.train()
     assert not torch.equal(model(**batch).logits, still)
+
+
+def test_a_second_derivative_of_attention_is_refused_and_not_left_out():
+    x = torch.randn(1, 2, 5, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    value = x.detach()
+
+    def attended(x):
+        return rowwise_attention(nn.Module(), x, value, value, None, 0.5)[0]
+
+    result = attended(x).sum()
+    (gradient,) = torch.autograd.grad(result, x, create_graph=True)
+    assert torch.equal(gradient, torch.autograd.grad(attended(x).sum(), x)[0])
+    with pytest.raises(RuntimeError, match="_Softmax has no second derivative"):
+        (result + gradient.square().sum()).backward()

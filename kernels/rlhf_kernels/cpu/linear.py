@@ -76,8 +76,11 @@ def _linear_token_logprobs_cpu(
         address(statistics_N2),
         instruction_set(),
     )
-    logp = _spread(logp_N, read, labels.numel()).view(labels.shape)
-    entropy = _spread(entropy_N, read, labels.numel()).view(labels.shape) if with_entropy else logp_N.new_empty(0)
+    # Copies, because results that are views could not be changed in place before the backward pass.
+    logp = _spread(logp_N, read, labels.numel()).view(labels.shape).clone()
+    entropy = logp_N.new_empty(0)
+    if with_entropy:
+        entropy = _spread(entropy_N, read, labels.numel()).view(labels.shape).clone()
     return logp, entropy, _spread(statistics_N2, read, labels.numel()).view(*labels.shape, 2)
 
 
@@ -185,7 +188,7 @@ class KeepingLogits(torch.autograd.Function):
             hidden, weight, labels, bias, temperature, with_entropy, None, ctx.kept
         )
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(hidden, weight, labels, bias, statistics, entropy)
+        ctx.save_for_backward(hidden, weight, labels, bias, statistics, entropy.clone())
         return logp, entropy
 
     @staticmethod

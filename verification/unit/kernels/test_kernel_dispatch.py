@@ -57,8 +57,16 @@ def test_the_environment_chooses_where_the_caller_does_not(monkeypatch):
     assert "Gather" in _names_of_graph(token_logprobs(logits, labels).grad_fn)
     assert "Gather" not in _names_of_graph(token_logprobs(logits, labels, backend="cython").grad_fn)
     monkeypatch.setenv("RLHF_KERNELS_BACKEND", "fortran")
-    with pytest.raises(ValueError, match="'fortran'"):
+    with pytest.raises(ValueError, match="RLHF_KERNELS_BACKEND is 'fortran'; choose one of auto, reference, cython"):
         token_logprobs(logits, labels)
+
+
+def test_an_empty_environment_variable_is_one_that_is_not_set(monkeypatch):
+    monkeypatch.setenv("RLHF_KERNELS_BACKEND", "")
+    assert dispatch.choose_backend("auto", LOGITS, (torch.float32,)) == "cython"
+    assert rlhf_kernels.gelu(LOGITS.clone().requires_grad_()).grad_fn.name() == "_ApplyBackward"
+    with pytest.raises(ValueError, match="^backend is ''; choose one of"):
+        token_logprobs(LOGITS, LABELS, backend="")
 
 
 def _names_of_graph(node):

@@ -85,6 +85,40 @@ def test_any_temperature_however_high_gives_the_uniform_distribution(backend):
         assert drawn.ids.tolist() == [2]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_temperature_so_small_that_logits_overflow_gives_the_limit(backend, dtype):
+    """The largest logits share the probability and nothing else has any, in results and gradients."""
+    largest = 3e38 if dtype != torch.float64 else 1e308
+    logits = torch.tensor([[1.0, 2.0, -1.0, -math.inf], [0.5, -0.5, 0.5, -1.0], [-1.0, -1.0, -1.0, -1.0]], dtype=dtype)
+    logits = (logits * (largest / 2)).requires_grad_()
+    if dtype == torch.float64 and backend != "reference":
+        backend = "auto"
+    for label, expected in enumerate([[-math.inf, -math.log(2), -math.log(4)], [0.0, -math.inf, -math.log(4)]]):
+        logp, entropy = token_logprobs(
+            logits, torch.full((3,), label), temperature=1e-30, with_entropy=True, backend=backend
+        )
+        assert logp.tolist() == pytest.approx(expected, abs=1e-6)
+        assert entropy.tolist() == pytest.approx([0.0, math.log(2), math.log(4)], abs=1e-6)
+        (gradient,) = torch.autograd.grad([logp, entropy], logits, [torch.ones(3, dtype=logp.dtype)] * 2)
+        assert gradient.isfinite().all()
+    drawn = sample_tokens(logits, torch.tensor([0.7, 0.7, 0.7]), temperature=1e-30, backend=backend)
+    assert drawn.ids.tolist() == [1, 2, 2]
+    expected = [0.0, -math.log(2), -math.log(4)]
+    assert drawn.logprobs.tolist() == drawn.filtered_logprobs.tolist() == pytest.approx(expected, abs=1e-6)
+    hidden, weight = torch.tensor([[largest / 2]], dtype=dtype), torch.tensor([[1.0], [2.0], [-1.0]], dtype=dtype)
+    logp = [
+        linear_token_logprobs(hidden, weight, torch.tensor([label]), temperature=1e-30, backend=backend).item()
+        for label in range(3)
+    ]
+    assert logp == [-math.inf, 0.0, -math.inf]
+
+
+def test_a_vocabulary_without_tokens_and_rows_has_results_at_any_temperature(backend):
+    for temperature in (0.5, 2.0):
+        got = token_logprobs(torch.ones(0, 0), torch.ones(0).long(), temperature=temperature, backend=backend)
+        assert got.shape == (0,)
+
+
 @pytest.mark.parametrize("name", NATIVE)
 def test_rows_may_lie_more_than_two_to_the_31_elements_apart(name):
     """The memory between them is never touched, so it is never there."""

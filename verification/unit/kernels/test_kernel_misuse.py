@@ -1,5 +1,7 @@
 """What a function does with tensors, defaults and shapes that it was not made for: an error, or torch's own result."""
 
+import re
+
 import pytest
 import torch
 from torch._subclasses import FakeTensorMode
@@ -79,6 +81,102 @@ def test_a_bias_that_is_no_row_is_what_torch_makes_of_it():
 def test_attention_names_what_does_not_fit(arguments, error, message):
     with pytest.raises(error, match=message):
         attend(*arguments, 0.3)
+
+
+ROWS, UNIFORMS = HIDDEN[:4], torch.full((4,), 0.5)
+ONES = torch.ones(4, 8)
+MISUSED = {
+    "rewards": lambda wrong: rlhf_kernels.gae(wrong, ONES, ONES, gamma=1.0, lam=1.0),
+    "values": lambda wrong: rlhf_kernels.gae(ONES, wrong, ONES, gamma=1.0, lam=1.0),
+    "mask": lambda wrong: rlhf_kernels.gae(ONES, ONES, wrong, gamma=1.0, lam=1.0),
+    "logits": lambda wrong: rlhf_kernels.token_logprobs(wrong, LABELS[:4]),
+    "labels": lambda wrong: rlhf_kernels.token_logprobs(ROWS, wrong),
+    "hidden": lambda wrong: rlhf_kernels.linear_token_logprobs(wrong, WEIGHT, LABELS),
+    "weight": lambda wrong: rlhf_kernels.linear_token_logprobs(HIDDEN, wrong, LABELS),
+    "labels of linear": lambda wrong: rlhf_kernels.linear_token_logprobs(HIDDEN, WEIGHT, wrong),
+    "logits of sampling": lambda wrong: rlhf_kernels.sample_tokens(wrong, UNIFORMS),
+    "uniforms": lambda wrong: rlhf_kernels.sample_tokens(ROWS, wrong),
+    "x": lambda wrong: rlhf_kernels.whiten(wrong, ONES),
+    "mask of whiten": lambda wrong: rlhf_kernels.whiten(ONES, wrong),
+    "x of linear": lambda wrong: rlhf_kernels.linear(wrong, WEIGHT),
+    "weight of linear": lambda wrong: rlhf_kernels.linear(HIDDEN, wrong),
+    "x of gelu": lambda wrong: rlhf_kernels.gelu(wrong),
+    "x of silu": lambda wrong: rlhf_kernels.silu(wrong),
+    "weight of layer_norm": lambda wrong: rlhf_kernels.layer_norm(ROWS, wrong, ONES[0]),
+    "bias of layer_norm": lambda wrong: rlhf_kernels.layer_norm(ROWS, ONES[0], wrong),
+    "weight of rms_norm": lambda wrong: rlhf_kernels.rms_norm(ROWS, wrong),
+    "x of sum_of_squares": lambda wrong: rlhf_kernels.sum_of_squares(wrong),
+    "query": lambda wrong: attend(wrong, QUERY, QUERY, STARTS, 0.3),
+    "value of attend": lambda wrong: attend(QUERY, QUERY, wrong, STARTS, 0.3),
+    "starts": lambda wrong: attend(QUERY, QUERY, QUERY, wrong, 0.3),
+}
+
+
+@pytest.mark.parametrize("name", MISUSED)
+@pytest.mark.parametrize("wrong", [None, [1, 2]], ids=str)
+def test_what_is_no_tensor_is_named_with_its_value(name, wrong):
+    with pytest.raises(TypeError, match=rf"^{name.split()[0]} is {re.escape(str(wrong))}; it must be a torch.Tensor$"):
+        MISUSED[name](wrong)
+
+
+def test_an_optional_tensor_that_is_none_is_named_too():
+    with pytest.raises(TypeError, match=r"^bootstrap is 0\.5; it must be a torch\.Tensor$"):
+        rlhf_kernels.gae(ONES, ONES, ONES, gamma=1.0, lam=1.0, bootstrap=0.5)
+    with pytest.raises(TypeError, match=r"^bias is True; it must be a torch\.Tensor$"):
+        rlhf_kernels.linear_token_logprobs(HIDDEN, WEIGHT, LABELS, bias=True)
+
+
+NUMBERS = {
+    "temperature": (lambda x: rlhf_kernels.token_logprobs(ROWS, LABELS[:4], temperature=x), "a finite number of at"),
+    "temperature of linear": (
+        lambda x: rlhf_kernels.linear_token_logprobs(HIDDEN, WEIGHT, LABELS, temperature=x),
+        "a finite number of at least 1e-30",
+    ),
+    "temperature of sampling": (lambda x: rlhf_kernels.sample_tokens(ROWS, UNIFORMS, temperature=x), "a finite number"),
+    "top_k": (lambda x: rlhf_kernels.sample_tokens(ROWS, UNIFORMS, top_k=x), r"a whole number, 0 \(off\) or positive"),
+    "top_p": (lambda x: rlhf_kernels.sample_tokens(ROWS, UNIFORMS, top_p=x), r"a number in \(0, 1\]; 1.0 is off"),
+    "gamma": (lambda x: rlhf_kernels.gae(ONES, ONES, ONES, gamma=x, lam=1.0), r"a number in \[0, 1\]"),
+    "lam": (lambda x: rlhf_kernels.gae(ONES, ONES, ONES, gamma=1.0, lam=x), r"a number in \[0, 1\]"),
+    "scale": (lambda x: attend(QUERY, QUERY, QUERY, STARTS, x), "a finite number"),
+}
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+@pytest.mark.parametrize("wrong", [None, "1", (1, 2)], ids=str)
+def test_what_is_no_number_is_named_with_its_value_and_what_it_must_be(name, wrong):
+    call, rule = NUMBERS[name]
+    with pytest.raises(TypeError, match=rf"^{name.split()[0]} is {re.escape(repr(wrong))}; it must be {rule}"):
+        call(wrong)
+
+
+def test_a_number_that_must_be_whole_is_named_where_it_is_not():
+    with pytest.raises(TypeError, match=r"^top_k is 2\.5; it must be a whole number"):
+        rlhf_kernels.sample_tokens(ROWS, UNIFORMS, top_k=2.5)
+    for call in (
+        lambda: rlhf_kernels.token_logprobs(ROWS, LABELS[:4], ignore_index=-100.5),
+        lambda: rlhf_kernels.linear_token_logprobs(HIDDEN, WEIGHT, LABELS, ignore_index=-100.5),
+    ):
+        with pytest.raises(TypeError, match=r"^ignore_index is -100\.5; it must be a whole number, or None"):
+            call()
+
+
+def test_a_temperature_of_several_numbers_or_of_none_is_no_number():
+    for temperature in (torch.ones(2), torch.ones((), device="meta")):
+        with pytest.raises(TypeError, match="temperature is tensor.*; it must be a finite number"):
+            rlhf_kernels.token_logprobs(ROWS, LABELS[:4], temperature=temperature)
+    one = rlhf_kernels.token_logprobs(ROWS, LABELS[:4], temperature=torch.tensor(0.5))
+    assert torch.equal(one, rlhf_kernels.token_logprobs(ROWS, LABELS[:4], temperature=0.5))
+
+
+def test_labels_of_another_dtype_are_named_with_what_makes_them_fit():
+    for call in (
+        lambda labels: rlhf_kernels.token_logprobs(ROWS, labels[:4]),
+        lambda labels: rlhf_kernels.linear_token_logprobs(HIDDEN, WEIGHT, labels),
+    ):
+        with pytest.raises(TypeError, match=r"labels must be torch\.int64, got torch\.int32; pass labels\.long\(\)$"):
+            call(LABELS.int())
+    with pytest.raises(TypeError, match=r"starts must be torch\.int64, got torch\.int32; pass starts\.long\(\)$"):
+        attend(QUERY, QUERY, QUERY, STARTS.int(), 0.3)
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,16 @@
-"""The operators as torch sees them: schema, shapes without data, gradient registration, torch.compile."""
+"""The functions as torch sees them: schema, shapes without data, gradients, tangents, in-place changes, compiling."""
+
+from contextlib import nullcontext
 
 import pytest
 import torch
 from kernel_oracles import same_bits
+from torch._subclasses import FakeTensorMode
+from torch.autograd import forward_ad
 
 import rlhf_kernels
+from rlhf_kernels import products
+from rlhf_kernels.attention import attend
 
 if "cython" not in rlhf_kernels.available_backends():
     pytest.skip("the Cython kernels are not built", allow_module_level=True)
@@ -62,6 +68,121 @@ def test_runs_under_inference_mode_autocast_and_on_fake_tensors():
         assert same_bits(rlhf_kernels.token_logprobs(logits, labels), expected)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert same_bits(rlhf_kernels.token_logprobs(logits, labels), expected)
-    with torch._subclasses.FakeTensorMode() as mode:
+    with FakeTensorMode() as mode:
         fake = rlhf_kernels.token_logprobs(mode.from_tensor(logits), mode.from_tensor(labels))
         assert fake.shape == (4,)
+
+
+WEIGHT, LABELS, SIDES = torch.linspace(-2, 1, 50 * 8).view(50, 8).sin(), torch.arange(12), torch.tensor([0, 12])
+DIFFERENTIABLE = {
+    "token_logprobs": lambda x: rlhf_kernels.token_logprobs(x @ WEIGHT.T, LABELS, with_entropy=True),
+    "linear_token_logprobs": lambda x: rlhf_kernels.linear_token_logprobs(x, WEIGHT, LABELS, with_entropy=True),
+    "of some rows": lambda x: rlhf_kernels.linear_token_logprobs(x, WEIGHT, LABELS, with_entropy=True, ignore_index=3),
+    "of rows in two dimensions": lambda x: rlhf_kernels.linear_token_logprobs(
+        x.view(3, 4, 8), WEIGHT, LABELS.view(3, 4), with_entropy=True
+    ),
+    "keep_logits": lambda x: rlhf_kernels.linear_token_logprobs(
+        x, WEIGHT.clone().requires_grad_(), LABELS, with_entropy=True, keep_logits=True
+    ),
+    "linear": lambda x: rlhf_kernels.linear(x, WEIGHT),
+    "linear of three dimensions": lambda x: rlhf_kernels.linear(x.view(3, 4, 8), WEIGHT, WEIGHT[:, 0]),
+    "linear of bfloat16": lambda x: rlhf_kernels.linear(x.bfloat16(), WEIGHT.bfloat16()),
+    "gelu": rlhf_kernels.gelu,
+    "silu": rlhf_kernels.silu,
+    "layer_norm": lambda x: rlhf_kernels.layer_norm(x, WEIGHT[0], WEIGHT[1]),
+    "rms_norm": lambda x: rlhf_kernels.rms_norm(x, WEIGHT[0]),
+    "attend": lambda x: attend(*[x.view(12, 2, 4)] * 3, SIDES, 0.3),
+}
+scripting = pytest.mark.filterwarnings(
+    "ignore:`torch.jit.script` is deprecated"
+)  # torch's own, where a tangent is made
+differentiable = pytest.mark.parametrize("function", DIFFERENTIABLE.values(), ids=DIFFERENTIABLE.keys())
+
+
+def results_of(function, x):
+    found = function(x)
+    return found if isinstance(found, tuple) else (found,)
+
+
+@differentiable
+def test_results_may_be_changed_in_place_before_the_backward_pass(function, monkeypatch):
+    monkeypatch.setattr(products, "widens", lambda: True)
+    gradients = []
+    for change in (lambda y: y * 3 + 1, lambda y: y.mul_(3).add_(1)):
+        x = torch.randn(12, 8, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        loss = sum(change(y).square().sum() for y in results_of(function, x))
+        gradients.append(torch.autograd.grad(loss, x)[0])
+    assert gradients[0].any()
+    assert same_bits(*gradients)
+
+
+@scripting
+@differentiable
+@pytest.mark.parametrize("with_grad", [False, True])
+def test_a_tangent_is_refused_and_not_left_out(function, with_grad, monkeypatch):
+    monkeypatch.setattr(products, "widens", lambda: True)
+    x = torch.randn(12, 8)
+    with torch.set_grad_enabled(with_grad), forward_ad.dual_level():
+        plain = [y.detach() for y in results_of(function, x)]  # others may be differentiated that way meanwhile
+        dual = forward_ad.make_dual(x, torch.ones_like(x))
+        assert all(same_bits(a, b.detach()) for a, b in zip(plain, results_of(function, dual.detach()), strict=True))
+        with pytest.raises(RuntimeError, match="no forward-mode derivative; RLHF_KERNELS_BACKEND=reference has one"):
+            function(dual)
+
+
+@scripting
+@differentiable
+def test_a_tangent_of_the_upstream_gradient_is_refused(function, monkeypatch):
+    monkeypatch.setattr(products, "widens", lambda: True)
+    x = torch.randn(12, 8, requires_grad=True)
+    results = results_of(function, x)
+    with forward_ad.dual_level():
+        upstream = [forward_ad.make_dual(torch.ones_like(y), torch.ones_like(y)) for y in results]
+        with pytest.raises(RuntimeError, match="no forward-mode derivative"):
+            torch.autograd.grad(results, x, upstream)
+
+
+@scripting
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_constants_of_the_loss_refuse_a_tangent(backend):
+    mask = torch.ones(2, 3)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(torch.randn(2, 3), torch.ones(2, 3))
+        with pytest.raises(RuntimeError, match="gae has no forward-mode derivative: pass detached tensors"):
+            rlhf_kernels.gae(mask, dual, mask, gamma=1.0, lam=1.0, backend=backend)
+        with pytest.raises(RuntimeError, match="whiten has no forward-mode derivative: pass detached tensors"):
+            rlhf_kernels.whiten(dual, mask, backend=backend)
+        rlhf_kernels.whiten(dual.detach(), mask, backend=backend)
+
+
+@scripting
+def test_the_reference_has_tangents():
+    x, tangent = torch.randn(12, 50, dtype=torch.float64), torch.randn(12, 50, dtype=torch.float64)
+
+    def logp(x):
+        return rlhf_kernels.token_logprobs(x, LABELS, backend="reference")
+
+    with forward_ad.dual_level():
+        found = forward_ad.unpack_dual(logp(forward_ad.make_dual(x, tangent))).tangent
+    torch.testing.assert_close(found, (logp(x + 1e-6 * tangent) - logp(x - 1e-6 * tangent)) / 2e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("fake", [False, True], ids=["meta", "fake"])
+def test_tensors_without_data_have_results_without_data(dtype, backend, fake):
+    given = torch.randn(12, 8, dtype=dtype), WEIGHT.to(dtype), LABELS, torch.ones(12, 8)
+    mode = FakeTensorMode()
+    x, weight, labels, mask = (mode.from_tensor(tensor) if fake else tensor.to("meta") for tensor in given)
+    with mode if fake else nullcontext():
+        results = [
+            rlhf_kernels.token_logprobs(x, labels, backend=backend),
+            rlhf_kernels.linear_token_logprobs(x, weight, labels, backend=backend),
+            *rlhf_kernels.sample_tokens(x, x[:, 0], top_k=3, top_p=0.9, backend=backend),
+            *rlhf_kernels.gae(x, x, mask, gamma=1.0, lam=0.9, backend=backend),
+            rlhf_kernels.whiten(x, mask, backend=backend),
+        ]
+    assert [tuple(result.shape) for result in results] == [(12,)] * 5 + [(12, 8)] * 3
+    assert [result.device for result in results] == [x.device] * 8
+    with pytest.raises(ValueError, match="no squares to add up: a tensor is on the meta device, or fake"):
+        rlhf_kernels.sum_of_squares(x)
