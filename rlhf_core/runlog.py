@@ -130,15 +130,51 @@ def keep_through_step(path: Path, step: int) -> None:
     Raises:
         ValueError: a whole line is malformed; the file stays as it is.
     """
+    _cut(path, _end_of_step(path, step)[0])
+
+
+def cut_back(run: Path, step: int, at_least: Mapping[str, int]) -> None:
+    """Cut a run's logs of steps back to its checkpoint of ``step``.
+
+    Args:
+        run: the run.
+        step: the checkpoint's step.
+        at_least: up to which step a log must have rows, by its name: they were there when the checkpoint was saved.
+
+    Raises:
+        ValueError: one ends before that, or a whole line is malformed; all files stay as they are.
+    """
+    ends = {name: _end_of_step(run / name, step) for name in STEP_LOGS}
+    for name, least in at_least.items():
+        _, last = ends[name]
+        if last < least:
+            raise ValueError(
+                f"{run / name} ends at step {last}, and the checkpoint is of step {step}; put the missing rows back, "
+                f"or remove the checkpoints after step {last} from {run / 'checkpoints'} to do those steps again"
+            )
+    for name, (end, _) in ends.items():
+        _cut(run / name, end)
+
+
+def _end_of_step(path: Path, step: int) -> tuple[int, int]:
+    """Return at which byte the rows up to ``step`` end, and the step of the last one; 0 where there are none."""
+    end = last = 0
     if not path.exists():
-        return
-    kept = []
+        return end, last
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
-            if not line.endswith(b"\n") or decode_row(line, f"{path}:{number}")["step"] > step:
+            if not line.endswith(b"\n") or (found := decode_row(line, f"{path}:{number}")["step"]) > step:
                 break
-            kept.append(line)
-    write_atomically(path, b"".join(kept))
+            end, last = end + len(line), found
+    return end, last
+
+
+def _cut(path: Path, end: int) -> None:
+    """Cut a file off at a byte, in place: nothing is copied, and a kill leaves it cut or as it was."""
+    if path.exists() and path.stat().st_size > end:
+        with errors_name(path), path.open("rb+") as file:
+            file.truncate(end)
+            os.fsync(file.fileno())
 
 
 def write_atomically(path: Path, data: bytes) -> None:

@@ -159,8 +159,7 @@ def _start_or_resume(model: torch.nn.Module, config: TrainingConfig, run: Path) 
         set_rng_state(load_file(newest / "rng.safetensors"))
         state.step = json.loads((newest / "state.json").read_text(encoding="utf-8"))["step"]
         console.print(f"continuing after step {state.step} from {newest}", markup=False, soft_wrap=True)
-    for name in runlog.STEP_LOGS:
-        runlog.keep_through_step(run / name, state.step)
+    runlog.cut_back(run, state.step, {runlog.METRICS_FILE: state.step, runlog.TIMINGS_FILE: state.step - 1})
     return state
 
 
