@@ -6,7 +6,6 @@ configuration under two names have the same ``config.json`` and the same logs.
 
 import dataclasses
 import json
-import math
 import os
 import sys
 import tomllib
@@ -23,6 +22,9 @@ from rlhf_core.algorithms import ALGORITHMS, Advantage, Algorithm, AlgorithmName
 from rlhf_core.numerics import Numerics
 
 C = TypeVar("C", bound="RunConfig")
+LARGEST_FLOAT32 = 3.4028234663852886e38
+LONGEST_WAIT_S = 1e9
+"""Thirty years; the system's timers take little more."""
 
 
 def default_seed() -> int:
@@ -53,10 +55,14 @@ def _require_field(owner: object, name: str, holds: Callable[[Any], bool], wante
     _require(holds(value), f"{_section(owner)}{name} is {value}; it must {wanted}")
 
 
+def _is_finite(value: float) -> bool:
+    return abs(value) <= LARGEST_FLOAT32  # not so NaN
+
+
 def _require_finite(owner: Any) -> None:
     for item in dataclasses.fields(owner):
         if isinstance(getattr(owner, item.name), float):
-            _require_field(owner, item.name, math.isfinite, "be a finite number")
+            _require_field(owner, item.name, _is_finite, "be a finite number in float32")
 
 
 def _require_positive(owner: object, *names: str) -> None:
@@ -329,7 +335,12 @@ class RunConfig:
         _require_finite(self)
         _require_field(self, "seed", lambda seed: 0 <= seed < 2**63, "lie in [0, 2**63)")
         _require_field(self, "held_out", lambda share: 0 <= share < 1, "lie in [0, 1)")
-        _require_positive(self, "reward_timeout_s")
+        _require_field(
+            self,
+            "reward_timeout_s",
+            lambda seconds: 0 < seconds <= LONGEST_WAIT_S,
+            f"be greater than 0 and at most {LONGEST_WAIT_S:g}",
+        )
         _require_field(self, "threads", lambda threads: threads is None or threads > 0, "be greater than 0")
         if self.numerics == "portable":
             attention = getattr(getattr(self, "model", None), "attention", "eager")
