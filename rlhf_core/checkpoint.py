@@ -225,7 +225,7 @@ def read_numbers(path: Path, kinds: Mapping[str, type]) -> dict[str, Any]:
             f"{path} holds a {type(found).__name__}; remove this checkpoint to continue from the one before"
         )
     for name, kind in kinds.items():
-        value = found.get(name)
+        value: Any = found.get(name)
         if type(value) not in (int, kind) or not 0 <= value < math.inf:
             said = repr(value) if name in found else "missing"
             wanted = "a whole number" if kind is int else "a number"

@@ -25,6 +25,9 @@ C = TypeVar("C", bound="RunConfig")
 LARGEST_FLOAT32 = 3.4028234663852886e38
 LONGEST_WAIT_S = 1e9
 """Thirty years; the system's timers take little more."""
+MOST_THREADS = 1024
+LARGEST_BATCH = 2**20
+"""Completions of a step, and of a prompt: each is held in memory with its tokens."""
 
 
 def default_seed() -> int:
@@ -73,6 +76,11 @@ def _require_positive(owner: object, *names: str) -> None:
 def _require_not_negative(owner: object, *names: str) -> None:
     for name in names:
         _require_field(owner, name, lambda value: value >= 0, "be 0 or more")
+
+
+def _require_at_most(owner: object, most: int, *names: str) -> None:
+    for name in names:
+        _require_field(owner, name, lambda value: value <= most, f"be at most {most}")
 
 
 def _require_divides(owner: object, part_name: str, whole_name: str) -> None:
@@ -245,6 +253,7 @@ class PPOConfig:
         _require_field(self, "adam_beta2", lambda value: 0 <= value < 1, "lie in [0, 1)")
         _require_divides(self, "minibatch_size", "batch_size")
         _require_divides(self, "micro_batch_size", "minibatch_size")
+        _require_at_most(self, LARGEST_BATCH, "batch_size")
         self._check_recipe()
         _require(
             self.kl_control != "adaptive" or self.batch_size < 5 * self.kl_horizon,
@@ -341,7 +350,12 @@ class RunConfig:
             lambda seconds: 0 < seconds <= LONGEST_WAIT_S,
             f"be greater than 0 and at most {LONGEST_WAIT_S:g}",
         )
-        _require_field(self, "threads", lambda threads: threads is None or threads > 0, "be greater than 0")
+        _require_field(
+            self,
+            "threads",
+            lambda threads: threads is None or 0 < threads <= MOST_THREADS,
+            f"be greater than 0 and at most {MOST_THREADS}",
+        )
         if self.numerics == "portable":
             attention = getattr(getattr(self, "model", None), "attention", "eager")
             _require(self.threads in (None, 1), f"threads is {self.threads}; numerics 'portable' runs on 1")

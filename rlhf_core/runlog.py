@@ -201,21 +201,32 @@ def sync_folder(folder: Path) -> None:
 
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+LONGEST_NAME = 200
+"""Characters of a run's name: file systems take 255, and some names here are made from it."""
 
 
 def check_new_name(runs: Path, name: str | None) -> None:
     """Raise when a new run cannot have this name: early, before anything is loaded.
 
     Raises:
-        ValueError: the name is not a plain folder name.
-        FileExistsError: a run of that name is there already.
+        ValueError: the name is not a plain folder name, or too long.
+        FileExistsError: a run of that name is there already, or ``runs`` is no folder.
     """
+    file = next((one for one in (runs, *runs.parents) if one.is_file()), None)
+    if file is not None:
+        raise FileExistsError(f"cannot make a run in {str(runs)!r} ({str(file)!r} is a file); give --runs a folder")
     if name is None:
         return
+    if len(name) > LONGEST_NAME:
+        raise ValueError(f"run name {name[:20]!r}... has {len(name)} characters; give one of {LONGEST_NAME} or fewer")
     if not _NAME.fullmatch(name) or name == "latest":
         raise ValueError(f"run name {name!r}: use letters, digits, '.', '_' and '-', and not the word 'latest'")
     if (runs / name).exists():
-        raise FileExistsError(f"run {str(runs / name)!r} exists; continue it with --resume, or give another --name")
+        raise _taken(runs / name)
+
+
+def _taken(folder: Path) -> FileExistsError:
+    return FileExistsError(f"run {str(folder)!r} exists; continue it with --resume, or give another --name")
 
 
 def create_run(runs: Path, name: str | None, default_name: str, config: str) -> Path:
@@ -233,6 +244,8 @@ def create_run(runs: Path, name: str | None, default_name: str, config: str) -> 
         runs.mkdir(parents=True, exist_ok=True)
         folder = _make_first_free(runs, plain(default_name)) if name is None else _make(runs / name)
     except OSError as error:
+        if name is not None and isinstance(error, FileExistsError) and (runs / name).is_dir():
+            raise _taken(runs / name) from None  # another process has just made it
         raise OSError(
             f"cannot make a run in {str(runs)!r} ({error.strerror}); give --runs a folder to write to"
         ) from None
@@ -246,8 +259,8 @@ def create_run(runs: Path, name: str | None, default_name: str, config: str) -> 
 
 
 def plain(name: str) -> str:
-    """Return a name with what a plain folder name cannot have in it replaced by ``-``."""
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).lstrip("._-") or "run"
+    """Return a name with what a plain folder name cannot have in it replaced by ``-``, and no longer than it may be."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).lstrip("._-")[:LONGEST_NAME] or "run"
 
 
 def _make(folder: Path) -> Path:

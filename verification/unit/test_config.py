@@ -210,7 +210,9 @@ def test_an_indivisible_batch_names_the_sizes_that_divide():
 
 
 def test_a_huge_batch_is_judged_at_once():
-    PPOConfig(batch_size=16 * 10**15, kl_control="fixed")
+    PPOConfig(batch_size=2**20, kl_control="fixed")
+    with pytest.raises(ValueError, match=r"ppo\.batch_size is 16000000000000000; it must be at most 1048576"):
+        PPOConfig(batch_size=16 * 10**15, kl_control="fixed")
     with pytest.raises(ValueError, match="not divisible by minibatch_size 16"):
         PPOConfig(batch_size=10**15 + 1)
 

@@ -49,3 +49,20 @@ def test_a_kill_between_a_checkpoint_and_the_row_of_its_time_is_no_loss(finished
     outcome = resume(run)
     assert outcome.code == 0, outcome.err
     assert_runs_identical(finished_run, run)
+
+
+def test_a_resumed_latest_goes_on_in_its_own_folder_when_latest_moves_on(finished_run, run, monkeypatch):
+    shutil.rmtree(run / "checkpoints" / "step_000005")
+    runlog.point_latest(run)
+    append, other = runlog.append, run.parent / "other"
+
+    def append_as_another_run_begins(path, rows):
+        other.mkdir(exist_ok=True)
+        runlog.point_latest(other)
+        append(path, rows)
+
+    monkeypatch.setattr(runlog, "append", append_as_another_run_begins)
+    outcome = run_command("train", "--resume", "--runs", run.parent)
+    assert outcome.code == 0, outcome.err
+    assert list(other.iterdir()) == []
+    assert_runs_identical(finished_run, run)

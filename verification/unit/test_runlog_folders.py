@@ -25,6 +25,18 @@ class TestCreateRun:
             "task-seed0-3",
         ]
 
+    def test_a_run_that_another_process_makes_at_the_same_moment_is_named_as_taken(self, tmp_path, monkeypatch):
+        def late(runs, name):
+            (runs / name).mkdir()
+
+        monkeypatch.setattr(runlog, "check_new_name", late)
+        with pytest.raises(FileExistsError, match=r"run '.*a' exists; continue it with --resume, or give another"):
+            runlog.create_run(tmp_path, "a", "", "")
+
+    def test_a_long_default_name_is_cut_and_leaves_room_for_what_is_made_from_it(self, tmp_path):
+        for length in (200, 200 + len("-2")):
+            assert len(runlog.create_run(tmp_path, None, "a" * 500, "").name) == length
+
     @pytest.mark.parametrize(
         ("default", "name"),
         [("my data-seed0", "my-data-seed0"), ("-x", "x"), ("../..", "run"), ("", "run"), ("é!", "run")],

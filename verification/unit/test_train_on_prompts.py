@@ -113,6 +113,13 @@ def test_a_run_resumed_in_another_folder_finds_what_was_named_and_needs_the_data
     assert_runs_identical(place / "runs" / "whole", place / "runs" / "half")
 
 
+def test_a_resumed_run_needs_the_folder_of_its_model_no_more(place, interrupted):
+    shutil.rmtree(place / "policy")
+    outcome = run_command("train", "--resume", "--name", "half")
+    assert outcome.code == 0, outcome.err
+    assert_runs_identical(place / "runs" / "whole", place / "runs" / "half")
+
+
 def test_a_reward_module_of_the_same_name_in_the_folder_of_a_resume_does_not_stand_in(
     place, interrupted, elsewhere, monkeypatch
 ):
