@@ -6,11 +6,13 @@ so a truncated, changed or missing file is named before anything is loaded.
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -175,7 +177,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, names: Mapping[torch.Tensor
     """Load what :func:`save_optimizer` saved.
 
     Raises:
-        ValueError: a tensor belongs to no parameter.
+        ValueError: a tensor belongs to no parameter, or is not of its shape.
     """
     by_name = {name: parameter for parameter, name in names.items()}
     for full_name, value in load_file(path).items():
@@ -183,5 +185,52 @@ def load_optimizer(optimizer: torch.optim.Optimizer, names: Mapping[torch.Tensor
         if name not in by_name:
             raise ValueError(f"{path}: state {full_name!r} belongs to no parameter of this model")
         parameter = by_name[name]
+        if value.ndim and value.shape != parameter.shape:
+            raise ValueError(f"{path}: state {full_name!r} is {tuple(value.shape)}, and {tuple(parameter.shape)} here")
         # Adam's step counts live where torch put them: on the parameter's device for fused kernels.
         optimizer.state[parameter][key] = value.to(parameter.device)
+
+
+def load_tensors(path: Path, wanted: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return a file's tensors, which must be those of ``wanted`` by name and shape.
+
+    Raises:
+        ValueError: one is missing, is too many or has another shape; the message names it.
+    """
+    found = load_file(path)
+    for name in sorted(found.keys() ^ wanted.keys()):
+        what = "is not there" if name in wanted else "is none of this configuration's"
+        raise ValueError(f"{path}: {name} {what}; was the run's config.json changed?")
+    for name, tensor in found.items():
+        if tensor.shape != wanted[name].shape:
+            shapes = f"{tuple(tensor.shape)}, and {tuple(wanted[name].shape)} by the configuration"
+            raise ValueError(f"{path}: {name} is {shapes}; was the run's config.json changed?")
+    return found
+
+
+def read_numbers(path: Path, kinds: Mapping[str, type]) -> dict[str, Any]:
+    """Return the numbers of a ``state.json`` by their names; none is negative, and an int serves as a float.
+
+    Raises:
+        ValueError: it is no JSON object, or a number is missing or of another type; the message names the field.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{path} is not valid JSON: {error}; remove this checkpoint to continue from the one before"
+        ) from None
+    if not isinstance(found, dict):
+        raise ValueError(
+            f"{path} holds a {type(found).__name__}; remove this checkpoint to continue from the one before"
+        )
+    for name, kind in kinds.items():
+        value: Any = found.get(name)
+        if type(value) not in (int, kind) or not 0 <= value < math.inf:
+            said = repr(value) if name in found else "missing"
+            wanted = "a whole number" if kind is int else "a number"
+            raise ValueError(
+                f"{path}: {name} is {said}; it must be {wanted} of 0 or more; "
+                "remove this checkpoint to continue from the one before"
+            )
+    return found

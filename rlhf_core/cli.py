@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from types import ModuleType
 
 from rlhf_core.commands.options import USAGE_ERROR, UsageError, complain, describe
+from rlhf_core.config import default_seed
 
 COMMANDS = (
     "train",
@@ -58,7 +59,17 @@ def runcommand(arguments: list[str]) -> int:
         return 0 if arguments else USAGE_ERROR
     if arguments[0] not in COMMANDS:
         raise UsageError(f"unknown command {arguments[0]!r}; choose from {', '.join(COMMANDS)}")
+    if {"-h", "--help"} & set(arguments):
+        _drop_a_seed_that_is_no_number()
     return command(arguments[0]).run(arguments[1:])
+
+
+def _drop_a_seed_that_is_no_number() -> None:
+    """Take a SEED that cannot be a default out of the environment: help is shown all the same."""
+    try:
+        default_seed()
+    except ValueError:
+        del os.environ["SEED"]
 
 
 def command(name: str) -> ModuleType:

@@ -6,7 +6,6 @@ configuration under two names have the same ``config.json`` and the same logs.
 
 import dataclasses
 import json
-import math
 import os
 import sys
 import tomllib
@@ -23,6 +22,12 @@ from rlhf_core.algorithms import ALGORITHMS, Advantage, Algorithm, AlgorithmName
 from rlhf_core.numerics import Numerics
 
 C = TypeVar("C", bound="RunConfig")
+LARGEST_FLOAT32 = 3.4028234663852886e38
+LONGEST_WAIT_S = 1e9
+"""Thirty years; the system's timers take little more."""
+MOST_THREADS = 1024
+LARGEST_BATCH = 2**20
+"""Completions of a step, and of a prompt: each is held in memory with its tokens."""
 
 
 def default_seed() -> int:
@@ -53,10 +58,14 @@ def _require_field(owner: object, name: str, holds: Callable[[Any], bool], wante
     _require(holds(value), f"{_section(owner)}{name} is {value}; it must {wanted}")
 
 
+def _is_finite(value: float) -> bool:
+    return abs(value) <= LARGEST_FLOAT32  # not so NaN
+
+
 def _require_finite(owner: Any) -> None:
     for item in dataclasses.fields(owner):
         if isinstance(getattr(owner, item.name), float):
-            _require_field(owner, item.name, math.isfinite, "be a finite number")
+            _require_field(owner, item.name, _is_finite, "be a finite number in float32")
 
 
 def _require_positive(owner: object, *names: str) -> None:
@@ -67,6 +76,11 @@ def _require_positive(owner: object, *names: str) -> None:
 def _require_not_negative(owner: object, *names: str) -> None:
     for name in names:
         _require_field(owner, name, lambda value: value >= 0, "be 0 or more")
+
+
+def _require_at_most(owner: object, most: int, *names: str) -> None:
+    for name in names:
+        _require_field(owner, name, lambda value: value <= most, f"be at most {most}")
 
 
 def _require_divides(owner: object, part_name: str, whole_name: str) -> None:
@@ -239,6 +253,7 @@ class PPOConfig:
         _require_field(self, "adam_beta2", lambda value: 0 <= value < 1, "lie in [0, 1)")
         _require_divides(self, "minibatch_size", "batch_size")
         _require_divides(self, "micro_batch_size", "minibatch_size")
+        _require_at_most(self, LARGEST_BATCH, "batch_size")
         self._check_recipe()
         _require(
             self.kl_control != "adaptive" or self.batch_size < 5 * self.kl_horizon,
@@ -329,8 +344,18 @@ class RunConfig:
         _require_finite(self)
         _require_field(self, "seed", lambda seed: 0 <= seed < 2**63, "lie in [0, 2**63)")
         _require_field(self, "held_out", lambda share: 0 <= share < 1, "lie in [0, 1)")
-        _require_positive(self, "reward_timeout_s")
-        _require_field(self, "threads", lambda threads: threads is None or threads > 0, "be greater than 0")
+        _require_field(
+            self,
+            "reward_timeout_s",
+            lambda seconds: 0 < seconds <= LONGEST_WAIT_S,
+            f"be greater than 0 and at most {LONGEST_WAIT_S:g}",
+        )
+        _require_field(
+            self,
+            "threads",
+            lambda threads: threads is None or 0 < threads <= MOST_THREADS,
+            f"be greater than 0 and at most {MOST_THREADS}",
+        )
         if self.numerics == "portable":
             attention = getattr(getattr(self, "model", None), "attention", "eager")
             _require(self.threads in (None, 1), f"threads is {self.threads}; numerics 'portable' runs on 1")

@@ -1,7 +1,7 @@
 """What PPO starts from: the task, the language model it is trained from, and the judges of its completions."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,8 @@ from rlhf_core.sft import train_language_model
 from rlhf_core.stopping import StopRequest, stop_between_stages
 from rlhf_core.tasks import Task, cut_prompt, load_task
 from rlhf_core.terminal import console, progress_bar
+
+BASE_FOLDER = "models/base"
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,7 @@ def load_inputs(config: TrainConfig, place: DataPlace) -> Inputs:
             they do not fit together.
     """
     choose_device(config)
+    config = _with_own_base(config, place.run)
     rewards = load_rewards(config, config.model.attention)
     task = load_task(config)
     model = load_model(config.model.path, config.model.attention) if config.model.path else None
@@ -86,6 +89,13 @@ def load_inputs(config: TrainConfig, place: DataPlace) -> Inputs:
     for ids in (prompt_ids, held_out_ids):
         check_prompts(limit, ids, config.sampling.max_new_tokens)
     return Inputs(task, model, prompt_ids, held_out_ids, rewards)
+
+
+def _with_own_base(config: TrainConfig, resumed: Path | None) -> TrainConfig:
+    """Return the configuration with the named model found in the resumed run, which has kept a copy: see `prepare`."""
+    if resumed is None or not config.model.path or not checkpoint.is_sound(resumed / BASE_FOLDER):
+        return config
+    return replace(config, model=replace(config.model, path=str(resumed / BASE_FOLDER)))
 
 
 def prepare_prompts(config: TrainConfig, task: Task, limit: int | None, place: DataPlace) -> None:
@@ -120,7 +130,7 @@ def prepare(config: TrainConfig, inputs: Inputs, run: Path, device: torch.device
     """Return the experiment; models that the run's folder holds already are loaded, not trained again."""
     task = inputs.task
     base: PreTrainedModel = _stage(
-        run / "models" / "base",
+        run / BASE_FOLDER,
         train=lambda: _pretrained(inputs, config, device, stop),
         save=lambda model, folder: (model.save_pretrained(folder), task.tokenizer.save_pretrained(folder)),
         load=lambda folder: load_model(folder, config.model.attention),

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,8 @@ def model_card(run: Path, kind: str, config: dict[str, Any], source: Path) -> st
     algorithm = config["ppo"].get("algorithm", "ppo") if kind == "train" else ""
     tags = {"train": ["rlhf", algorithm], "sft": ["sft"], "reward": ["rlhf", "reward-model"]}.get(kind, ["rlhf", kind])
     task = "text-classification" if kind == "reward" else "text-generation"
-    rows = list(runlog.read(run / runlog.METRICS_FILE)) if (run / runlog.METRICS_FILE).is_file() else []
+    metrics = run / runlog.METRICS_FILE
+    rows = first_and_last(runlog.read(metrics)) if metrics.is_file() else []
     lines = [
         "---",
         "library_name: transformers",
@@ -114,6 +116,14 @@ def model_card(run: Path, kind: str, config: dict[str, Any], source: Path) -> st
         lines += [f"| {name} | {_cell(value)} |" for name, value in found if "reliability" not in name]
     shown = json.dumps(_without_paths(config), indent=2, sort_keys=True)
     return "\n".join([*lines, "", "## Configuration", "", "```json", shown, "```", ""])
+
+
+def first_and_last(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the first row and the last, or the only one; no others are held."""
+    found: list[dict[str, Any]] = []
+    for row in rows:
+        found[1:] = [row]
+    return found
 
 
 def _loading(kind: str) -> list[str]:

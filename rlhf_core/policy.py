@@ -75,9 +75,9 @@ def load_model(path: str | Path, attention: str) -> PreTrainedModel:
 
     Raises:
         FileNotFoundError: it is neither a folder here nor to be had from the hub, or has no safetensors weights.
-        ValueError: it is not a causal language model that transformers can load, or is a reward model; or its weights
-            are damaged, missing or of other shapes than its configuration says: transformers would draw those at
-            random.
+        ValueError: it is not a causal language model that transformers can load, or is a reward model or quantized; or
+            its weights are damaged, missing or of other shapes than its configuration says: transformers would draw
+            those at random.
     """
     model = load_pretrained(AutoModelForCausalLM, path, attention)
     classifiers = [name for name in model.config.architectures or [] if name.endswith("ForSequenceClassification")]
@@ -101,6 +101,7 @@ def load_pretrained(kind: Any, path: str | Path, attention: str, **options: Any)
                 use_safetensors=True,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,
+                trust_remote_code=False,  # without it transformers asks on the terminal
                 **options,
             )
     except SafetensorError as error:
@@ -108,8 +109,14 @@ def load_pretrained(kind: Any, path: str | Path, attention: str, **options: Any)
     except OSError as error:
         remedy = "it takes config.json and *.safetensors as save_pretrained writes them"
         raise FileNotFoundError(f"{problem}: {first_line(error)} ({remedy})") from None
+    except ImportError as error:
+        remedy = "a quantized model cannot be trained; give the one that it was made from"
+        raise ValueError(f"{problem}: {first_line(error)} ({remedy})") from None
     except ValueError as error:
         raise ValueError(f"{problem}: {first_line(error)}") from None
+    except Exception as error:  # a value in config.json that makes no sense shows as anything
+        why = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(f"{problem}: its config.json makes no model ({why}); correct it or save it again") from None
     model, loaded = result
     if loaded["missing_keys"]:
         raise ValueError(f"{problem}: it has no weights for {min(loaded['missing_keys'])}; copy or save it again")

@@ -19,13 +19,13 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any
 
 import torch
 
-LARGEST = 3.4028234663852886e38
-"""The largest number of float32, in which rewards are kept."""
+from rlhf_core.config import LARGEST_FLOAT32
+
 RewardFunction = Callable[[list[str], list[str]], Sequence[float]]
 
 
@@ -78,8 +78,8 @@ def call_function(
         RewardError: it raised, took longer than ``timeout_s``, or did not return one finite number a completion.
     """
     try:
-        with _torch_as_it_was(), _time_limit(timeout_s):
-            scores = function(list(prompts), list(completions))
+        with _torch_as_it_was():
+            scores = _called_within(timeout_s, function, list(prompts), list(completions))
     except _TimeIsUp:
         raise RewardError(
             f"reward function {name} took longer than {timeout_s:g} s for {len(completions)} completions; "
@@ -128,7 +128,7 @@ def _number(name: str, value: Any, place: int) -> float:
         number = float(value)
     except OverflowError:
         number = math.inf
-    if not abs(number) <= LARGEST:
+    if not abs(number) <= LARGEST_FLOAT32:  # rewards are kept in float32
         raise RewardError(
             f"reward function {name} returned {_short(value)} for completion {place}; it must be finite in float32"
         )
@@ -153,21 +153,34 @@ def _told(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}{place}"
 
 
-@contextmanager
-def _time_limit(seconds: float) -> Iterator[None]:
+def _called_within(seconds: float, function: RewardFunction, *batch: list[str]) -> Any:
+    """Return what a function returns of a batch.
+
+    Raises:
+        _TimeIsUp: it took longer, and gave in.
+    """
     if threading.current_thread() is not threading.main_thread():
-        yield
-        return
+        return function(*batch)
+
+    def call() -> Any:
+        return function(*batch)
 
     def up(number: int, frame: FrameType | None) -> None:
-        raise _TimeIsUp
+        # An alarm that comes when the function has just returned must not keep what follows from taking the timer away.
+        if _is_inside(frame, call.__code__):
+            raise _TimeIsUp
 
     former = signal.signal(signal.SIGALRM, up)
     try:
         signal.setitimer(signal.ITIMER_REAL, seconds, 0.5)
-        try:
-            yield
-        finally:
-            signal.setitimer(signal.ITIMER_REAL, 0)
+        return call()
     finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, former)
+
+
+def _is_inside(frame: FrameType | None, code: CodeType) -> bool:
+    """Return whether a frame runs this code, or was called from there."""
+    while frame is not None and frame.f_code is not code:
+        frame = frame.f_back
+    return frame is not None

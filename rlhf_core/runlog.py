@@ -144,15 +144,51 @@ def keep_through_step(path: Path, step: int) -> None:
     Raises:
         ValueError: a whole line is malformed; the file stays as it is.
     """
+    _cut(path, _end_of_step(path, step)[0])
+
+
+def cut_back(run: Path, step: int, at_least: Mapping[str, int]) -> None:
+    """Cut a run's logs of steps back to its checkpoint of ``step``.
+
+    Args:
+        run: the run.
+        step: the checkpoint's step.
+        at_least: up to which step a log must have rows, by its name: they were there when the checkpoint was saved.
+
+    Raises:
+        ValueError: one ends before that, or a whole line is malformed; all files stay as they are.
+    """
+    ends = {name: _end_of_step(run / name, step) for name in STEP_LOGS}
+    for name, least in at_least.items():
+        _, last = ends[name]
+        if last < least:
+            raise ValueError(
+                f"{run / name} ends at step {last}, and the checkpoint is of step {step}; put the missing rows back, "
+                f"or remove the checkpoints after step {last} from {run / 'checkpoints'} to do those steps again"
+            )
+    for name, (end, _) in ends.items():
+        _cut(run / name, end)
+
+
+def _end_of_step(path: Path, step: int) -> tuple[int, int]:
+    """Return at which byte the rows up to ``step`` end, and the step of the last one; 0 where there are none."""
+    end = last = 0
     if not path.exists():
-        return
-    kept = []
+        return end, last
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
-            if not line.endswith(b"\n") or decode_row(line, f"{path}:{number}")["step"] > step:
+            if not line.endswith(b"\n") or (found := decode_row(line, f"{path}:{number}")["step"]) > step:
                 break
-            kept.append(line)
-    write_atomically(path, b"".join(kept))
+            end, last = end + len(line), found
+    return end, last
+
+
+def _cut(path: Path, end: int) -> None:
+    """Cut a file off at a byte, in place: nothing is copied, and a kill leaves it cut or as it was."""
+    if path.exists() and path.stat().st_size > end:
+        with errors_name(path), path.open("rb+") as file:
+            file.truncate(end)
+            os.fsync(file.fileno())
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -179,21 +215,32 @@ def sync_folder(folder: Path) -> None:
 
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+LONGEST_NAME = 200
+"""Characters of a run's name: file systems take 255, and some names here are made from it."""
 
 
 def check_new_name(runs: Path, name: str | None) -> None:
     """Raise when a new run cannot have this name: early, before anything is loaded.
 
     Raises:
-        ValueError: the name is not a plain folder name.
-        FileExistsError: a run of that name is there already.
+        ValueError: the name is not a plain folder name, or too long.
+        FileExistsError: a run of that name is there already, or ``runs`` is no folder.
     """
+    file = next((one for one in (runs, *runs.parents) if one.is_file()), None)
+    if file is not None:
+        raise FileExistsError(f"cannot make a run in {str(runs)!r} ({str(file)!r} is a file); give --runs a folder")
     if name is None:
         return
+    if len(name) > LONGEST_NAME:
+        raise ValueError(f"run name {name[:20]!r}... has {len(name)} characters; give one of {LONGEST_NAME} or fewer")
     if not _NAME.fullmatch(name) or name == "latest":
         raise ValueError(f"run name {name!r}: use letters, digits, '.', '_' and '-', and not the word 'latest'")
     if (runs / name).exists():
-        raise FileExistsError(f"run {str(runs / name)!r} exists; continue it with --resume, or give another --name")
+        raise _taken(runs / name)
+
+
+def _taken(folder: Path) -> FileExistsError:
+    return FileExistsError(f"run {str(folder)!r} exists; continue it with --resume, or give another --name")
 
 
 def create_run(runs: Path, name: str | None, default_name: str, config: str) -> Path:
@@ -211,6 +258,8 @@ def create_run(runs: Path, name: str | None, default_name: str, config: str) -> 
         runs.mkdir(parents=True, exist_ok=True)
         folder = _make_first_free(runs, plain(default_name)) if name is None else _make(runs / name)
     except OSError as error:
+        if name is not None and isinstance(error, FileExistsError) and (runs / name).is_dir():
+            raise _taken(runs / name) from None  # another process has just made it
         raise OSError(
             f"cannot make a run in {str(runs)!r} ({error.strerror}); give --runs a folder to write to"
         ) from None
@@ -224,8 +273,8 @@ def create_run(runs: Path, name: str | None, default_name: str, config: str) -> 
 
 
 def plain(name: str) -> str:
-    """Return a name with what a plain folder name cannot have in it replaced by ``-``."""
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).lstrip("._-") or "run"
+    """Return a name with what a plain folder name cannot have in it replaced by ``-``, and no longer than it may be."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).lstrip("._-")[:LONGEST_NAME] or "run"
 
 
 def _make(folder: Path) -> Path:

@@ -6,12 +6,14 @@ from typing import Literal
 
 from rlhf_core import runlog
 from rlhf_core.config import (
+    LARGEST_BATCH,
     LogConfig,
     ModelConfig,
     PPOConfig,
     RunConfig,
     SamplingConfig,
     _require,
+    _require_at_most,
     _require_field,
     _require_finite,
     _require_not_negative,
@@ -134,6 +136,7 @@ class JudgingConfig:
 
     def __post_init__(self) -> None:
         _require_positive(self, "best_of", "batch_size")
+        _require_at_most(self, LARGEST_BATCH, "best_of")
         _require_not_negative(self, "prompts")
 
 

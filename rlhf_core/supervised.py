@@ -154,14 +154,21 @@ def _start_or_resume(model: torch.nn.Module, config: TrainingConfig, run: Path) 
             console.print("no checkpoint is sound; starting over at step 0")
         _save(state, run, config.keep)
     else:
-        load_model(model, newest / "model.safetensors")
+        _load_weights(model, newest / "model.safetensors")
         checkpoint.load_optimizer(optimizer, _names(model), newest / "optimizer.safetensors")
         set_rng_state(load_file(newest / "rng.safetensors"))
-        state.step = json.loads((newest / "state.json").read_text(encoding="utf-8"))["step"]
+        state.step = checkpoint.read_numbers(newest / "state.json", {"step": int})["step"]
         console.print(f"continuing after step {state.step} from {newest}", markup=False, soft_wrap=True)
-    for name in runlog.STEP_LOGS:
-        runlog.keep_through_step(run / name, state.step)
+    runlog.cut_back(run, state.step, {runlog.METRICS_FILE: state.step, runlog.TIMINGS_FILE: state.step - 1})
     return state
+
+
+def _load_weights(model: torch.nn.Module, path: Path) -> None:
+    try:
+        load_model(model, path)
+    except RuntimeError as error:  # a name or a shape
+        why = " ".join(str(error).split())
+        raise ValueError(f"{path} is of another model: {why}; was the run's config.json changed?") from None
 
 
 def _save(state: SupervisedState, run: Path, keep: int) -> None:

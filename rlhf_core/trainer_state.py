@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_core.checkpoint import load_optimizer, save_optimizer
+from rlhf_core.checkpoint import load_optimizer, load_tensors, read_numbers, save_optimizer
 from rlhf_core.config import TrainConfig
 from rlhf_core.optim import adamw
 from rlhf_core.policy import ActorCritic, Reference, load_model
@@ -48,15 +48,20 @@ def save_state(state: PPOState, tokenizer: PreTrainedTokenizerBase, folder: Path
 
 
 def load_state(folder: Path, reference: Reference, config: TrainConfig, device: torch.device) -> PPOState:
-    """Read back what :func:`save_state` wrote; torch's, NumPy's and Python's generators are restored too."""
+    """Read back what :func:`save_state` wrote; torch's, NumPy's and Python's generators are restored too.
+
+    Raises:
+        ValueError: a tensor or a number is missing, or is not what the configuration asks for; the message names it.
+    """
     lm = load_model(folder / "policy", config.model.attention)
     model = ActorCritic(lm, config.value_model)
     if model.has_value:
-        model.load_state_dict(load_file(folder / "value.safetensors"), strict=False)
+        # Not strict, as the file has the value model alone; that it has all of that was checked.
+        model.load_state_dict(load_tensors(folder / "value.safetensors", _value_tensors(model)), strict=False)
     state = new_state(model.to(device), reference, config)
     load_optimizer(state.optimizer, _parameter_names(model), folder / "optimizer.safetensors")
     set_rng_state(load_file(folder / "rng.safetensors"))
-    numbers = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    numbers = read_numbers(folder / "state.json", {"step": int, "kl_coef": float})
     state.step, state.kl_coef = numbers["step"], numbers["kl_coef"]
     return state
 

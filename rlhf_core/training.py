@@ -76,8 +76,10 @@ def start_or_resume(experiment: Experiment, config: TrainConfig, run: Path, devi
     else:
         state = load_state(newest, reference, config, device)
         console.print(f"continuing after step {state.step} from {newest}", markup=False, soft_wrap=True)
-    for name in runlog.STEP_LOGS:
-        runlog.keep_through_step(run / name, state.step)
+    shown = state.step if config.log.samples_per_step else 0
+    # A step's time is known when its checkpoint is saved, so that a kill in between leaves a row less.
+    at_least = {runlog.METRICS_FILE: state.step, runlog.SAMPLES_FILE: shown, runlog.TIMINGS_FILE: state.step - 1}
+    runlog.cut_back(run, state.step, at_least)
     return state
 
 

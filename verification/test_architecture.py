@@ -120,7 +120,8 @@ def unpickling(path: Path) -> list[str]:
             options = {keyword.arg: keyword.value for keyword in node.keywords}
             spelled = {name: ast.unparse(value) for name, value in options.items()}
             unsafe_load = ast.unparse(node.func) == "torch.load" and spelled.get("weights_only") != "True"
-            unsafe_model = "trust_remote_code" in spelled or spelled.get("use_safetensors", "True") != "True"
+            runs_code = spelled.get("trust_remote_code", "False") != "False"
+            unsafe_model = runs_code or spelled.get("use_safetensors", "True") != "True"
             if unsafe_load or spelled.get("allow_pickle", "False") != "False" or unsafe_model:
                 found.append(ast.unparse(node))
     return found
@@ -181,6 +182,8 @@ class TestTheChecksThemselves:
             "import torch\ntorch.load('f', weights_only=flag)",
             "import numpy as np\nnp.load('f', allow_pickle=True)",
             "AutoModel.from_pretrained('m', trust_remote_code=True)",
+            "AutoModel.from_pretrained('m', trust_remote_code=flag)",
+            "AutoModel.from_pretrained('m', trust_remote_code=None)",
             "AutoModel.from_pretrained('m', use_safetensors=False)",
         ],
     )
@@ -190,6 +193,7 @@ class TestTheChecksThemselves:
     def test_safe_loading_is_not_accused(self, planted):
         source = "import torch\ntorch.load('f', weights_only=True)\nnp.load('f', allow_pickle=False)\njson.load(f)"
         assert unpickling(planted(m=source)["p.m"]) == []
+        assert unpickling(planted(m="AutoModel.from_pretrained('m', trust_remote_code=False)")["p.m"]) == []
 
 
 def test_the_source_is_found():

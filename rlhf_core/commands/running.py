@@ -65,10 +65,11 @@ class Job(Generic[C]):
 def make_run(job: Job[C], arguments: list[str]) -> int:
     """Do a run, or continue one; return the exit code."""
     early = early_options(arguments)
-    runs = Path(early["runs"] or "runs")
+    # Absolute, as a reward function may change the working directory; resolved, as `latest` may point elsewhere soon.
+    runs = Path(early["runs"] or "runs").absolute()
     file = Path(early["config"]) if early["config"] else None
     if early["resume"]:
-        folder = runlog.find_run(early["name"] or "latest", runs)
+        folder = runlog.find_run(early["name"] or "latest", runs).resolve()
         recorded = configuration.read_config_file(folder / runlog.CONFIG_FILE, job.empty())
         asked = configuration.read_config_file(file, recorded) if file else recorded
         options = _parsed(job, arguments, asked)
@@ -149,18 +150,21 @@ def _do(
 ) -> int:
     job.before(options)
     apply_environment(config.numerics, config.resolved_threads)
-    where = runs if resumed is None else resumed.resolve().parent
+    where = runs if resumed is None else resumed.parent
     assert where is not None
     with loading_for_good():
         # This loads torch, which reads the environment once.
         from rlhf_core.run_setup import data_place
 
+        if resumed is not None and (begun_in := working_directory(resumed)):
+            # Not before, when a file there could stand in for a module of torch's.
+            find_modules_first_in(begun_in, Path.cwd())
         with data_place(where, resumed) as place:
             inputs = job.load(config, place)
             folder = open_run()
             place.hand_over(folder)
-    home = folder.resolve()
-    resume = f"rlhf {job.command} --resume --name {shlex.quote(home.name)} --runs {shlex.quote(str(home.parent))}"
+    name, parent = shlex.quote(folder.name), shlex.quote(str(folder.parent))
+    resume = f"rlhf {job.command} --resume --name {name} --runs {parent}"
     try:
         job.execute(config, options, inputs, folder)
     except Stopped as stopped:
@@ -193,22 +197,27 @@ def _out_of_memory(error: Exception) -> bool:
 
 
 def working_directory(run: Path) -> Path | None:
-    """Return the directory that a run was begun in, as its ``environment.json`` has it; None when it has none."""
+    """Return the directory that a run was begun in, as its ``environment.json`` has it; None when it is not there."""
     try:
         found = runlog.parse_json((run / runlog.ENVIRONMENT_FILE).read_text(encoding="utf-8")).get("working_directory")
     except (OSError, ValueError, AttributeError):
         return None
-    return Path(found) if isinstance(found, str) else None
+    return Path(found) if isinstance(found, str) and Path(found).is_dir() else None
+
+
+def find_modules_first_in(*directories: Path) -> None:
+    """Have modules, such as those of reward functions, looked for in these directories first, in this order."""
+    first = [str(one) for one in dict.fromkeys(directories)]
+    sys.path[:] = [*first, *(one for one in sys.path if one not in first)]
 
 
 def located(config: C, directory: Path | None) -> C:
     """Return the configuration of a resumed run with the paths that were typed in another directory found there.
 
-    A path that is not there any more stays as it was typed. Reward functions are looked for there too.
+    A path that is not there any more stays as it was typed.
     """
-    if directory is None or directory == Path.cwd() or not directory.is_dir():
+    if directory is None or directory == Path.cwd():
         return config
-    sys.path.append(str(directory))
 
     def there(path: str | None) -> str | None:
         return str(directory / path) if path and (directory / path).exists() else path

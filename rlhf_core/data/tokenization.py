@@ -71,7 +71,8 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     require_model_source(path)
     try:
         with quiet_transformers():
-            tokenizer = AutoTokenizer.from_pretrained(model_source(path))
+            # Without the last one transformers asks on the terminal whether it may run code of the folder.
+            tokenizer = AutoTokenizer.from_pretrained(model_source(path), trust_remote_code=False)
     except Exception as error:  # a damaged file shows as OSError, ValueError, KeyError, TypeError, or plain Exception
         raise FileNotFoundError(
             f"cannot load the tokenizer of {str(path)!r} ({type(error).__name__}: {first_line(error)}); "

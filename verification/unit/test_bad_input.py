@@ -108,6 +108,10 @@ class TestOptions:
             (["--sampling.temperature", "0"], r"sampling\.temperature is 0\.0; it must be greater than 0"),
             (["--seed", "-1"], "seed is -1; it must lie in"),
             (["--threads", "0"], "threads is 0; it must be greater than 0"),
+            (["--threads", "1000000"], "threads is 1000000; it must be greater than 0 and at most 1024"),
+            (["--ppo.batch-size", "1000000000000"], r"ppo\.batch_size is 1000000000000; it must be at most 1048576"),
+            (["--reward-timeout-s", "1e300"], r"reward_timeout_s is 1e\+300; it must be"),
+            (["--name", "a" * 260], r"run name 'a{20}'\.\.\. has 260 characters; give one of 200 or fewer"),
             (["--numerics", "portable", "--model.attention", "sdpa"], "'portable' needs --model.attention eager"),
             (["--data"], "argument --data: expected one argument"),
             (["--data", "/none/here"], "no data folder '/none/here', nor a file of that name; give a folder with a"),
@@ -310,7 +314,7 @@ class TestDisk:
         (tmp_path / "file").write_text("mine")
         outcome = run_command("train", *TINY_RUN, "--runs", tmp_path / "file")
         assert outcome.code == 2
-        assert_matches(r"cannot make a run in '.*file' \(File exists\); give --runs a folder", outcome.complaint)
+        assert_matches(r"cannot make a run in '.*file' \('.*file' is a file\); give --runs a folder", outcome.complaint)
         assert (tmp_path / "file").read_text() == "mine"
 
     def test_a_read_only_place_is_named(self, tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from rlhf_core import checkpoint
-from rlhf_core.checkpoint import check_folder, is_sound, newest_sound, prune, write_folder
+from rlhf_core.checkpoint import check_folder, is_sound, load_tensors, newest_sound, prune, write_folder
 
 CONTENTS = {"weights.bin": b"w" * 1000, "state.json": b"{}", "policy/config.json": b'{"a": 1}'}
 
@@ -274,3 +274,27 @@ class TestOptimizer:
         renamed = {value: name.replace("a.", "z.") for name, value in parameters.items()}
         with pytest.raises(ValueError, match=r"state '(step|exp_avg|exp_avg_sq)/a\.weight' belongs to no parameter"):
             checkpoint.load_optimizer(optimizer, renamed, tmp_path / "o")
+
+    def test_state_of_another_shape_is_named_with_both(self, tmp_path):
+        parameters = self.parameters()
+        optimizer = self.optimizer(parameters)
+        self.step(parameters, optimizer, 1)
+        names = {value: name for name, value in parameters.items()}
+        checkpoint.save_optimizer(optimizer, names, tmp_path / "o")
+        larger = {name: torch.nn.Parameter(torch.zeros(4)) for name in parameters}
+        with pytest.raises(ValueError, match=r"state 'exp_avg\S*/\S*' is \(3,\), and \(4,\) here"):
+            checkpoint.load_optimizer(
+                self.optimizer(larger), {value: name for name, value in larger.items()}, tmp_path / "o"
+            )
+
+
+def test_tensors_are_those_that_are_wanted_by_name_and_shape(tmp_path):
+    save_file({"a": torch.ones(2), "b": torch.zeros(3)}, tmp_path / "t")
+    assert load_tensors(tmp_path / "t", {"a": torch.empty(2), "b": torch.empty(3)})["a"].tolist() == [1.0, 1.0]
+    for wanted, message in (
+        ({"a": 2}, "b is none of this configuration's"),
+        ({"a": 2, "b": 3, "c": 1}, "c is not there"),
+        ({"a": 2, "b": 4}, r"b is \(3,\), and \(4,\) by the configuration"),
+    ):
+        with pytest.raises(ValueError, match=f"t: {message}; was the run's config"):
+            load_tensors(tmp_path / "t", {name: torch.empty(size) for name, size in wanted.items()})

@@ -55,6 +55,13 @@ class TestHelp:
         assert f"usage: rlhf {command}" in outcome.out
         assert cli.command(command).Options.__doc__.split("\n")[0] in outcome.out
 
+    @pytest.mark.parametrize("command", ["train", "sft", "pipeline"])
+    def test_a_seed_in_the_environment_that_is_no_number_hides_no_help(self, command, monkeypatch):
+        monkeypatch.setenv("SEED", "abc")
+        outcome = run_command(command, "--help")
+        assert outcome.code == 0, outcome.err
+        assert f"usage: rlhf {command}" in outcome.out
+
     def test_help_loads_no_torch(self):
         program = (
             "import sys\nfrom rlhf_core.cli import main\ntry: main(['train', '--help'])\n"

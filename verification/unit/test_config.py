@@ -210,7 +210,9 @@ def test_an_indivisible_batch_names_the_sizes_that_divide():
 
 
 def test_a_huge_batch_is_judged_at_once():
-    PPOConfig(batch_size=16 * 10**15, kl_control="fixed")
+    PPOConfig(batch_size=2**20, kl_control="fixed")
+    with pytest.raises(ValueError, match=r"ppo\.batch_size is 16000000000000000; it must be at most 1048576"):
+        PPOConfig(batch_size=16 * 10**15, kl_control="fixed")
     with pytest.raises(ValueError, match="not divisible by minibatch_size 16"):
         PPOConfig(batch_size=10**15 + 1)
 
@@ -286,6 +288,8 @@ class TestFile:
             ("a.toml", "[ppo]\nlearning_rate = -1.0", r"a\.toml: ppo\.learning_rate is -1\.0; it must be greater"),
             ("a.toml", "[ppo]\nkl_coef = nan", r"ppo\.kl_coef is nan; it must be a finite number"),
             ("a.json", '{"ppo": {"kl_coef": Infinity}}', r"ppo\.kl_coef is inf; it must be a finite number"),
+            ("a.toml", "[ppo]\nvalue_clip_range = 1e39", r"value_clip_range is 1e\+39; it must be .* in float32"),
+            ("a.toml", "reward_timeout_s = 1e30", r"reward_timeout_s is 1e\+30; it must be .* at most 1e\+09"),
             ("a.json", '{"ppo": {"kl_coef": 1' + "0" * 400 + "}}", "must be a finite number"),
             ("a.json", "[1]", "holds a list; it must hold a table"),
             ("a.json", '{"seed": 1', "not valid JSON: .*line 1"),

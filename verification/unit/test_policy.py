@@ -274,6 +274,29 @@ def test_a_config_that_is_no_causal_language_model_is_one_line(saved, text, kind
     assert str(folder) in one_line(raised)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}},
+            "a quantized model cannot be",
+        ),
+        ({"quantization_config": {"quant_method": "torchao"}}, "a quantized model cannot be"),
+        ({"num_attention_heads": 0}, "its config.json makes no model .*; correct it or save it again"),
+        ({"hidden_act": "nonsense"}, "its config.json makes no model .*nonsense"),
+        ({"vocab_size": "many"}, "its config.json makes no model .*many"),
+        ({"model_type": "x", "auto_map": {"AutoConfig": "code.X", "AutoModelForCausalLM": "code.Y"}}, "custom code"),
+    ],
+)
+def test_a_config_with_which_transformers_fails_in_its_own_way_is_one_line(tmp_path, monkeypatch, changes, message):
+    tiny_lm("llama").save_pretrained(tmp_path)
+    change_config(tmp_path, **changes)
+    monkeypatch.setattr("builtins.input", lambda prompt: pytest.fail(f"asked: {prompt}"))
+    with pytest.raises(ValueError, match=message) as raised:
+        load_model(tmp_path, "eager")
+    assert str(tmp_path) in one_line(raised)
+
+
 def test_loading_leaves_the_loudness_of_transformers_as_it_was(saved):
     _, folder = saved
     before = transformers.utils.logging.get_verbosity()

@@ -99,6 +99,20 @@ def test_a_function_that_does_not_end_is_stopped_and_the_timer_is_gone(function)
     assert signal.getsignal(signal.SIGALRM) is former
 
 
+def test_an_alarm_that_comes_when_the_function_has_just_returned_ends_nothing(monkeypatch):
+    setitimer, former = signal.setitimer, signal.getsignal(signal.SIGALRM)
+
+    def alarmed_first(which, seconds, interval=0.0):
+        if seconds == 0:
+            signal.raise_signal(signal.SIGALRM)
+        return setitimer(which, seconds, interval)
+
+    monkeypatch.setattr(signal, "setitimer", alarmed_first)
+    assert call_function("mine:f", lambda p, c: [2.5], ["p"], ["c"], 10) == [2.5]
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+    assert signal.getsignal(signal.SIGALRM) is former
+
+
 @pytest.fixture
 def module(tmp_path, monkeypatch):
     """Write a module into the working directory."""

@@ -116,6 +116,53 @@ class TestKeepThroughStep:
             runlog.keep_through_step(path, 3)
         assert path.read_bytes() == content
 
+    def test_what_stays_is_neither_held_nor_copied(self, tmp_path):
+        path = tmp_path / "samples.jsonl"
+        row = '{"step": 1, "text": "%s"}\n' % ("x" * 10_000)
+        path.write_text(row * 400 + '{"step": 2}\n')
+        inode = path.stat().st_ino
+        tracemalloc.start()
+        runlog.keep_through_step(path, 1)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 500_000
+        assert (path.stat().st_size, path.stat().st_ino) == (400 * len(row), inode)
+
+    def test_a_cut_is_on_the_disk_before_the_call_returns_and_a_whole_log_is_not_written_to(
+        self, tmp_path, monkeypatch
+    ):
+        path, synced = tmp_path / "metrics.jsonl", []
+        runlog.append(path, steps(3))
+        monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(os.readlink(f"/proc/self/fd/{descriptor}")))
+        runlog.keep_through_step(path, 3)
+        assert synced == []
+        runlog.keep_through_step(path, 2)
+        assert synced == [str(path)]
+
+
+class TestCutBack:
+    def test_all_logs_are_cut_back_to_the_step(self, tmp_path):
+        for name in runlog.STEP_LOGS:
+            runlog.append(tmp_path / name, steps(5))
+        runlog.cut_back(tmp_path, 3, dict.fromkeys(runlog.STEP_LOGS, 3))
+        for name in runlog.STEP_LOGS:
+            assert list(runlog.read(tmp_path / name)) == steps(3)
+
+    @pytest.mark.parametrize(("rows", "last"), [(2, 2), (0, 0), (None, 0)])
+    def test_a_log_that_ends_too_early_is_named_with_both_steps_and_nothing_is_cut(self, tmp_path, rows, last):
+        runlog.append(tmp_path / "metrics.jsonl", steps(5))
+        if rows is not None:
+            runlog.append(tmp_path / "samples.jsonl", steps(rows))
+        before = (tmp_path / "metrics.jsonl").read_bytes()
+        message = (
+            rf"samples\.jsonl ends at step {last}, and the checkpoint is of step 3; put the missing rows back, or "
+        )
+        with pytest.raises(
+            ValueError, match=message + rf"remove the checkpoints after step {last} from .*checkpoints "
+        ):
+            runlog.cut_back(tmp_path, 3, {"metrics.jsonl": 3, "samples.jsonl": 3})
+        assert (tmp_path / "metrics.jsonl").read_bytes() == before
+
 
 class TestWriteAtomically:
     def test_a_failure_keeps_the_old_content_and_leaves_nothing_beside_it(self, tmp_path, monkeypatch):
@@ -148,99 +195,6 @@ class TestWriteAtomically:
         done.set()
         thread.join()
         assert seen <= contents
-
-
-class TestCreateRun:
-    def test_makes_the_folder_with_its_configuration_and_points_latest_to_it(self, tmp_path):
-        runs = tmp_path / "deep" / "runs"
-        for name in ("a", "b.2_C-3"):
-            folder = runlog.create_run(runs, name, "unused", "{}\n")
-            assert folder == runs / name
-            assert (folder / "config.json").read_text() == "{}\n"
-            assert (runs / "latest").resolve() == folder.resolve()
-            assert os.readlink(runs / "latest") == name  # relative, so that runs/ can be moved
-
-    def test_without_a_name_the_first_free_number_is_taken(self, tmp_path):
-        assert [runlog.create_run(tmp_path, None, "task-seed0", "").name for _ in range(3)] == [
-            "task-seed0",
-            "task-seed0-2",
-            "task-seed0-3",
-        ]
-
-    @pytest.mark.parametrize(
-        ("default", "name"),
-        [("my data-seed0", "my-data-seed0"), ("-x", "x"), ("../..", "run"), ("", "run"), ("é!", "run")],
-    )
-    def test_a_default_name_becomes_a_plain_folder_name(self, tmp_path, default, name):
-        assert runlog.create_run(tmp_path, None, default, "").name.rstrip("-") == name
-
-    def test_a_name_that_is_taken_is_refused_and_nothing_moves(self, tmp_path):
-        runlog.create_run(tmp_path, "a", "", "first")
-        runlog.create_run(tmp_path, "b", "", "second")
-        with pytest.raises(
-            FileExistsError, match="run '.*a' exists; continue it with --resume, or give another --name"
-        ):
-            runlog.create_run(tmp_path, "a", "", "third")
-        assert (tmp_path / "a" / "config.json").read_text() == "first"
-        assert os.readlink(tmp_path / "latest") == "b"
-
-    @pytest.mark.parametrize(
-        "name", ["../up", "a/b", "/abs", "..", ".", "", "latest", ".hidden", "-x", "a b", "a\n", "a\0"]
-    )
-    def test_a_name_that_could_lead_elsewhere_is_refused(self, tmp_path, name):
-        with pytest.raises(ValueError, match="run name .*: use letters, digits"):
-            runlog.create_run(tmp_path / "runs", name, "", "")
-        assert list(tmp_path.iterdir()) == []
-
-    def test_a_full_disk_leaves_no_run_and_does_not_move_latest(self, tmp_path, monkeypatch):
-        runlog.create_run(tmp_path, "a", "", "")
-
-        def full(path, data):
-            raise OSError(errno.ENOSPC, "No space left on device", str(path))
-
-        monkeypatch.setattr(runlog, "write_atomically", full)
-        with pytest.raises(OSError, match="No space left"):
-            runlog.create_run(tmp_path, "b", "", "")
-        assert not (tmp_path / "b").exists()
-        assert os.readlink(tmp_path / "latest") == "a"
-
-    def test_a_place_that_cannot_be_written_is_named_with_the_option(self, tmp_path):
-        (tmp_path / "file").write_text("")
-        for runs in (tmp_path / "file", tmp_path / "file" / "runs"):
-            with pytest.raises(OSError, match=r"cannot make a run in '.*file.*' \(.*\); give --runs a folder"):
-                runlog.create_run(runs, "a", "", "")
-
-
-class TestFindRun:
-    @pytest.fixture
-    def runs(self, tmp_path):
-        for name in ("a", "b"):
-            runlog.create_run(tmp_path / "runs", name, "", "{}")
-        return tmp_path / "runs"
-
-    def test_takes_a_name_a_folder_or_latest(self, runs):
-        assert runlog.find_run("a", runs) == runs / "a"
-        assert runlog.find_run(str(runs / "a"), runs.parent / "elsewhere") == runs / "a"
-        assert runlog.find_run("latest", runs).resolve() == (runs / "b").resolve()
-
-    def test_a_name_means_the_run_and_not_a_model_folder_of_that_name_here(self, runs, tmp_path, monkeypatch):
-        (tmp_path / "a").mkdir()
-        (tmp_path / "a" / "config.json").write_text('{"architectures": ["GPT2LMHeadModel"]}')
-        monkeypatch.chdir(tmp_path)
-        assert runlog.find_run("a", runs) == runs / "a"
-
-    def test_an_unknown_name_lists_the_known_ones(self, runs):
-        with pytest.raises(FileNotFoundError, match=r"no run 'c' .*; runs in '.*': a, b$"):
-            runlog.find_run("c", runs)
-
-    def test_a_folder_without_a_configuration_is_no_run(self, runs, tmp_path):
-        (tmp_path / "empty").mkdir()
-        with pytest.raises(FileNotFoundError, match=r"a run is a folder with config\.json"):
-            runlog.find_run(str(tmp_path / "empty"), runs)
-
-    def test_without_runs_it_says_so(self, tmp_path):
-        with pytest.raises(FileNotFoundError, match="there are no runs in '.*none'"):
-            runlog.find_run("latest", tmp_path / "none")
 
 
 class TestCompare:

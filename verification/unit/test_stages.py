@@ -249,6 +249,22 @@ class TestCommand:
         assert "pairs.jsonl: 60 rows" in " ".join(outcome.out.split())
         assert_same_result(finished / stage, tmp_path / "mine")
 
+    def test_a_log_that_is_shorter_than_the_checkpoint_is_refused(self, finished, stage, tmp_path):
+        shutil.copytree(finished / stage, tmp_path / "mine", symlinks=True)
+        runlog.keep_through_step(tmp_path / "mine" / "metrics.jsonl", 5)
+        outcome = run_command(stage, "--resume", "--name", "mine", "--runs", tmp_path)
+        assert outcome.code == 2
+        assert "metrics.jsonl ends at step 5, and the checkpoint is of step 6; put the missing" in outcome.complaint
+
+    def test_a_model_that_was_changed_in_the_configuration_is_refused(self, finished, stage, tmp_path):
+        shutil.copytree(finished / stage, tmp_path / "mine", symlinks=True)
+        config = json.loads((tmp_path / "mine" / "config.json").read_text())
+        config["model"]["hidden_size"] = 24
+        (tmp_path / "mine" / "config.json").write_text(json.dumps(config))
+        outcome = run_command(stage, "--resume", "--name", "mine", "--runs", tmp_path)
+        assert outcome.code == 2
+        assert re.search(r"model\.safetensors is of another model: .*; was the run's config\.json", outcome.complaint)
+
 
 KILLED = """
 import os, signal, sys

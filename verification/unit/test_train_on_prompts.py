@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import sys
 
 import pytest
 from pipeline_data import COMMON, PPO, write_rows
@@ -16,11 +17,17 @@ from rlhf_core.testing.assertions import assert_runs_differ, assert_runs_identic
 from rlhf_core.testing.command import TINY_RUN, run_command
 
 SOURCE = """
+import os
+
 def length(prompts, completions):
     return [len(text) for text in completions]
 
 def worse(prompts, completions):
     return [1.0]
+
+def moves(prompts, completions):
+    os.chdir("/")
+    return length(prompts, completions)
 """
 
 
@@ -44,6 +51,7 @@ def made(tmp_path_factory):
 def place(made, tmp_path, monkeypatch):
     shutil.copytree(made, tmp_path / "place")
     monkeypatch.chdir(tmp_path / "place")
+    monkeypatch.setattr(sys, "path", list(sys.path))
     return tmp_path / "place"
 
 
@@ -73,7 +81,9 @@ def test_the_prompts_of_preferences_are_the_same_prompts(place):
     assert_runs_identical(place / "runs" / "a", place / "runs" / "b")
 
 
-def test_a_run_resumed_in_another_folder_finds_what_was_named_and_needs_the_data_no_more(place, tmp_path, monkeypatch):
+@pytest.fixture
+def interrupted(place, monkeypatch):
+    """The runs ``whole`` and, ended in its second step, ``half``."""
     assert train("whole", *TWO, "--ppo.steps", "3").code == 0
     append = runlog.append
 
@@ -86,9 +96,35 @@ def test_a_run_resumed_in_another_folder_finds_what_was_named_and_needs_the_data
     outcome = train("half", *TWO, "--ppo.steps", "3")
     assert outcome.code == 2, outcome
     monkeypatch.setattr(runlog, "append", append)
+
+
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch):
+    """Another working directory."""
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
+    return tmp_path / "elsewhere"
+
+
+def test_a_run_resumed_in_another_folder_finds_what_was_named_and_needs_the_data_no_more(place, interrupted, elsewhere):
     (place / "prompts.jsonl").write_text("")
+    outcome = run_command("train", "--resume", "--name", "half", "--runs", place / "runs")
+    assert outcome.code == 0, outcome.err
+    assert_runs_identical(place / "runs" / "whole", place / "runs" / "half")
+
+
+def test_a_resumed_run_needs_the_folder_of_its_model_no_more(place, interrupted):
+    shutil.rmtree(place / "policy")
+    outcome = run_command("train", "--resume", "--name", "half")
+    assert outcome.code == 0, outcome.err
+    assert_runs_identical(place / "runs" / "whole", place / "runs" / "half")
+
+
+def test_a_reward_module_of_the_same_name_in_the_folder_of_a_resume_does_not_stand_in(
+    place, interrupted, elsewhere, monkeypatch
+):
+    (elsewhere / "kit_rewards.py").write_text("def length(prompts, completions): return [9.0] * len(completions)")
+    monkeypatch.delitem(sys.modules, "kit_rewards")
     outcome = run_command("train", "--resume", "--name", "half", "--runs", place / "runs")
     assert outcome.code == 0, outcome.err
     assert_runs_identical(place / "runs" / "whole", place / "runs" / "half")
@@ -168,6 +204,13 @@ def test_a_reward_that_fails_names_the_function_and_how_to_go_on(place):
     assert outcome.code == 2
     assert "reward function kit_rewards:worse returned 1 scores for 4 completions; put that right" in outcome.complaint
     assert "rlhf train --resume --name a" in outcome.complaint
+
+
+def test_a_reward_function_that_changes_the_working_directory_loses_nothing(place):
+    outcome = train("a", "--model.path", "policy", "--reward", "kit_rewards:moves", "--ppo.steps", "2")
+    assert outcome.code == 0, outcome.err
+    assert [row["step"] for row in runlog.read(place / "runs" / "a" / "metrics.jsonl")] == [1, 2]
+    assert (place / "runs" / "a" / "checkpoints" / "step_000002").is_dir()
 
 
 def test_labelled_rows_are_labelled_sentences(tmp_path):

@@ -71,6 +71,44 @@ def test_the_kl_coefficient_keeps_every_bit(tmp_path):
     assert load_state(tmp_path, state.reference, config, CPU).kl_coef == 0.30000000000000004
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"kl_coef": 0.1}', "step is missing; it must be a whole number of 0 or more; remove this checkpoint"),
+        ('{"kl_coef": 0.1, "step": "3"}', "step is '3'; it must be a whole number"),
+        ('{"kl_coef": 0.1, "step": 3.0}', r"step is 3\.0; it must be a whole number"),
+        ('{"kl_coef": 0.1, "step": -1}', "step is -1; it must be a whole number of 0 or more"),
+        ('{"kl_coef": 0.1, "step": true}', "step is True; it must be a whole number"),
+        ('{"step": 3}', "kl_coef is missing; it must be a number of 0 or more"),
+        ('{"kl_coef": null, "step": 3}', "kl_coef is None; it must be a number"),
+        ('{"kl_coef": NaN, "step": 3}', "kl_coef is nan; it must be a number"),
+        ("[3]", "holds a list; remove this checkpoint"),
+        ("{", "is not valid JSON: .*; remove this checkpoint"),
+    ],
+)
+def test_a_number_of_the_state_that_is_not_as_it_must_be_is_named(tmp_path, content, message):
+    config = configured("shared")
+    state = tiny_state("llama", "shared", config)
+    save_state(state, TOKENIZER, tmp_path)
+    (tmp_path / "state.json").write_text(content)
+    with pytest.raises(ValueError, match=rf"state\.json:? {message}"):
+        load_state(tmp_path, state.reference, config, CPU)
+
+
+@pytest.mark.parametrize(
+    ("saved", "asked", "message"),
+    [
+        ("shared", "separate", r"value_trunk\.\S* is not there; was the run's config\.json changed\?"),
+        ("separate", "shared", r"value_trunk\.\S* is none of this configuration's; was"),
+    ],
+)
+def test_a_value_model_of_another_kind_is_refused_and_not_left_as_it_began(tmp_path, saved, asked, message):
+    state = tiny_state("llama", saved, configured(saved))
+    save_state(state, TOKENIZER, tmp_path)
+    with pytest.raises(ValueError, match=rf"value\.safetensors: {message}"):
+        load_state(tmp_path, state.reference, configured(asked), CPU)
+
+
 def test_all_generators_go_on_where_they_stood(tmp_path):
     def draw():
         return random.random(), random.gauss(0, 1), np.random.standard_normal(3).tolist(), torch.rand(3).tolist()  # noqa: NPY002
