@@ -1,5 +1,6 @@
 """Mistakes in the other algorithms, to plant into the real trainer."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -56,6 +57,19 @@ def epsilon_of_trl_in_the_standard_score(monkeypatch):
 
 
 @plant
+def reward_to_go_without_its_discount(monkeypatch):
+    def make(right):
+        def wrong(rewards_BT, values_BT, mask_BT, config):
+            if config.recipe.advantage == "reward-to-go":
+                config = dataclasses.replace(config, gamma=1.0)
+            return right(rewards_BT, values_BT, mask_BT, config)
+
+        return wrong
+
+    replace(monkeypatch, "make_targets", make)
+
+
+@plant
 def kl_loss_sign(monkeypatch):
     replace(monkeypatch, "kl_losses", lambda right: lambda *args: -right(*args))
 
@@ -67,4 +81,8 @@ def kl_loss_of_the_ratio_the_other_way_round(monkeypatch):
 
 @plant
 def length_normalised_by_the_longest_of_the_batch(monkeypatch):
-    replace(monkeypatch, "loss_count", lambda right: lambda mask, mean, longest: right(mask, mean, longest - 1))
+    replace(
+        monkeypatch,
+        "loss_count",
+        lambda right: lambda mask, mean, longest: right(mask, mean, int(mask.sum(dim=1).max())),
+    )

@@ -6,6 +6,8 @@ import numpy as np
 import torch
 from m4_planting import plants, replace
 
+from rlhf_core import updates
+
 PLANTED, plant = plants()
 
 
@@ -75,3 +77,45 @@ def explained_variance_against_the_values(monkeypatch):
         return wrong
 
     replace(monkeypatch, "rollout_metrics", make)
+
+
+@plant
+def gradient_norm_logged_after_clipping(monkeypatch):
+    def make(right):
+        return lambda state, sums, parameters, max_norm, step: min(
+            right(state, sums, parameters, max_norm, step), max_norm
+        )
+
+    replace(monkeypatch, "optimizer_step", make)
+
+
+@plant
+def logged_minibatches_weigh_the_same(monkeypatch):
+    """A mean over minibatches, and not over their tokens."""
+
+    def make(right):
+        def wrong(self, minibatch, norm):
+            mean = updates.MinibatchSums(minibatch.sums.clone(), minibatch.deviation, 1, 1)
+            mean.sums[:2] /= minibatch.count
+            mean.sums[2:] /= minibatch.tokens
+            return right(self, mean, norm)
+
+        return wrong
+
+    replace(monkeypatch, "add", make, updates.UpdateStatistics)
+
+
+@plant
+def metrics_of_the_first_step_for_ever(monkeypatch):
+    first = {}
+
+    def make(right):
+        def wrong(state, *args, **kwargs):
+            result = right(state, *args, **kwargs)
+            if state.step == 1:
+                first.update(result.metrics)
+            return dataclasses.replace(result, metrics=dict(first))
+
+        return wrong
+
+    replace(monkeypatch, "learn", make)

@@ -94,12 +94,31 @@ def clip_range_of_the_log_ratio(monkeypatch):
 
 
 @plant
+def clip_range_of_a_fifth_whatever_is_asked(monkeypatch):
+    replace(monkeypatch, "clipped_policy_losses", lambda right: lambda *args, clip_range: right(*args, clip_range=0.2))
+
+
+@plant
 def value_clipping_takes_the_smaller_error(monkeypatch):
     def make(right):
         def wrong(values_BT, old_BT, returns_BT, mask_BT, *, clip_range):
             clipped_BT = old_BT + (values_BT - old_BT).clamp(-clip_range, clip_range)
             errors_BT = torch.minimum((values_BT - returns_BT) ** 2, (clipped_BT - returns_BT) ** 2)
             return 0.5 * torch.where(mask_BT, errors_BT, 0.0)
+
+        return wrong
+
+    replace(monkeypatch, "clipped_value_losses", make)
+
+
+@plant
+def value_clipping_without_the_maximum(monkeypatch):
+    """The error of the clipped value alone: a value that overshot its return stays where it is."""
+
+    def make(right):
+        def wrong(values_BT, old_BT, returns_BT, mask_BT, *, clip_range):
+            clipped_BT = old_BT + (values_BT - old_BT).clamp(-clip_range, clip_range)
+            return 0.5 * torch.where(mask_BT, (clipped_BT - returns_BT) ** 2, 0.0)
 
         return wrong
 

@@ -5,7 +5,8 @@ import dataclasses
 import torch
 from m4_planting import plants, replace
 
-from rlhf_core import ppo, rollout, updates
+from rlhf_core import policy, ppo, rollout, scoring, updates
+from rlhf_core.losses import loss_count
 
 PLANTED, plant = plants()
 
@@ -35,6 +36,24 @@ def padding_read_as_prompt(monkeypatch):
         return wrong
 
     replace(monkeypatch, "left_pad", make, rollout)
+
+
+@plant
+def positions_that_count_the_padding(monkeypatch):
+    """The first column is position 0, whether it is padding or not."""
+
+    def count_columns(attention_mask_BL):
+        return torch.arange(attention_mask_BL.shape[1]).expand_as(attention_mask_BL)
+
+    def make(right):
+        def wrong(*args):
+            with monkeypatch.context() as patch:
+                patch.setattr(policy, "position_ids", count_columns)
+                return right(*args)
+
+        return wrong
+
+    replace(monkeypatch, "evaluate_rows", make, updates, scoring)
 
 
 @plant
@@ -101,6 +120,26 @@ def a_minibatch_divides_by_the_tokens_of_the_batch(monkeypatch):
 
 
 @plant
+def a_minibatch_divides_by_the_mean_of_the_minibatches(monkeypatch):
+    """Every token of the batch weighs the same, and a minibatch of short responses counts for less."""
+
+    def make(right):
+        def wrong(state, rollout, scores, found, minibatch, config, *rest):
+            share = config.ppo.minibatch_size / config.ppo.batch_size
+            tokens = float(rollout.response_mask_BT.sum()) * share
+
+            def count(mask, mean, longest):
+                return tokens if mean == "token" else loss_count(mask, mean, longest)
+
+            monkeypatch.setattr(updates, "loss_count", count)
+            return right(state, rollout, scores, found, minibatch, config, *rest)
+
+        return wrong
+
+    replace(monkeypatch, "accumulate_gradients", make)
+
+
+@plant
 def dropout_on(monkeypatch):
     def make(right):
         def wrong(state, *args):
@@ -110,6 +149,18 @@ def dropout_on(monkeypatch):
         return wrong
 
     replace(monkeypatch, "accumulate_gradients", make)
+
+
+@plant
+def reference_in_training_mode(monkeypatch):
+    def make(right):
+        def wrong(model, reference, *rest):
+            reference.train()
+            return right(model, reference, *rest)
+
+        return wrong
+
+    replace(monkeypatch, "score_rollout", make)
 
 
 @plant
@@ -161,3 +212,35 @@ def kl_controller_inverted(monkeypatch):
         return lambda coef, kl, *, target, **kwargs: right(coef, target, target=kl, **kwargs)
 
     replace(monkeypatch, "adapt_kl_coef", make)
+
+
+@plant
+def kl_controller_by_the_sign_alone(monkeypatch):
+    """A fifth up or down, however near the target is."""
+
+    def make(right):
+        def wrong(coef, kl, *, target, **kwargs):
+            return right(coef, 2.0 * target if kl > target else 0.0, target=target, **kwargs)
+
+        return wrong
+
+    replace(monkeypatch, "adapt_kl_coef", make)
+
+
+@plant
+def kl_coefficient_adapted_but_never_used(monkeypatch):
+    first = {}
+
+    def make(right):
+        def wrong(state, rollout, reward, config, *rest, **kwargs):
+            first["kl_coef"] = config.ppo.kl_coef
+            return right(state, rollout, reward, config, *rest, **kwargs)
+
+        return wrong
+
+    replace(monkeypatch, "learn", make)
+    replace(
+        monkeypatch,
+        "token_rewards",
+        lambda right: lambda *args, kl_coef, **kwargs: right(*args, kl_coef=kl_coef and first["kl_coef"], **kwargs),
+    )

@@ -57,6 +57,15 @@ def kl_against_the_policy_of_the_rollout(monkeypatch):
 
 
 @plant
+def kl_in_the_reward_is_k1_whatever_is_asked(monkeypatch):
+    replace(
+        monkeypatch,
+        "token_rewards",
+        lambda right: lambda *args, estimator, **kwargs: right(*args, estimator="k1", **kwargs),
+    )
+
+
+@plant
 def reference_at_another_temperature(monkeypatch):
     def make(right):
         def wrong(model, reference, rollout, plan, temperature, dtype):
