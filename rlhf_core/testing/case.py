@@ -107,7 +107,7 @@ class Outcome:
     kl_coef: float
     """The KL coefficient of the next step."""
     metrics: Mapping[str, float] = field(default_factory=dict)
-    """What the last step logged, under the names of ``rlhf_core.metrics``; empty where a trainer logs none of them."""
+    """What the last step logged, under the names of ``rlhf_core.metrics``; what is missing is not asked for."""
 
 
 class Trainer(Protocol):
