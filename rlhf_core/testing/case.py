@@ -65,7 +65,7 @@ class Case:
     temperature: float = 1.0
     """The policy is softmax(logits / temperature)."""
     dropout: float = 0.0
-    """Probability of a dropout that the policy carries and that training must leave off."""
+    """Probability of a dropout that policy and reference carry and that training must leave off."""
 
     @cached_property
     def ppo(self) -> dict[str, Any]:
@@ -80,7 +80,7 @@ class Case:
 
     def reference(self) -> TabularPolicy:
         """Return the reference as a model."""
-        return TabularPolicy(self.world, self.reference_SV)
+        return TabularPolicy(self.world, self.reference_SV, dropout=self.dropout)
 
     def states(self, row: int) -> list[int]:
         """Return the table's row at each token of a response."""
@@ -107,7 +107,7 @@ class Outcome:
     kl_coef: float
     """The KL coefficient of the next step."""
     metrics: Mapping[str, float] = field(default_factory=dict)
-    """What the last step logged, under the names of ``rlhf_core.metrics``; empty where a trainer logs none of them."""
+    """What the last step logged, under the names of ``rlhf_core.metrics``; what is missing is not asked for."""
 
 
 class Trainer(Protocol):

@@ -1,7 +1,10 @@
 """Numeric functions held to our oracles by ``pytest verification/m4_numerics --implementation MODULE:ADAPTER``.
 
 An adapter is any object (a module, a class, a namespace) with some of these functions; a test of one that it lacks is
-skipped and says so. Tensors in, tensors out; masks are bool, True = counts.
+skipped and says so. Tensors in, tensors out; masks are bool, True = counts. What stands where a mask is False, NaN
+included, must not change a result, and what a function puts there itself is not looked at; a function leaves its inputs
+as they were. The mask can have holes, but for ``last_token_index``. The losses have a gradient to their first argument;
+``entropy`` and ``kl`` have one or are constants.
 
 ========================  ==========================================================================================
 ``token_logprobs``        (logits [B, T, V], labels [B, T], temperature) → [B, T] log softmax(logits / temperature)

@@ -39,7 +39,7 @@ KL: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 UPDATE = ("policy_loss", "value_loss", "approx_kl", "clip_frac")
-"""What is logged of each minibatch before its step, as a mean over minibatches (of one size)."""
+"""What is logged of the minibatches before their steps: means over tokens; of losses, over what they are means of."""
 
 
 def oracle_trainer(case: Case) -> Outcome:
@@ -62,13 +62,15 @@ def oracle_trainer(case: Case) -> Outcome:
                 norm = math.sqrt(sum(float(grad.square().sum()) for grad in grads))
                 scale = min(1.0, ppo["max_grad_norm"] / norm) if norm else 1.0
                 norms.append(norm)
-                figures.append((float(policy_loss.detach()), float(value_loss.detach()), *batch.moved(policy_SV, rows)))
+                of_losses = (float(policy_loss.detach()), float(value_loss.detach()))
+                figures.append((batch.weights(rows), (*of_losses, *batch.moved(policy_SV, rows))))
                 with torch.no_grad():
                     for parameter, grad in zip((policy_SV, values_S), grads, strict=True):
                         parameter -= ppo["learning_rate"] * decay * scale * grad
         metrics["grad_norm"], metrics["grad_norm_max"] = sum(norms) / len(norms), max(norms)
-        for name, column in zip(UPDATE, zip(*figures, strict=True), strict=True):
-            metrics[name] = sum(column) / len(column)
+        for at, name in enumerate(UPDATE):
+            parts = [(weights[at], means[at]) for weights, means in figures]
+            metrics[name] = sum(weight * mean for weight, mean in parts) / sum(weight for weight, _ in parts)
         if ppo["kl_control"] == "adaptive":
             error = max(-0.2, min(0.2, metrics["kl"] / ppo["kl_target"] - 1.0))
             kl_coef *= 1.0 + error * ppo["batch_size"] / ppo["kl_horizon"]
@@ -148,6 +150,12 @@ class _Batch:
             value_rows.append(torch.stack(value_losses))
         value_loss = self._mean(value_rows) if self.recipe["advantage"] == "gae" else 0.0 * values_S.sum()
         return self._mean(policy_rows), value_loss
+
+    def weights(self, rows: range) -> tuple[int, int, int, int]:
+        """Return what each mean of :data:`UPDATE` of a minibatch counts for: its tokens or its sequences."""
+        tokens = sum(len(self.states[row]) for row in rows)
+        count = tokens if self.recipe["loss_mean"] == "token" else len(rows)
+        return count, count, tokens, tokens
 
     def moved(self, policy_SV: Tensor, rows: range) -> tuple[float, float]:
         """Return the mean of ρ − 1 − log ρ over tokens, and the share of tokens whose ρ left its range."""

@@ -46,7 +46,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Make the marker known."""
+    """Make the marker known.
+
+    Raises:
+        pytest.UsageError: a table is to be written by several processes, each of which knows its own tests alone.
+    """
+    several = config.getoption("numprocesses", None) or config.getoption("dist", "no") != "no"
+    if config.getoption("--write-table") and several:
+        raise pytest.UsageError("--write-table needs all tests in one process: leave out -n, --numprocesses and --dist")
     config.addinivalue_line("markers", "cuda: needs an NVIDIA GPU; skipped without one")
     config.stash[RESULTS] = Results(column="")
     if config.getoption("--implementation"):

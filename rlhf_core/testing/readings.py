@@ -7,12 +7,18 @@ c (R − V) / N.
 Shape suffixes: S prefixes, V vocabulary.
 """
 
+import math
+from collections.abc import Callable, Iterable
+from typing import TypeVar
+
+import numpy as np
 import torch
 from torch import Tensor
 
 from rlhf_core.testing.case import Case, Trainer, random_case
 from rlhf_core.testing.world import World
 
+T = TypeVar("T")
 TOLERANCE = 1e-9
 WORLD = World(vocabulary=4, length=3, prompts=((2,), (3, 2), (3, 1), (3, 3)))
 """One prompt is shorter than the others: with them in a batch it is padded on the left."""
@@ -79,23 +85,57 @@ def read_flat(case: Case, trainer: Trainer) -> list[float]:
 
 def close(found: Tensor | list[float] | float, expected: Tensor | list[float] | float) -> None:
     """Fail unless two arrays agree to the tolerance, relative to the larger of 1 and what was expected."""
-    a, b = (torch.as_tensor(x, dtype=torch.float64) for x in (found, expected))
-    worst = float((a - b).abs().max())
-    if not worst <= TOLERANCE * max(1.0, float(b.abs().max())):
-        raise AssertionError(f"off by {worst:.3g}: found {_short(a)}, expected {_short(b)}")
+    a, b = torch.broadcast_tensors(*(torch.as_tensor(x, dtype=torch.float64) for x in (found, expected)))
+    scale = max(1.0, float(b.abs().max()))
+    off = (a - b).abs().nan_to_num(nan=math.inf, posinf=math.inf)
+    worst = float(off.max())
+    if worst > TOLERANCE * scale:
+        raise AssertionError(f"off by {worst:.3g}: {_worst(a, b, off, scale)}{rounding(worst, scale)}")
+
+
+def _worst(a: Tensor, b: Tensor, off: Tensor, scale: float) -> str:
+    """Return the cells of largest difference, by their indices, and how many differ."""
+    if off.dim() == 0:
+        return f"found {float(a):.9g}, expected {float(b):.9g}"
+    wrong = int((off > TOLERANCE * scale).sum())
+    places = off.flatten().argsort(descending=True, stable=True)[: min(wrong, 3)].tolist()
+    cells = [
+        f"{[int(at) for at in np.unravel_index(place, off.shape)]} is {float(a.flatten()[place]):.9g}, "
+        f"expected {float(b.flatten()[place]):.9g}"
+        for place in places
+    ]
+    return f"{'; '.join(cells)} ({wrong} of {off.numel()} differ)"
 
 
 def parallel(found: Tensor | list[float], expected: Tensor | list[float]) -> None:
-    """Fail unless two vectors point the same way, whatever their lengths; neither may be zero."""
-    a, b = (torch.as_tensor(x, dtype=torch.float64).flatten() for x in (found, expected))
+    """Fail unless two arrays point the same way, whatever their lengths; neither may be zero."""
+    a, b = (torch.as_tensor(x, dtype=torch.float64) for x in (found, expected))
     if float(a.norm()) < TOLERANCE:
         raise AssertionError("nothing moved")
     close(a / a.norm(), b / b.norm())
 
 
-def _short(x: Tensor) -> str:
-    flat = x.flatten().tolist()
-    return "[" + ", ".join(f"{value:.6g}" for value in flat[:6]) + (", …]" if len(flat) > 6 else "]")
+def rounding(difference: float, scale: float = 1.0) -> str:
+    """Return what to add to a message where float32's rounding, 2^-24 of each number, may be all there is."""
+    if difference > 2.0**-18 * scale:
+        return ""
+    return ": the size of float32's rounding; train in float64, as under rlhf_core.testing.world.double_precision()"
+
+
+def ask_each(ask: Callable[[T], None], choices: Iterable[T]) -> None:
+    """Ask for each choice; what the trainer refuses is refused when all the others have been asked.
+
+    Raises:
+        NotImplementedError: the trainer does not have one of them; the reasons.
+    """
+    refused = []
+    for choice in choices:
+        try:
+            ask(choice)
+        except NotImplementedError as error:
+            refused.append(str(error))
+    if refused:
+        raise NotImplementedError("; ".join(filter(None, dict.fromkeys(refused))))
 
 
 def flat(rows: list[list[float]]) -> list[float]:

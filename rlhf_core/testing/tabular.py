@@ -6,9 +6,14 @@ linear value head is a table of values, one for each prefix.
 
 Because prefixes share no weights, a gradient can be read: the row of a prefix moved exactly when a loss was taken
 there. The table has rows for prefixes behind the end of a response too. No loss may ever move them.
+
+A prefix is what the attention mask leaves of the tokens so far. Positions that are given have to say the same: a token
+whose ``position_ids`` entry is not the number of attended tokens before it is at row 0, which no world reaches. Without
+them the mask alone decides, as in models whose positions are relative.
 """
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -91,6 +96,7 @@ class TabularPolicy(PreTrainedModel):
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
         past_key_values: DynamicCache | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
@@ -104,6 +110,9 @@ class TabularPolicy(PreTrainedModel):
             input_ids = past_key_values.update(keys_B1L1, keys_B1L1, 0)[0][:, 0, :, 0].long()
         attended_BL = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         rows_BL = self._lookup(input_ids, attended_BL.bool())[:, -new:]
+        if position_ids is not None:
+            places_BL = attended_BL.long().cumsum(dim=1)[:, -new:] - 1
+            rows_BL = torch.where(position_ids == places_BL, rows_BL, 0)
         hidden_BLS = nn.functional.one_hot(rows_BL, len(self.states)).to(self.table.dtype)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits_BLV = self.dropout(self.table[rows_BL[:, kept]])
@@ -126,6 +135,7 @@ class TabularPolicy(PreTrainedModel):
         return torch.where(self._codes[place_BL] == codes_BL, self._rows[place_BL], 0)
 
 
+@cache
 def tabular_states(world: World) -> tuple[Tokens, ...]:
     """Return the prefixes of the table's rows: nothing, then for each prompt its prefixes, then its whole responses."""
     prefixes = [(*prompt, *prefix) for prompt in world.prompts for prefix in world.prefixes]

@@ -3,6 +3,7 @@
 import re
 
 import pytest
+import torch
 
 from rlhf_core.testing.implementation import shown
 from rlhf_core.testing.plugin import RESULTS
@@ -12,6 +13,21 @@ def title(request):
     """The test's name as the table has it, with its parameters."""
     words = re.sub(r"\[(.*)\]$", r" (\1)", request.node.name.removeprefix("test_"))
     return words.replace("_", " ")
+
+
+def untouched(function):
+    """Return the function, with an error for one that changes a tensor that it was given."""
+
+    def call(*arguments):
+        given = [(at, one, one.detach().clone()) for at, one in enumerate(arguments, 1) if torch.is_tensor(one)]
+        result = function(*arguments)
+        for at, now, before in given:
+            if not bool(((now == before) | ((now != now) & (before != before))).all()):  # NaN differs from itself
+                now.detach().copy_(before)  # other tests have the same tensor
+                raise ValueError(f"it changed its argument {at} in place")
+        return result
+
+    return call
 
 
 @pytest.fixture
@@ -30,7 +46,7 @@ def check(implementation, request):
         def measured(measure):
             problem = None
             try:
-                return measure(function)
+                return measure(untouched(function))
             except Exception as raised:
                 problem = raised
             cells[title(request)] = f"**{type(problem).__name__}**"

@@ -19,6 +19,10 @@ def numbers(*shape, seed=0, scale=1.0):
 
 MASK = torch.tensor([[1, 1, 1, 1, 0], [1, 1, 0, 0, 0], [1, 1, 1, 1, 1], [1, 0, 0, 0, 0]], dtype=torch.bool)
 """Right-padded rows of 4, 2, 5 and 1 tokens."""
+HOLES = torch.tensor([[1, 0, 1, 1, 0], [0, 1, 1, 0, 1], [1, 1, 1, 1, 1], [0, 0, 0, 1, 0]], dtype=torch.bool)
+"""Rows of which single tokens do not count, as those that a tool wrote."""
+rubbish = pytest.mark.parametrize("filling", [NAN, INF])
+ranges = pytest.mark.parametrize("clip_range", [0.1, 0.2, 0.4])
 LABELS = torch.tensor([[0, 7, 3, 11, 49], [5, 5, 30, 2, 1], [48, 9, 6, 17, 0]])
 
 
@@ -61,12 +65,50 @@ def exact_whiten(x, mask, shift_mean, *, sample=False):
     return torch.where(mask, (x.double() - mean) * scale + (0.0 if shift_mean else mean), 0.0)
 
 
-def error(found, exact):
+def exact_policy_loss(logp, old, advantages, mask, clip_range):
+    """Return the mean over the mask of max(−ρA, −clip(ρ)A), and its gradient."""
+    terms, slopes, n = [], torch.zeros(mask.shape, dtype=torch.float64), int(mask.sum())
+    for row, t in mask.nonzero().tolist():
+        ratio, a = math.exp(float(logp[row, t]) - float(old[row, t])), float(advantages[row, t])
+        clipped = min(max(ratio, 1 - clip_range), 1 + clip_range)
+        terms.append(max(-ratio * a, -clipped * a))
+        slopes[row, t] = -ratio * a / n if -ratio * a >= -clipped * a else 0.0
+    return math.fsum(terms) / n, slopes
+
+
+def exact_value_loss(values, old_values, returns, mask, clip_range):
+    """Return half the mean over the mask of max((V−R)², (V_old + clip(V−V_old) − R)²), and its gradient."""
+    terms, slopes, n = [], torch.zeros(mask.shape, dtype=torch.float64), int(mask.sum())
+    for row, t in mask.nonzero().tolist():
+        v, old, r = (float(x[row, t]) for x in (values, old_values, returns))
+        near = old + min(max(v - old, -clip_range), clip_range)
+        terms.append(max((v - r) ** 2, (near - r) ** 2) / 2)
+        if (v - r) ** 2 > (near - r) ** 2 or abs(v - old) < clip_range:
+            slopes[row, t] = (v - r) / n
+    return math.fsum(terms) / n, slopes
+
+
+def error(found, exact, mask=None):
+    """Return the largest error, on the mask alone where one is given; infinity stands for a NaN."""
     found, exact = torch.as_tensor(found).double(), torch.as_tensor(exact, dtype=torch.float64)
     if found.shape != exact.shape:
         raise ValueError(f"the result has shape {list(found.shape)}, and should have {list(exact.shape)}")
+    if mask is not None:
+        found = torch.where(mask, found, exact)
     difference = (found - exact).abs().max()
     return INF if difference.isnan() else float(difference)
+
+
+def gradient_error(loss, leaf, exact):
+    """Return the largest error of a gradient; infinity where there is none."""
+    if not loss.requires_grad:
+        return INF
+    return error(torch.autograd.grad(loss, leaf)[0], exact)
+
+
+def constant(result_of):
+    """Return the convention by which a result is a constant, as what is only logged or rewarded can be."""
+    return "a constant", lambda f: INF if result_of(f).requires_grad else 0.0, 0.0
 
 
 # -- log-probs ---------------------------------------------------------------------------------------------------------
@@ -147,6 +189,21 @@ def test_entropy_of_a_vocabulary_with_forbidden_tokens(check):
     check("entropy", lambda f: error(f(logits), exact_entropies(logits)), 5e-6)
 
 
+def test_gradient_of_the_entropy(check):
+    """∂H/∂z_v = −p_v (log p_v + H)."""
+    weights = numbers(3, 5, seed=1)
+
+    def found(f):
+        logits = numbers(3, 5, 50, scale=3.0).requires_grad_()
+        logp = torch.log_softmax(logits.detach().double(), dim=-1)
+        entropies = -(logp.exp() * logp).sum(dim=-1, keepdim=True)
+        return gradient_error(
+            (f(logits) * weights).sum(), logits, -weights[..., None] * logp.exp() * (logp + entropies)
+        )
+
+    check("entropy", found, 2e-6, constant(lambda f: f(numbers(3, 5, 50).requires_grad_())))
+
+
 # -- advantages --------------------------------------------------------------------------------------------------------
 
 
@@ -172,44 +229,72 @@ def test_gae_of_the_hand_worked_sequence(check):
     check("gae", lambda f: error(f(rewards, values, mask, 1.0, 0.95)[0][:, :2], [[0.4625, 0.75]]), 1e-6)
 
 
+def test_gae_over_a_mask_with_holes(check):
+    """What does not count is no step: the next value is that of the next token that counts."""
+    rewards, values = numbers(4, 5), torch.where(HOLES, numbers(4, 5, seed=1), 100.0)
+    exact = exact_gae(rewards, values, HOLES, 0.9, 0.5)
+    check("gae", lambda f: error(f(rewards, values, HOLES, 0.9, 0.5)[0], exact, HOLES), 2e-6)
+
+
+@rubbish
+def test_gae_with_rubbish_outside_the_mask(check, filling):
+    rewards, values = numbers(4, 5), numbers(4, 5, seed=1)
+    exact = exact_gae(rewards, values, MASK, 0.9, 0.5)
+    dirty = [torch.where(MASK, x, filling) for x in (rewards, values)]
+
+    def found(f):
+        advantages, returns = f(*dirty, MASK, 0.9, 0.5)
+        return max(error(advantages, exact, MASK), error(returns, exact + values, MASK))
+
+    check("gae", found, 2e-6)
+
+
+def whitening(x, mask, shift_mean, tolerance, given=None):
+    """Return what ``check`` takes: the error of whitening, its tolerance, and that under the sample variance."""
+    given = x if given is None else given
+
+    def against(**variance):
+        return lambda f: error(f(given, mask, shift_mean), exact_whiten(x, mask, shift_mean, **variance), mask)
+
+    return against(), tolerance, ("sample variance", against(sample=True), tolerance)
+
+
 @pytest.mark.parametrize("shift_mean", [True, False])
 def test_whitening(check, shift_mean):
-    x = numbers(4, 5, scale=3.0) + 2.0
-    convention = (
-        "sample variance",
-        lambda f: error(f(x, MASK, shift_mean), exact_whiten(x, MASK, shift_mean, sample=True)),
-        5e-6,
-    )
-    check("whiten", lambda f: error(f(x, MASK, shift_mean), exact_whiten(x, MASK, shift_mean)), 5e-6, convention)
+    check("whiten", *whitening(numbers(4, 5, scale=3.0) + 2.0, MASK, shift_mean, 5e-6))
 
 
 def test_whitening_of_nearly_equal_numbers(check):
-    x = numbers(4, 5, scale=1e-3) + 50.0
-    convention = ("sample variance", lambda f: error(f(x, MASK, True), exact_whiten(x, MASK, True, sample=True)), 1e-2)
-    check("whiten", lambda f: error(f(x, MASK, True), exact_whiten(x, MASK, True)), 1e-2, convention)
+    """Around 50, ±0.01. An epsilon of 1e-8 added to the variance, or of up to 1e-5 to its root, is within 5e-3."""
+    check("whiten", *whitening(numbers(4, 5, scale=1e-2) + 50.0, MASK, True, 5e-3))
+
+
+def test_whitening_over_a_mask_with_holes(check):
+    check("whiten", *whitening(numbers(4, 5, scale=3.0) + 2.0, HOLES, True, 5e-6))
 
 
 def test_whitening_with_nan_outside_the_mask(check):
     x = numbers(4, 5)
-    dirty = torch.where(MASK, x, NAN)
-    convention = (
-        "sample variance",
-        lambda f: error(f(dirty, MASK, True), exact_whiten(x, MASK, True, sample=True)),
-        5e-6,
-    )
-    check("whiten", lambda f: error(f(dirty, MASK, True), exact_whiten(x, MASK, True)), 5e-6, convention)
+    check("whiten", *whitening(x, MASK, True, 5e-6, given=torch.where(MASK, x, NAN)))
+
+
+def exact_mean(x, mask):
+    return math.fsum(x.double()[mask].tolist()) / int(mask.sum())
 
 
 def test_mean_over_the_mask(check):
     x = numbers(4, 5)
-    exact = math.fsum(x.double()[MASK].tolist()) / int(MASK.sum())
-    check("masked_mean", lambda f: error(f(x, MASK), exact), 1e-6)
+    check("masked_mean", lambda f: error(f(x, MASK), exact_mean(x, MASK)), 1e-6)
+
+
+def test_mean_over_a_mask_with_holes(check):
+    x = numbers(4, 5)
+    check("masked_mean", lambda f: error(f(x, HOLES), exact_mean(x, HOLES)), 1e-6)
 
 
 def test_mean_with_nan_outside_the_mask(check):
     x = numbers(4, 5)
-    exact = math.fsum(x.double()[MASK].tolist()) / int(MASK.sum())
-    check("masked_mean", lambda f: error(f(torch.where(MASK, x, NAN), MASK), exact), 1e-6)
+    check("masked_mean", lambda f: error(f(torch.where(MASK, x, NAN), MASK), exact_mean(x, MASK)), 1e-6)
 
 
 def test_place_of_the_last_response_token(check):
@@ -237,41 +322,63 @@ def test_k3_of_policies_that_hardly_differ(check):
     check("kl", lambda f: error(f(x, torch.zeros_like(x), "k3").double() / exact, torch.ones(1, 3)), 1e-3)
 
 
-def test_clipped_policy_loss_and_its_gradient(check):
-    logp, old, advantages = numbers(4, 5, scale=0.5) - 2, numbers(4, 5, seed=1, scale=0.5) - 2, numbers(4, 5, seed=2)
-    terms, slopes = [], torch.zeros(4, 5, dtype=torch.float64)
-    n = int(MASK.sum())
-    for row, t in MASK.nonzero().tolist():
-        ratio = math.exp(float(logp[row, t]) - float(old[row, t]))
-        a = float(advantages[row, t])
-        clipped = min(max(ratio, 0.8), 1.2)
-        terms.append(max(-ratio * a, -clipped * a))
-        slopes[row, t] = -ratio * a / n if -ratio * a >= -clipped * a else 0.0
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+def test_gradient_of_the_kl(check, estimator):
+    """With x = log π − log π_ref, the derivative to log π is 1, x, 1 − e^−x."""
+    ref = numbers(4, 5, seed=1) - 2.0
 
     def found(f):
-        live = logp.clone().requires_grad_()
-        loss = f(live, old, advantages, MASK, 0.2)
-        loss.backward()
-        return max(error(loss.detach(), math.fsum(terms) / n), error(live.grad, slopes))
+        logp = (numbers(4, 5) - 2.0).requires_grad_()
+        x = logp.detach().double() - ref.double()
+        slopes = {"k1": torch.ones_like(x), "k2": x, "k3": 1 - (-x).exp()}[estimator]
+        return gradient_error(f(logp, ref, estimator).sum(), logp, slopes)
 
-    check("policy_loss", found, 2e-6)
+    check("kl", found, 2e-6, constant(lambda f: f((numbers(4, 5) - 2.0).requires_grad_(), ref, estimator)))
 
 
-def test_clipped_value_loss_and_its_gradient(check):
-    values, old, returns = (numbers(4, 5, seed=seed) for seed in range(3))
-    terms, slopes = [], torch.zeros(4, 5, dtype=torch.float64)
-    n = int(MASK.sum())
-    for row, t in MASK.nonzero().tolist():
-        v, o, r = (float(x[row, t]) for x in (values, old, returns))
-        near = o + min(max(v - o, -0.2), 0.2)
-        terms.append(max((v - r) ** 2, (near - r) ** 2) / 2)
-        if (v - r) ** 2 > (near - r) ** 2 or abs(v - o) < 0.2:
-            slopes[row, t] = (v - r) / n
+def loss_error(inputs, mask, clip_range, exact, filling=None):
+    """Return how far a loss and its gradient to its first input are off, with ``filling`` outside the mask."""
 
     def found(f):
-        live = values.clone().requires_grad_()
-        loss = f(live, old, returns, MASK, 0.2)
-        loss.backward()
-        return max(error(loss.detach(), math.fsum(terms) / n), error(live.grad, slopes))
+        live, *constants = (x.clone() if filling is None else torch.where(mask, x, filling) for x in inputs)
+        loss = f(live.requires_grad_(), *constants, mask, clip_range)
+        value, slopes = exact(*inputs, mask, clip_range)
+        return max(error(loss.detach(), value), gradient_error(loss, live, slopes))
 
-    check("value_loss", found, 2e-6)
+    return found
+
+
+def policy_inputs():
+    return numbers(4, 5, scale=0.5) - 2, numbers(4, 5, seed=1, scale=0.5) - 2, numbers(4, 5, seed=2)
+
+
+def value_inputs():
+    return tuple(numbers(4, 5, seed=seed) for seed in range(3))
+
+
+@ranges
+def test_clipped_policy_loss_and_its_gradient(check, clip_range):
+    check("policy_loss", loss_error(policy_inputs(), MASK, clip_range, exact_policy_loss), 2e-6)
+
+
+def test_policy_loss_over_a_mask_with_holes(check):
+    check("policy_loss", loss_error(policy_inputs(), HOLES, 0.2, exact_policy_loss), 2e-6)
+
+
+@rubbish
+def test_policy_loss_with_rubbish_outside_the_mask(check, filling):
+    check("policy_loss", loss_error(policy_inputs(), MASK, 0.2, exact_policy_loss, filling), 2e-6)
+
+
+@ranges
+def test_clipped_value_loss_and_its_gradient(check, clip_range):
+    check("value_loss", loss_error(value_inputs(), MASK, clip_range, exact_value_loss), 2e-6)
+
+
+def test_value_loss_over_a_mask_with_holes(check):
+    check("value_loss", loss_error(value_inputs(), HOLES, 0.2, exact_value_loss), 2e-6)
+
+
+@rubbish
+def test_value_loss_with_rubbish_outside_the_mask(check, filling):
+    check("value_loss", loss_error(value_inputs(), MASK, 0.2, exact_value_loss, filling), 2e-6)

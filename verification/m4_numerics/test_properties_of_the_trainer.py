@@ -1,14 +1,16 @@
 """The named properties hold for the real trainer, and a planted mistake breaks exactly those that it should."""
 
+import dataclasses
 import tomllib
 from pathlib import Path
 
 import pytest
 from m4_planted import PLANTED, TEN
 
+from rlhf_core.testing.claims import algorithms, rewards, runs, tokens
 from rlhf_core.testing.kit_trainer import kit_trainer
 from rlhf_core.testing.oracle import oracle_trainer
-from rlhf_core.testing.properties import PROPERTIES, broken
+from rlhf_core.testing.properties import PROPERTIES, broken, examine
 
 pytestmark = pytest.mark.m4
 
@@ -19,6 +21,17 @@ BROKEN_BY = tomllib.loads((Path(__file__).parent / "broken_by.toml").read_text(e
 @pytest.mark.parametrize("name", PROPERTIES)
 def test_the_trainer_has_the_property(name):
     PROPERTIES[name].check(kit_trainer)
+
+
+def test_every_check_of_a_trainer_is_a_property():
+    modules = (tokens, rewards, runs, algorithms)
+    checks = {
+        name
+        for module in modules
+        for name, check in vars(module).items()
+        if getattr(check, "__module__", None) == module.__name__ and not name.startswith("_")
+    }
+    assert checks == set(PROPERTIES)
 
 
 def test_the_oracle_has_every_property():
@@ -68,13 +81,64 @@ def test_another_mistake_is_named_by_what_it_breaks(mistake, monkeypatch):
     assert_names_what_broke(mistake, monkeypatch)
 
 
-def test_a_trainer_that_cannot_do_something_is_not_accused_of_it():
+ALGORITHMS = [name for name, item in PROPERTIES.items() if item.check.__module__ == algorithms.__name__]
+
+
+def test_what_a_trainer_cannot_do_is_left_out_and_named():
     def ppo_only(case):
         if case.ppo["algorithm"] != "ppo" or {"advantage", "kl_place", "loss_mean"} & case.ppo.keys():
-            raise NotImplementedError
+            raise NotImplementedError("PPO alone")
         return oracle_trainer(case)
 
-    assert broken(ppo_only) == {}
+    verdict = examine(ppo_only)
+    assert verdict.broken == {}
+    assert verdict.left_out == dict.fromkeys(ALGORITHMS, "PPO alone")
+
+
+def test_a_choice_that_a_trainer_lacks_hides_no_other():
+    def wrong_sums(case):
+        if case.ppo["loss_mean"] == "token":
+            raise NotImplementedError
+        return oracle_trainer(case.change(settings={"loss_mean": "token"} if case.ppo["loss_mean"] == "sum" else {}))
+
+    with pytest.raises(AssertionError, match="off by"):
+        PROPERTIES["loss_means"].check(wrong_sums)
+
+
+def logging(change):
+    """The oracle with other metrics, for as many steps as it is asked."""
+
+    def trainer(case):
+        outcome = oracle_trainer(case)
+        return dataclasses.replace(outcome, metrics=change(outcome.metrics))
+
+    return trainer
+
+
+@pytest.mark.parametrize(("name", "first"), [("rollout_log", "kl, kl_k3"), ("update_log", "policy_loss, value_loss")])
+def test_a_trainer_that_logs_nothing_is_not_asked_for_it(name, first):
+    with pytest.raises(NotImplementedError, match=f"^not logged: {first}"):
+        PROPERTIES[name].check(logging(lambda metrics: {}))
+
+
+def test_of_a_log_with_gaps_what_is_there_is_asked():
+    with pytest.raises(NotImplementedError, match="^not logged: kl_k3, kl_coef, entropy"):
+        PROPERTIES["rollout_log"].check(logging(lambda metrics: {"kl": metrics["kl"]}))
+    with pytest.raises(AssertionError, match=r"^kl is -0\.\d+, not -0\.\d+$"):
+        PROPERTIES["rollout_log"].check(logging(lambda metrics: {"kl": metrics["kl"] / 2}))
+
+
+@pytest.mark.parametrize(
+    "name", ["labels_are_shifted_by_one", "score_on_last_token", "reaches_back", "policy_mean", "reference", "whole"]
+)
+def test_a_trainer_in_float32_is_told_so(name):
+    def rounding_trainer(case):
+        outcome = oracle_trainer(case)
+        tables = {at: getattr(outcome, at).float() for at in ("policy_SV", "values_S", "reference_SV")}
+        return dataclasses.replace(outcome, **tables)
+
+    with pytest.raises(AssertionError, match="the size of float32's rounding; train in float64"):
+        PROPERTIES[name].check(rounding_trainer)
 
 
 def test_a_trainer_that_refuses_everything_is_not_called_right():

@@ -1,11 +1,13 @@
 """The enumerated world itself: it is complete, its models answer to the trainer, and its sums are right."""
 
+import copy
 import itertools
 import math
 
 import numpy as np
 import pytest
 import torch
+from transformers import DynamicCache
 
 from rlhf_core.config import SamplingConfig
 from rlhf_core.rollout import sample
@@ -203,3 +205,30 @@ def test_every_response_is_reached_by_some_uniforms():
     assert sorted(set(drawn)) == sorted(world.responses)
     assert drawn.count((0,)) == 4
     assert all(drawn.count(response) == 1 for response in world.responses if len(response) == 2)
+
+
+def test_a_table_heeds_the_positions_that_it_is_given():
+    """A row padded on the left: columns counted from the padding on are not where its tokens stand."""
+    lm = TabularPolicy(SMALL)
+    ids, mask = torch.tensor([[1, 2, 2, 0], [1, 2, 1, 0]]), torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]])
+
+    def logits(**positions):
+        return lm(input_ids=ids, attention_mask=mask, **positions).logits
+
+    by_mask = logits()
+    assert torch.equal(logits(position_ids=torch.tensor([[0, 0, 1, 2], [0, 1, 2, 3]])), by_mask)
+    by_columns = logits(position_ids=torch.arange(4).expand(2, 4))
+    assert torch.equal(by_columns[1], by_mask[1])
+    assert torch.equal(by_columns[0, 1:], lm.table[0].expand(3, 3))
+    assert not (by_columns[0, 1:] == by_mask[0, 1:]).all(dim=-1).any()
+
+
+def test_a_table_heeds_the_positions_of_what_follows_a_cache():
+    lm = TabularPolicy(SMALL)
+    ids, mask = torch.tensor([[1, 2, 2]]), torch.tensor([[0, 1, 1]])
+    cache = lm(input_ids=ids[:, :2], attention_mask=mask[:, :2], past_key_values=DynamicCache()).past_key_values
+    rest = {"input_ids": ids[:, 2:], "attention_mask": mask}
+    right = lm(**rest, past_key_values=copy.deepcopy(cache), position_ids=torch.tensor([[1]])).logits
+    wrong = lm(**rest, past_key_values=cache, position_ids=torch.tensor([[2]])).logits
+    assert torch.equal(right, lm(input_ids=ids, attention_mask=mask).logits[:, 2:])
+    assert torch.equal(wrong[0, 0], lm.table[0])
