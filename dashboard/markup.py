@@ -42,9 +42,10 @@ STYLE = """<style>
 .kit-label {font-weight: 600}
 .st-key-token_map {min-width: 0; max-width: 100%; overflow-x: auto}
 details.kit-dim {font-size: 0.85rem}
-.kit-question {display: flex; justify-content: space-between; align-items: baseline; border-bottom: 1px solid #8884;
-  padding-bottom: 0.15rem; font-weight: 600}
-.kit-question small {font-weight: 400; font-size: 0.75rem; color: var(--kit)}
+.kit-question {display: flex; flex-wrap: wrap; justify-content: space-between; align-items: baseline;
+  border-bottom: 1px solid #8884; padding-bottom: 0.15rem; font-weight: 600; column-gap: 0.5rem}
+.kit-question span {font-size: 0.92rem; white-space: nowrap}
+.kit-question small {font-weight: 400; font-size: 0.75rem; color: var(--kit); flex-basis: 100%; min-height: 1.6em}
 .kit-gone {border-left: 6px solid #d97706; padding: 0.3rem 0.8rem; overflow-wrap: anywhere}
 .kit-runs {display: flex; flex-wrap: wrap; gap: 0.2rem 1.1rem; font-size: 0.85rem; align-items: center}
 @media (max-width: 640px) {

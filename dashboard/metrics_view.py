@@ -236,7 +236,7 @@ def draw_questions(shown: dict[str, Run], found: dict[str, list[Alert]], choice:
 def heading(question: str, metrics: Sequence[str], shown: dict[str, Run], found: dict[str, list[Alert]]) -> None:
     """Draw a question with its answer: the alerts on its metrics, or how many of those lie in their healthy range."""
     words, colour = answer(question, metrics, [run.latest() for run in shown.values()], list(chain(*found.values())))
-    answered = f'<small style="--kit:{colour}">{text(words)}</small>' if words else ""
+    answered = f'<small style="--kit:{colour}">{text(words)}</small>'  # empty too, so that the charts stand in rows
     show(f'<div class="kit-question"><span>{text(question)}</span>{answered}</div>')
 
 

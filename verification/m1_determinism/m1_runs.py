@@ -330,13 +330,13 @@ def burners(number: int) -> Iterator[None]:
 def moment_in_a_step(folder: Path, after: int, part: float) -> Callable[[], bool]:
     """Return a question that turns true a part of a step's time after step ``after`` was logged."""
     log = folder / "metrics.jsonl"
-    # A resumed run first cuts the log back, into a new file; before that the rows are those of the killed process.
-    old_file = log.stat().st_ino if log.exists() else None
+    # A resumed run first cuts the log back; before that, what is there are the rows of the killed process.
+    written = log.stat().st_mtime_ns if log.exists() else None
     due: list[float] = []
 
     def is_now() -> bool:
         if not due:
-            began = (folder / "checkpoints" / "step_000000").exists() if after == 0 else rows_of(log, old_file) >= after
+            began = (folder / "checkpoints" / "step_000000").exists() if after == 0 else rows_of(log, written) >= after
             if began:
                 due.append(time.monotonic() + part * step_time_s(folder))
         return bool(due) and time.monotonic() >= due[0]
@@ -344,10 +344,10 @@ def moment_in_a_step(folder: Path, after: int, part: float) -> Callable[[], bool
     return is_now
 
 
-def rows_of(log: Path, old_file: int | None = None) -> int:
-    """Return the number of whole lines of a log; 0 when it is not there yet, or still the old file."""
+def rows_of(log: Path, written: int | None = None) -> int:
+    """Return the number of whole lines of a log; 0 when it is not there yet, or last written at that time."""
     try:
-        return 0 if log.stat().st_ino == old_file else log.read_bytes().count(b"\n")
+        return 0 if log.stat().st_mtime_ns == written else log.read_bytes().count(b"\n")
     except FileNotFoundError:
         return 0
 
