@@ -83,7 +83,6 @@ METRICS_SPOILED = {
     "another coefficient": (set_to("kl_coef", 0.2), "step 2: kl_coef is 0.2"),
     "another score": (set_to("score_mean", 3.0), "step 2: score_mean is 3.0; reward_mean less the penalty"),
     "a number that no float holds": (set_to("kl", 10**400), "(401 characters); it must be a finite number"),
-    "a step that no float holds": (set_to("step", 10**400), "row 2 is of step 1"),
     "mean norm above the largest": (set_to("grad_norm_max", 0.0), "is above grad_norm_max 0.0"),
     "p99 above the largest": (set_to("rollout_logprob_diff_p99", 1.0), "is above rollout_logprob_diff_max"),
 }
@@ -96,6 +95,12 @@ def test_a_spoiled_log_is_found_out(copied_run, kind):
     with pytest.raises(MetricsWrong) as caught:
         list(check_log(copied_run))
     assert message in str(caught.value)
+
+
+def test_a_step_that_no_float_holds_is_refused_as_it_is_read(copied_run):
+    change(copied_run, "metrics.jsonl", set_to("step", 10**400))
+    with pytest.raises(ValueError, match=r"metrics\.jsonl:2: .* whole number as its step, of at most 2\^53"):
+        list(check_log(copied_run))
 
 
 def test_of_many_bad_metrics_the_first_by_name_is_named(copied_run):

@@ -67,7 +67,7 @@ def test_a_gradient_that_is_not_finite_is_named_by_its_parameter():
 
 
 def test_weights_that_an_update_drives_to_infinity_are_named_before_anything_is_saved():
-    config = tiny_config(minibatch_size=8, micro_batch_size=8, epochs=1, learning_rate=1e39)
+    config = tiny_config(minibatch_size=8, micro_batch_size=8, epochs=1, learning_rate=1e38, weight_decay=1e3)
     state = tiny_state("gpt2", "shared", config)
     with pytest.raises(NonFiniteError, match=r"^step 1: lm\.transformer\.\S+ is not finite"):
         step_once(state, config)
