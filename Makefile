@@ -17,7 +17,10 @@ SPREAD := --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-re
 
 install: $(INSTALLED)
 
-# Python compiles what it imports, once; pip would compile every file there is, which takes a minute more.
+# Python compiles what it imports, once; pip would compile every file there is, which takes a minute more. Where the
+# environment forbids to keep what was compiled, every process would do it again: 7 s more each.
+unexport PYTHONDONTWRITEBYTECODE
+
 $(INSTALLED): pyproject.toml setup.py constraints.txt $(NATIVE)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip

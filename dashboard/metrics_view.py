@@ -180,15 +180,13 @@ def draw_alert(alert: Alert, owner: str, key: str) -> None:
         show(card(alert, owner))
         with st.container(horizontal=True, width="content", gap="small"):
             for view, label in (("Metrics", "Curves"), ("Completions", f"Step {alert.first_step}")):
-                pressed = st.button(
+                st.button(
                     label,
                     key=f"{view}_{key}",
                     on_click=go,
                     args=(view, alert.first_step),
                     help=f"{view} at step {alert.first_step}",
                 )
-                if pressed:
-                    st.rerun()
 
 
 def _plain(name: str) -> str:

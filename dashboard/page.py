@@ -4,7 +4,7 @@ import streamlit as st
 
 from dashboard import compare_view, metrics_view, profile_view, steps_view, store
 from dashboard.markup import show, style, text
-from dashboard.state import REFRESH_S, Choice, toolbar
+from dashboard.state import REFRESH_S, Choice, moved, toolbar
 
 DRAW = {
     "Metrics": metrics_view.draw,
@@ -30,7 +30,8 @@ def main() -> None:
 
 def live(runs: store.Store, names: list[str], choice: Choice, examples: bool) -> None:
     """Draw what is chosen, with what has been logged since."""
-    if runs.names() != names:
+    # What a link chose is the whole page's; the run that the press began may be cut short by the next refresh.
+    if runs.names() != names or moved(choice):
         st.rerun()
     for name in choice.gone:
         show(f'<div class="kit-gone">There is no run {text(repr(name))} here (any more).</div>')

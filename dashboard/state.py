@@ -111,3 +111,9 @@ def go(view: str, step: int) -> None:
     """Show a step: what a link does before the page is drawn again."""
     st.session_state["view"] = view
     st.session_state["step"] = step
+
+
+def moved(choice: Choice) -> bool:
+    """Whether a link has been followed since the controls were drawn."""
+    now = st.session_state.get("view") or VIEWS[0], st.session_state.get("step")
+    return now != (choice.view, choice.step)

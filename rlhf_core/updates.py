@@ -34,6 +34,7 @@ from rlhf_core.scoring import Plan, Scores, evaluate_rows
 from rlhf_core.seeding import permutation
 from rlhf_core.targets import Targets
 from rlhf_core.update_statistics import LOSS_SUMS, MinibatchSums, UpdateStatistics
+from rlhf_kernels import arenas
 from rlhf_kernels.memory import reused
 
 
@@ -161,6 +162,7 @@ def accumulate_gradients(
         return torch.autograd.grad(total, parameters, allow_unused=True)
 
     for pieces in rounds(state.model, rollout, minibatch, at_once):
+        arenas.keep(len(pieces))  # those of sampling and scoring may be more, and are of no use meanwhile
         with clock.stage("forward"):
             micro_batches = together(forward, pieces, at_once)
         if probe is not None:

@@ -32,6 +32,12 @@ def give(arena: Tensor) -> None:
     _free.append(arena)
 
 
+def keep(most: int) -> None:
+    """Let go of arenas that nobody works in, the smallest first, until no more than ``most`` are left."""
+    _free.sort(key=Tensor.numel)
+    del _free[: max(0, len(_free) - most)]
+
+
 @contextmanager
 def lent(size: int) -> Iterator[Tensor]:
     """Take an arena and give it back in the end."""

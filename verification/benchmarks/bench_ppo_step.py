@@ -93,14 +93,17 @@ def stepper(
     apply_environment("native", threads)
     import copy
 
-    import torch
-    from transformers import GPT2LMHeadModel
+    from rlhf_core.garbage import loading_for_good
 
-    from rlhf_core.config import PPOConfig, SamplingConfig, TrainConfig
-    from rlhf_core.policy import ActorCritic, Reference
-    from rlhf_core.ppo import ppo_step
-    from rlhf_core.seeding import set_all_seeds
-    from rlhf_core.trainer_state import new_state
+    with loading_for_good():  # as `rlhf train` does
+        import torch
+        from transformers import GPT2LMHeadModel
+
+        from rlhf_core.config import PPOConfig, SamplingConfig, TrainConfig
+        from rlhf_core.policy import ActorCritic, Reference
+        from rlhf_core.ppo import ppo_step
+        from rlhf_core.seeding import set_all_seeds
+        from rlhf_core.trainer_state import new_state
 
     torch.set_num_threads(threads)
     set_all_seeds(0)

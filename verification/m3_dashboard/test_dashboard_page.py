@@ -1,5 +1,6 @@
 """The page without a browser: Streamlit runs the script and says what it would show."""
 
+import dataclasses
 import shutil
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from dashboard_runs import append, lines, make_run, metrics_row, sample_row, tim
 from dashboard_server import ROOT, environment
 from streamlit.testing.v1 import AppTest
 
-from dashboard import metrics_view
+from dashboard import metrics_view, state
 from rlhf_core.alerting.rules import RULES, STALLED
 
 pytestmark = pytest.mark.m3
@@ -59,6 +60,16 @@ def test_alerts_come_before_the_metrics_and_lead_to_their_step(runs):
     metrics = app.dataframe[len(app.dataframe) - 1].value.set_index("metric")["value"]
     assert np.isnan(metrics["⚠ kl, nats: not finite"])
     assert metrics["clip_frac"] == metrics_row(9)["clip_frac"], "numbers, which a table sorts as such"
+
+
+def test_a_link_is_followed_by_the_next_refresh_when_one_cut_short_what_its_press_began(monkeypatch):
+    """Only what the press chose is left of it then."""
+    shown = state.Choice((), (), "Metrics", "step", 0.0, log=False, last=None, everything=False, step=None, live=True)
+    monkeypatch.setattr(state.st, "session_state", {})
+    assert not state.moved(shown)
+    state.go("Completions", 9)
+    assert state.moved(shown)
+    assert not state.moved(dataclasses.replace(shown, view="Completions", step=9))
 
 
 def test_a_question_is_answered_by_the_alerts_on_its_metrics_in_any_run(runs):

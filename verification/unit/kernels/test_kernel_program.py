@@ -247,6 +247,18 @@ def test_an_arena_that_is_too_small_is_let_go(monkeypatch):
     assert [arena.numel() for arena in arenas._free] == [20, 30]
 
 
+def test_of_the_arenas_that_nobody_works_in_the_largest_are_kept(monkeypatch):
+    monkeypatch.setattr(arenas, "_free", [])
+    for size in (20, 40, 10, 30):
+        arenas.give(arenas.new(size))
+    arenas.keep(2)
+    assert sorted(arena.numel() for arena in arenas._free) == [30, 40]
+    arenas.keep(3)
+    assert len(arenas._free) == 2
+    arenas.keep(0)
+    assert arenas._free == []
+
+
 def test_torchs_default_dtype_is_not_that_of_the_arena(monkeypatch):
     program, parameters = new_program("turned attention")
     right = with_gradients(program, parameters)
