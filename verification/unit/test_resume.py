@@ -1,5 +1,6 @@
 """Resuming: what is not as the checkpoint says is one line with the remedy, and a remedy that works."""
 
+import json
 import shutil
 
 import pytest
@@ -40,6 +41,39 @@ def test_a_log_that_is_shorter_than_the_checkpoint_is_refused_and_the_remedy_end
     assert f"{name} ends at step 3, and the checkpoint is of step 5; put the missing rows back" in refused(run)
     for step in (4, 5):
         shutil.rmtree(run / "checkpoints" / f"step_{step:06d}")
+    outcome = resume(run)
+    assert outcome.code == 0, outcome.err
+    assert_runs_identical(finished_run, run)
+
+
+def remove_steps(path, *steps):
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(line for line in lines if json.loads(line)["step"] not in steps))
+
+
+@pytest.mark.parametrize(
+    ("missing", "said", "before"),
+    [((2,), "no row of step 2", 1), ((3, 4), "no rows of steps 3 to 4", 2), ((1,), "no row of step 1", 0)],
+)
+@pytest.mark.parametrize("name", ["metrics.jsonl", "samples.jsonl"])
+def test_rows_that_are_missing_in_the_middle_are_refused_and_the_remedy_ends_in_the_same_bytes(
+    finished_run, run, name, missing, said, before
+):
+    remove_steps(run / name, *missing)
+    assert f"{name} has {said}; put the missing rows back, or remove the checkpoints after step {before} from" in (
+        refused(run)
+    )
+    for step in (4, 5):
+        shutil.rmtree(run / "checkpoints" / f"step_{step:06d}")
+    outcome = resume(run)
+    assert outcome.code == 0, outcome.err
+    assert_runs_identical(finished_run, run)
+
+
+def test_rows_that_are_missing_behind_the_checkpoint_are_done_again(finished_run, run):
+    shutil.rmtree(run / "checkpoints" / "step_000005")
+    rows = [{"step": 7}, {"step": 9}]
+    runlog.append(run / "metrics.jsonl", rows)
     outcome = resume(run)
     assert outcome.code == 0, outcome.err
     assert_runs_identical(finished_run, run)
@@ -122,6 +156,15 @@ def test_a_damaged_copy_of_the_model_is_made_again_from_its_folder_and_missed_wi
     outcome = run_command("dpo", "--resume", "--name", "mine", "--runs", tmp_path)
     assert outcome.code == 2
     assert f"no model folder '{tmp_path}/gone/runs/policy/model'" in outcome.complaint
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_row_that_is_missing_in_the_log_of_a_stage_is_refused(begun, tmp_path, stage):
+    shutil.copytree(begun / "runs" / stage, tmp_path / "mine")
+    remove_steps(tmp_path / "mine" / "metrics.jsonl", 3)
+    outcome = run_command(stage, "--resume", "--name", "mine", "--runs", tmp_path)
+    assert outcome.code == 2
+    assert "metrics.jsonl has no row of step 3; put the missing rows back, or remove the" in outcome.complaint
 
 
 def test_an_evaluation_that_is_resumed_needs_the_folder_of_its_policy_and_names_it(begun, tmp_path):
