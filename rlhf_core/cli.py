@@ -1,14 +1,18 @@
 """The command ``rlhf``. It loads torch only for what trains, and only after the environment for it is set."""
 
 import importlib
+import json
 import os
 import signal
 import sys
+import tomllib
 from collections.abc import Sequence
+from pathlib import Path
 from types import ModuleType
 
 from rlhf_core.commands.options import USAGE_ERROR, UsageError, complain, describe
-from rlhf_core.config import default_seed
+from rlhf_core.commands.running import early_options
+from rlhf_core.config import RunConfig
 
 COMMANDS = (
     "train",
@@ -59,17 +63,29 @@ def runcommand(arguments: list[str]) -> int:
         return 0 if arguments else USAGE_ERROR
     if arguments[0] not in COMMANDS:
         raise UsageError(f"unknown command {arguments[0]!r}; choose from {', '.join(COMMANDS)}")
-    if {"-h", "--help"} & set(arguments):
-        _drop_a_seed_that_is_no_number()
+    _drop_a_seed_that_does_not_count(arguments)
     return command(arguments[0]).run(arguments[1:])
 
 
-def _drop_a_seed_that_is_no_number() -> None:
-    """Take a SEED that cannot be a default out of the environment: help is shown all the same."""
+def _drop_a_seed_that_does_not_count(arguments: list[str]) -> None:
+    """Take a SEED that is none out of the environment where it does not count: a seed is given, or help asked for."""
     try:
-        default_seed()
+        RunConfig()
     except ValueError:
-        del os.environ["SEED"]
+        names = {one.partition("=")[0] for one in arguments}
+        if {"-h", "--help", "--resume", "--seed"} & names or _file_gives_seed(arguments):
+            del os.environ["SEED"]
+
+
+def _file_gives_seed(arguments: list[str]) -> bool:
+    """Return whether the file of ``--config`` has a seed."""
+    file = early_options(arguments)["config"]
+    try:
+        text = Path(file).read_text(encoding="utf-8") if file else ""
+        tree = json.loads(text) if file and file.endswith(".json") else tomllib.loads(text)
+    except (OSError, ValueError, RecursionError):  # the command that reads the file says what is wrong with it
+        return False
+    return isinstance(tree, dict) and "seed" in tree
 
 
 def command(name: str) -> ModuleType:

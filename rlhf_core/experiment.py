@@ -20,13 +20,11 @@ from rlhf_core.reward import Classifier, ClassifierReward, Reward, TextReward
 from rlhf_core.reward_model import accuracy, train_classifier
 from rlhf_core.reward_sources import LoadedReward, load_rewards, weighted
 from rlhf_core.rollout import check_prompts
-from rlhf_core.run_setup import DATA_FOLDER, DataPlace, choose_device
+from rlhf_core.run_setup import BASE_FOLDER, DATA_FOLDER, DataPlace, base_path, choose_device
 from rlhf_core.sft import train_language_model
 from rlhf_core.stopping import StopRequest, stop_between_stages
 from rlhf_core.tasks import Task, cut_prompt, load_task
 from rlhf_core.terminal import console, progress_bar
-
-BASE_FOLDER = "models/base"
 
 
 @dataclass(frozen=True)
@@ -74,7 +72,7 @@ def load_inputs(config: TrainConfig, place: DataPlace) -> Inputs:
             they do not fit together.
     """
     choose_device(config)
-    config = _with_own_base(config, place.run)
+    config = replace(config, model=replace(config.model, path=base_path(config.model.path, place.run)))
     rewards = load_rewards(config, config.model.attention)
     task = load_task(config)
     model = load_model(config.model.path, config.model.attention) if config.model.path else None
@@ -89,13 +87,6 @@ def load_inputs(config: TrainConfig, place: DataPlace) -> Inputs:
     for ids in (prompt_ids, held_out_ids):
         check_prompts(limit, ids, config.sampling.max_new_tokens)
     return Inputs(task, model, prompt_ids, held_out_ids, rewards)
-
-
-def _with_own_base(config: TrainConfig, resumed: Path | None) -> TrainConfig:
-    """Return the configuration with the named model found in the resumed run, which has kept a copy: see `prepare`."""
-    if resumed is None or not config.model.path or not checkpoint.is_sound(resumed / BASE_FOLDER):
-        return config
-    return replace(config, model=replace(config.model, path=str(resumed / BASE_FOLDER)))
 
 
 def prepare_prompts(config: TrainConfig, task: Task, limit: int | None, place: DataPlace) -> None:

@@ -130,16 +130,32 @@ def chosen_prompts(data: Path, most: int) -> list[list[int]]:
 
 
 def _batches_done(run: Path) -> int:
-    """Return how many batches both logs have whole, and cut the logs back to them."""
+    """Return how many batches both logs have whole, and cut the logs back to them.
+
+    Raises:
+        ValueError: a log has no row of a batch before its last.
+    """
     counts = []
     for name in (runlog.METRICS_FILE, runlog.SAMPLES_FILE):
         runlog.keep_through_step(run / name, 2**62)  # a torn last line goes
-        counts.append(max((row["step"] for row in runlog.read(run / name)), default=0) if (run / name).exists() else 0)
+        counts.append(_last_step(run / name) if (run / name).exists() else 0)
     # The row of metrics is written after the batch's completions, so it says that they are all there.
     done = min(counts)
     for name in (runlog.METRICS_FILE, runlog.SAMPLES_FILE):
         runlog.keep_through_step(run / name, done)
     return done
+
+
+def _last_step(path: Path) -> int:
+    last = 0
+    for row in runlog.read(path):
+        if row["step"] > last + 1:
+            raise ValueError(
+                f"{path} {runlog.no_rows_between(last, row['step'])}; put the missing rows back, or remove all rows "
+                f"after step {last} from it to do those batches again"
+            )
+        last = max(last, row["step"])
+    return last
 
 
 @torch.no_grad()

@@ -19,6 +19,8 @@ from rlhf_core.seeding import set_all_seeds
 from rlhf_core.terminal import console
 
 DATA_FOLDER = "data"
+BASE_FOLDER = "models/base"
+"""Where a run keeps the language model that it starts from."""
 
 
 def choose_device(config: RunConfig) -> torch.device:
@@ -45,6 +47,13 @@ def begin_run(config: RunConfig, run: Path, *, resumed: bool) -> torch.device:
         content = json.dumps(environment(device), indent=2) + "\n"
         runlog.write_atomically(run / runlog.ENVIRONMENT_FILE, content.encode())
     return device
+
+
+def base_path(path: str | None, resumed: Path | None) -> str | None:
+    """Return where the model that ``--model.path`` names lies: in the resumed run, when that has kept a sound copy."""
+    if path and resumed is not None and checkpoint.is_sound(resumed / BASE_FOLDER):
+        return str(resumed / BASE_FOLDER)
+    return path
 
 
 @dataclass(frozen=True)

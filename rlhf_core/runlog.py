@@ -156,31 +156,48 @@ def cut_back(run: Path, step: int, at_least: Mapping[str, int]) -> None:
         at_least: up to which step a log must have rows, by its name: they were there when the checkpoint was saved.
 
     Raises:
-        ValueError: one ends before that, or a whole line is malformed; all files stay as they are.
+        ValueError: one ends before that, or has no row of a step before its last, or a whole line is malformed; all
+            files stay as they are.
     """
     ends = {name: _end_of_step(run / name, step) for name in STEP_LOGS}
+    for name in (METRICS_FILE, SAMPLES_FILE):  # a time may be missing: it is written after the step's checkpoint
+        if gap := ends[name][2]:
+            raise ValueError(
+                f"{run / name} {no_rows_between(*gap)}; put the missing rows back, or remove the checkpoints "
+                f"after step {gap[0]} from {run / 'checkpoints'} to do those steps again"
+            )
     for name, least in at_least.items():
-        _, last = ends[name]
+        last = ends[name][1]
         if last < least:
             raise ValueError(
                 f"{run / name} ends at step {last}, and the checkpoint is of step {step}; put the missing rows back, "
                 f"or remove the checkpoints after step {last} from {run / 'checkpoints'} to do those steps again"
             )
-    for name, (end, _) in ends.items():
+    for name, (end, _, _) in ends.items():
         _cut(run / name, end)
 
 
-def _end_of_step(path: Path, step: int) -> tuple[int, int]:
-    """Return at which byte the rows up to ``step`` end, and the step of the last one; 0 where there are none."""
-    end = last = 0
+def no_rows_between(before: int, after: int) -> str:
+    """Return the words for a log in which the row of a step is followed by that of a step behind the next."""
+    first, last = before + 1, after - 1
+    return f"has no row of step {first}" if first == last else f"has no rows of steps {first} to {last}"
+
+
+def _end_of_step(path: Path, step: int) -> tuple[int, int, tuple[int, int] | None]:
+    """Return at which byte the rows up to ``step`` end, the step of the last one, and the steps around the first gap.
+
+    The first two are 0 where there are no rows; the last is None where no step is missing.
+    """
+    end, last, gap = 0, 0, None
     if not path.exists():
-        return end, last
+        return end, last, gap
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.endswith(b"\n") or (found := decode_row(line, f"{path}:{number}")["step"]) > step:
                 break
+            gap = gap or ((last, found) if found > last + 1 else None)
             end, last = end + len(line), found
-    return end, last
+    return end, last, gap
 
 
 def _cut(path: Path, end: int) -> None:

@@ -19,7 +19,7 @@ from rlhf_core.dpo import DPOObjective
 from rlhf_core.policy import build_model, context_length, load_model
 from rlhf_core.reward_model import PairObjective, new_reward_model, save_reward_model
 from rlhf_core.reward_report import pair_report
-from rlhf_core.run_setup import DATA_FOLDER, DataPlace, begin_run, choose_device
+from rlhf_core.run_setup import BASE_FOLDER, DATA_FOLDER, DataPlace, base_path, begin_run, choose_device
 from rlhf_core.sft import CompletionObjective
 from rlhf_core.stage_config import DPOConfig, RewardConfig, SFTConfig
 from rlhf_core.stopping import StopRequest
@@ -51,7 +51,7 @@ def load_stage_inputs(config: SFTConfig | RewardConfig | DPOConfig, need: Need, 
         raise ValueError("--data is missing; give a data file, a folder of them, or hub:NAME")
     if isinstance(config, DPOConfig) and config.model.path is None:
         raise ValueError("--model.path is missing; DPO starts from a language model, as rlhf sft leaves in its model/")
-    source, path = config.data, config.model.path
+    source, path = config.data, base_path(config.model.path, place.run)
     model = load_model(path, config.model.attention) if path else None
     if place.kept is not None:
         return StageInputs(saved_tokenizer(place.kept / TOKENIZER_FOLDER), model)
@@ -81,10 +81,13 @@ def load_stage_inputs(config: SFTConfig | RewardConfig | DPOConfig, need: Need, 
 
 
 def starting_model(
-    config: SFTConfig | RewardConfig | DPOConfig, inputs: StageInputs, device: torch.device
+    config: SFTConfig | RewardConfig | DPOConfig, inputs: StageInputs, run: Path, device: torch.device
 ) -> PreTrainedModel:
-    """Return the model to train, on its device."""
-    model = inputs.model if inputs.model is not None else build_model(config.model, inputs.tokenizer)
+    """Return the model to train, on its device; of one that was named the run keeps a copy, to be resumed from."""
+    named, tokenizer = inputs.model, inputs.tokenizer
+    if named is not None and not checkpoint.is_sound(run / BASE_FOLDER):
+        checkpoint.write_folder(run / BASE_FOLDER, lambda folder: _save(named, tokenizer, folder))
+    model = named if named is not None else build_model(config.model, tokenizer)
     torch.nn.Module.to(model, device)
     return model
 
@@ -98,7 +101,7 @@ def run_sft(config: SFTConfig, inputs: StageInputs, run: Path, *, resumed: bool)
     """
     device = begin_run(config, run, resumed=resumed)
     tokenizer, data = inputs.tokenizer, run / DATA_FOLDER
-    model = starting_model(config, inputs, device)
+    model = starting_model(config, inputs, run, device)
     objective = CompletionObjective(model, open_rows(data, "train"), tokenizer.pad_token_id, config.dtype)
     rate = width_rate(config.training.learning_rate, SFT_RATE, model.config.get_text_config().hidden_size)
     with StopRequest().listening() as stop:
@@ -121,7 +124,7 @@ def run_reward(config: RewardConfig, inputs: StageInputs, run: Path, *, resumed:
     """Train a reward model in the run's folder, as :func:`run_sft` does a policy, and report on held-out pairs."""
     device = begin_run(config, run, resumed=resumed)
     tokenizer, data = inputs.tokenizer, run / DATA_FOLDER
-    reward_model = new_reward_model(starting_model(config, inputs, device))
+    reward_model = new_reward_model(starting_model(config, inputs, run, device))
     pad_id, preference = tokenizer.pad_token_id, config.preference
     objective = PairObjective(reward_model, open_rows(data, "train"), pad_id, config.dtype, preference)
     width = reward_model.model.config.get_text_config().hidden_size
@@ -144,7 +147,7 @@ def run_dpo(config: DPOConfig, inputs: StageInputs, run: Path, *, resumed: bool)
     """Train a policy on preferences in the run's folder, as :func:`run_sft` does on demonstrations."""
     device = begin_run(config, run, resumed=resumed)
     tokenizer, data = inputs.tokenizer, run / DATA_FOLDER
-    model = starting_model(config, inputs, device)
+    model = starting_model(config, inputs, run, device)
     # Measured before training, under the model that training starts from: on a resume too, to the same bits.
     objectives = {name: _pairs(config, model, open_rows(data, name), tokenizer) for name in SPLITS}
     objective, held_out = objectives["train"], objectives["held_out"]

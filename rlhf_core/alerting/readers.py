@@ -5,7 +5,6 @@ this trainer that cannot be read is an error, for its logs are exact; one of ano
 for those are often what was on a terminal.
 """
 
-import ast
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -16,7 +15,9 @@ import numpy as np
 
 from rlhf_core import runlog
 from rlhf_core.alerting.alert import Alert
+from rlhf_core.alerting.literals import read_literal
 from rlhf_core.alerting.translate import Row, float_of, openrlhf_row, trl_row, verl_row
+from rlhf_core.alerting.trl_states import newest_state, read_state
 
 Format = Literal["rlhf", "trl", "openrlhf", "verl"]
 Report = Callable[[str], None]
@@ -180,43 +181,13 @@ def _readable(
 
 
 def _trl_rows(path: Path, report: Report) -> list[Row]:
-    file = _trl_file(path)
-    tree = _trl_state(file)
+    file = newest_state(path)
+    tree = read_state(file)
     history = tree.get("log_history") if isinstance(tree, dict) else tree
     if not isinstance(history, list) or not all(isinstance(row, dict) for row in history):
         raise ValueError(f"{file} is no trainer_state.json; it must be JSON with a log_history, a list of objects")
     entries = ((f"{file}, entry {number} of log_history", row) for number, row in enumerate(history, start=1))
     return _readable(entries, trl_row, report, file, "rows with a step")
-
-
-def _trl_state(file: Path) -> Any:
-    try:
-        return runlog.parse_json(file.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{file} is no trainer_state.json: {error}; it must be JSON with a log_history") from None
-
-
-def _trl_file(path: Path) -> Path:
-    """Return the state of the highest step: a run that goes on leaves an older one in the folder that it saves to."""
-    if path.is_file():
-        return path
-    files = [path / "trainer_state.json", *sorted(path.glob("checkpoint-*/trainer_state.json"))]
-    found = [file for file in files if file.is_file()]
-    if not found:
-        raise FileNotFoundError(
-            f"no trainer_state.json in {str(path)!r} nor in a checkpoint-N of it; give the folder that TRL saved to, "
-            "or the file"
-        )
-    return max(found, key=_trl_step)
-
-
-def _trl_step(file: Path) -> int:
-    """Return the step of a state: of a checkpoint the one in its name, which needs no reading."""
-    if named := re.fullmatch(r"checkpoint-(\d+)", file.parent.name):
-        return int(named[1])
-    tree = _trl_state(file)
-    step = tree.get("global_step") if isinstance(tree, dict) else None
-    return step if type(step) is int else -1
 
 
 _VERL_LINE = re.compile(r"\bstep:(\d+)( - .*)")
@@ -268,9 +239,8 @@ def _openrlhf_line(line: str) -> Row:
     if not match:
         return {}
     try:
-        # Python's own spelling of a dictionary, but for what is not finite; 1e999 is infinity.
-        status = ast.literal_eval(re.sub(r"(?<=: )-?(?:nan|inf)\b", "1e999", match[2]))
-    except (ValueError, SyntaxError, RecursionError, MemoryError):
+        status = read_literal(match[2])
+    except ValueError:
         status = None
     if not isinstance(status, dict):
         raise ValueError("the status is no dictionary of numbers")

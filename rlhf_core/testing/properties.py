@@ -81,6 +81,7 @@ ORDER: tuple[Check, ...] = (
     algorithms.group_standard_score,
     algorithms.kl_in_the_reward,
     algorithms.kl_in_the_loss,
+    algorithms.adaptive_kl_in_the_loss,
     algorithms.loss_means,
     algorithms.grpo,
     algorithms.dr_grpo,

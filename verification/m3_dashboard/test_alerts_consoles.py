@@ -101,6 +101,29 @@ def test_the_console_of_openrlhf_is_read(tmp_path):
     assert found(columns)["nonfinite"].metric == "policy_loss"
 
 
+@pytest.mark.parametrize(
+    ("spelled", "value"),
+    [
+        ("np.float64(0.5)", 0.5),
+        ("numpy.float64(0.5)", 0.5),
+        ("np.float32(-1e-06)", -1e-6),
+        ("np.int64(3)", 3.0),
+        ("np.float64(nan)", np.nan),
+        ("np.float32(-inf)", -np.inf),
+        ("nan", np.nan),
+        ("inf", np.inf),
+        ("-inf", -np.inf),
+    ],
+)
+def test_what_numpy_prints_in_a_status_of_openrlhf_is_its_number(tmp_path, spelled, value):
+    status = f"{{'kl': {spelled}, 'note': 'kl: nan', 'rewards': [{spelled}], 'done': np.True_, 'reward': 0.5}}"
+    reports = []
+    columns = read_columns(write(tmp_path / "train.log", f"Global step 7: {status}"), "openrlhf", reports.append)
+    np.testing.assert_equal(columns["kl_per_token"].tolist(), [value])
+    assert (columns["reward_mean"].tolist(), columns["step"].tolist(), reports) == ([0.5], [7], [])
+    assert ("nonfinite" in found(columns)) == (not np.isfinite(value))
+
+
 def test_a_policy_of_openrlhf_that_runs_away_is_found(tmp_path):
     rows = [{"global_step": n, "kl": 0.05 if n < 15 else 8.0, "reward": 0.5} for n in range(1, 30)]
     columns = read_columns(write(tmp_path / "log.jsonl", *map(json.dumps, rows)), "openrlhf")
@@ -144,7 +167,17 @@ def test_one_line_that_cannot_be_read_is_left_out_and_reported_with_its_number(t
 
 
 @pytest.mark.parametrize(
-    "line", ["Global step 2: {'kl': 0.5, 'rew", "Global step 2: {'kl': tensor(0.5)}", "Global step 2: {'kl': 1}} tail"]
+    "line",
+    [
+        "Global step 2: {'kl': 0.5, 'rew",
+        "Global step 2: {'kl': tensor(0.5)}",
+        "Global step 2: {'kl': 1}} tail",
+        "Global step 2: {'kl': np.float64(0.5, 1)}",
+        "Global step 2: {'kl': np.float64(print())}",
+        "Global step 2: {'kl': os.float64(0.5)}",
+        "Global step 2: {'kl': np.float64}",
+        "Global step 2: {'kl': " + "[" * 300 + "]" * 300 + "}",
+    ],
 )
 def test_a_torn_or_odd_status_of_openrlhf_is_left_out_and_reported(tmp_path, line):
     good = [f"INFO Global step {step}: {{'kl': 0.5}} [repeated 2x]" for step in (1, 3)]

@@ -130,6 +130,66 @@ def test_the_state_with_the_highest_step_is_read_be_it_a_checkpoints_or_the_fold
 NAN = float("nan")
 
 
+def save_state(folder, rows, **more):
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {"global_step": rows[-1]["step"] if rows else 0, "log_history": rows, **more}
+    (folder / "trainer_state.json").write_text(json.dumps(state))
+
+
+def training(steps, loss=0.5, every=1):
+    return [
+        {"step": step, "epoch": step / 10, "loss": loss / step, "reward": NAN}
+        for step in range(every, steps + 1, every)
+    ]
+
+
+def test_states_of_one_training_are_one_log_also_where_it_ended_was_judged_and_went_on(tmp_path):
+    """Its end adds a summary and an evaluation to a step; what goes on from the checkpoint before has neither."""
+    for step in (9, 10, 20):
+        save_state(tmp_path / f"checkpoint-{step}", training(step))
+    judged = [{"step": 10, "epoch": 1.0, "eval_loss": 3.0}, {"step": 10, "epoch": 1.0, "train_runtime": 9.0}]
+    save_state(tmp_path, [*training(10), *judged, judged[0] | {"eval_loss": 2.0}])
+    assert read_columns(tmp_path, "trl")["step"].tolist() == list(range(1, 21))
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_a_new_training_in_an_old_output_folder_is_refused_with_the_folders_and_the_remedy(tmp_path, every):
+    for step in (10, 20, 30):
+        save_state(tmp_path / f"checkpoint-{step}", training(step))
+    for step in (10, 20):
+        save_state(tmp_path / f"checkpoint-{step}", training(step, 0.25, every))
+    with pytest.raises(ValueError, match="holds states of different trainings") as refusal:
+        read_columns(tmp_path, "trl")
+    message = f"checkpoint-10, checkpoint-20 and checkpoint-30 do not agree on the log, first on loss at step {every}; "
+    assert message + "give the trainer_state.json of the training that is meant, or move" in str(refusal.value)
+    assert read_columns(tmp_path / "checkpoint-20" / "trainer_state.json", "trl")["step"].tolist()[-1] == 20
+    (tmp_path / "checkpoint-30" / "trainer_state.json").unlink()
+    assert read_columns(tmp_path, "trl")["loss"].tolist()[0] == 0.25 / every
+
+
+def test_a_short_new_training_that_ended_in_an_old_output_folder_is_refused(tmp_path):
+    save_state(tmp_path / "checkpoint-30", training(30))
+    save_state(tmp_path, training(20, 0.25))
+    with pytest.raises(ValueError, match=r"trainings: trainer_state\.json and checkpoint-30 do not agree"):
+        read_columns(tmp_path, "trl")
+
+
+def test_many_states_of_another_training_are_counted(tmp_path):
+    for step in range(2, 9):
+        save_state(tmp_path / f"checkpoint-{step}", training(step, 0.25))
+    save_state(tmp_path / "checkpoint-30", training(30))
+    with pytest.raises(ValueError, match=r"checkpoint-2, .*checkpoint-6 and 2 more and checkpoint-30 do not agree"):
+        read_columns(tmp_path, "trl")
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"log_history": 3}', '{"log_history": [3, {"loss": 1}]}'])
+def test_a_checkpoint_that_is_not_read_may_be_damaged(tmp_path, text):
+    save_state(tmp_path / "checkpoint-30", training(30))
+    (tmp_path / "checkpoint-9").mkdir()
+    write(tmp_path / "checkpoint-9" / "trainer_state.json", text)
+    assert len(read_columns(tmp_path, "trl")["step"]) == 30
+
+
 def trl_history(**at_step_3):
     usual = {"loss": 0.1, "reward": 0.5, "kl": 0.1, "grad_norm": 1.0, "rewards/code/mean": 0.5, "rewards/code/std": 0.1}
     return [{"step": step} | usual | (at_step_3 if step == 3 else {}) for step in range(1, 6)]

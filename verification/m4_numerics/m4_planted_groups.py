@@ -80,6 +80,20 @@ def kl_loss_of_the_ratio_the_other_way_round(monkeypatch):
 
 
 @plant
+def kl_loss_with_the_first_coefficient(monkeypatch):
+    """The coefficient is adapted, logged and used in rewards; the loss keeps the configured one."""
+
+    def make(right):
+        def wrong(state, rollout, scores, found, rows, outputs, config):
+            first = dataclasses.replace(state, kl_coef=config.ppo.kl_coef)
+            return right(first, rollout, scores, found, rows, outputs, config)
+
+        return wrong
+
+    replace(monkeypatch, "micro_batch_losses", make)
+
+
+@plant
 def length_normalised_by_the_longest_of_the_batch(monkeypatch):
     replace(
         monkeypatch,

@@ -56,8 +56,9 @@ class TestHelp:
         assert cli.command(command).Options.__doc__.split("\n")[0] in outcome.out
 
     @pytest.mark.parametrize("command", ["train", "sft", "pipeline"])
-    def test_a_seed_in_the_environment_that_is_no_number_hides_no_help(self, command, monkeypatch):
-        monkeypatch.setenv("SEED", "abc")
+    @pytest.mark.parametrize("seed", ["abc", "-1"])
+    def test_a_seed_in_the_environment_that_cannot_be_used_hides_no_help(self, command, seed, monkeypatch):
+        monkeypatch.setenv("SEED", seed)
         outcome = run_command(command, "--help")
         assert outcome.code == 0, outcome.err
         assert f"usage: rlhf {command}" in outcome.out
@@ -95,6 +96,34 @@ class TestTrain:
         outcome = run_command("train", *options, "--runs", tmp_path)
         assert outcome.code == 0, outcome.err
         assert_runs_differ(finished_run, tmp_path / "embedded-seed8")
+
+    @pytest.mark.parametrize("seed", ["abc", "-1", str(2**70)])
+    @pytest.mark.parametrize("way", ["--seed 8", "--seed=8", "--config of.toml", "--config=of.json"])
+    @pytest.mark.parametrize("command", ["train", "sft"])
+    def test_a_seed_that_is_given_counts_whatever_the_environment_has(self, tmp_path, monkeypatch, seed, way, command):
+        monkeypatch.setenv("SEED", seed)
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "of.toml").write_text("seed = 8\n")
+        (tmp_path / "of.json").write_text('{"seed": 8}')
+        outcome = run_command(command, *way.split(), "--data", "none.jsonl")
+        assert (outcome.code, "no data folder 'none.jsonl'" in outcome.complaint) == (2, True), outcome
+
+    @pytest.mark.parametrize("way", ["", "--config of.toml", "--config none.toml"])
+    def test_a_seed_of_the_environment_that_counts_must_be_one(self, tmp_path, monkeypatch, way):
+        monkeypatch.setenv("SEED", "abc")
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "of.toml").write_text("[ppo]\nsteps = 8\n")
+        outcome = run_command("train", *way.split())
+        assert outcome.code == 2
+        assert "SEED in the environment is 'abc'" in outcome.complaint
+
+    def test_a_run_is_resumed_with_its_own_seed_whatever_the_environment_has(
+        self, finished_run, copied_run, monkeypatch
+    ):
+        monkeypatch.setenv("SEED", "abc")
+        outcome = resume(copied_run)
+        assert outcome.code == 0, outcome.err
+        assert_runs_identical(finished_run, copied_run)
 
     def test_a_finished_run_resumed_stays_as_it_is(self, finished_run, copied_run):
         outcome = resume(copied_run)

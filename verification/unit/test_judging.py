@@ -148,6 +148,26 @@ def test_a_torn_evaluation_continues_to_the_same_bytes(judged, place, tmp_path, 
         assert (tmp_path / "mine" / name).read_bytes() == (judged / name).read_bytes()
 
 
+@pytest.mark.parametrize("name", ["samples.jsonl", "metrics.jsonl"])
+def test_an_evaluation_with_a_batch_missing_is_refused_and_the_remedy_ends_in_the_same_bytes(
+    judged, place, tmp_path, monkeypatch, name
+):
+    shutil.copytree(judged, tmp_path / "mine")
+    path = tmp_path / "mine" / name
+    rows = [(json.loads(line)["step"], line) for line in path.read_text().splitlines(keepends=True)]
+    path.write_text("".join(line for step, line in rows if step != 2))
+    monkeypatch.chdir(tmp_path)
+    outcome = run_command("eval", "--resume", "--name", "mine", "--runs", tmp_path)
+    assert outcome.code == 2
+    said = "has no row of step 2; put the missing rows back, or remove all rows after step 1 from it"
+    assert f"{name} {said}" in outcome.complaint
+    path.write_text("".join(line for step, line in rows if step < 2))
+    outcome = run_command("eval", "--resume", "--name", "mine", "--runs", tmp_path)
+    assert outcome.code == 0, outcome.err
+    for one in ("metrics.jsonl", "samples.jsonl", "evaluation.json"):
+        assert (tmp_path / "mine" / one).read_bytes() == (judged / one).read_bytes()
+
+
 def test_a_completion_does_not_depend_on_how_many_are_drawn(judged, place, monkeypatch):
     monkeypatch.chdir(place)
     outcome = run_command(*OPTIONS, "--judging.best-of", "1", "--judging.batch-size", "9", "--name", "one")

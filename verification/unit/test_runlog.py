@@ -163,6 +163,20 @@ class TestCutBack:
             runlog.cut_back(tmp_path, 3, {"metrics.jsonl": 3, "samples.jsonl": 3})
         assert (tmp_path / "metrics.jsonl").read_bytes() == before
 
+    @pytest.mark.parametrize(
+        ("there", "message"), [((1, 3), "has no row of step 2;"), ((4, 5), "has no rows of steps 1 to 3;")]
+    )
+    def test_a_log_with_a_gap_is_named_with_the_steps_that_are_missing_and_nothing_is_cut(
+        self, tmp_path, there, message
+    ):
+        runlog.append(tmp_path / "metrics.jsonl", steps(5))
+        rows = [{"step": step} for step in (*there, 5)]
+        runlog.append(tmp_path / "samples.jsonl", rows)
+        before = (tmp_path / "metrics.jsonl").read_bytes()
+        with pytest.raises(ValueError, match=rf"samples\.jsonl {message} put the missing rows back, or remove the"):
+            runlog.cut_back(tmp_path, 4, {"metrics.jsonl": 4, "samples.jsonl": 4})
+        assert (tmp_path / "metrics.jsonl").read_bytes() == before
+
 
 class TestWriteAtomically:
     def test_a_failure_keeps_the_old_content_and_leaves_nothing_beside_it(self, tmp_path, monkeypatch):

@@ -74,6 +74,21 @@ def kl_in_the_loss(trainer: Trainer) -> None:
     ask_each(ask, ("k2", "k3", "k3-weighted"))
 
 
+def adaptive_kl_in_the_loss(trainer: Trainer) -> None:
+    """A KL penalty in the loss has the coefficient that follows its target: the next step takes it."""
+    for target in (0.01, 100.0):  # far below the KL and far above it
+        case = _group_case(
+            kl_place="loss",
+            kl_estimator="k2",
+            group_size=1,
+            kl_control="adaptive",
+            kl_target=target,
+            kl_horizon=30,
+            steps=2,
+        )
+        _as_the_oracle(trainer, without_values(case).change(scores=(0.0,) * 8))
+
+
 def loss_means(trainer: Trainer) -> None:
     """The loss is a mean over tokens, sequences, sequences of sums or the longest possible, as configured."""
 
