@@ -53,7 +53,7 @@ def require_rank(name: str, tensor: Tensor, rank: int) -> None:
         raise ValueError(f"{name} must have {rank} dimensions, got shape {tuple(tensor.shape)}")
 
 
-def require_shape(name: str, tensor: Tensor, shape: torch.Size) -> None:
+def require_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
     """Raise ValueError unless the tensor has this shape."""
     if tensor.shape != shape:
         raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(tensor.shape)}")
