@@ -17,6 +17,7 @@ from rlhf_kernels.arguments import (
     has_data,
     per_token,
     refuse_gradient,
+    refuse_tangent,
     require_device,
     require_distributions,
     require_dtype,
@@ -314,6 +315,7 @@ def sample_tokens(
         ValueError: a shape or a range that does not fit, a uniform outside [0, 1), or a row that is no distribution
             (NaN, +inf, or nothing but −inf), with its position.
         TypeError: a dtype that does not fit.
+        RuntimeError: an input has a tangent of forward-mode differentiation.
     """
     require_tensors(logits=logits, uniforms=uniforms)
     require_rank("logits", logits, 2)
@@ -326,6 +328,7 @@ def sample_tokens(
     require_number("top_p", top_p, TOP_P)
     if logits.shape[1] == 0 and logits.shape[0] > 0:
         raise ValueError(f"logits have an empty vocabulary: shape {tuple(logits.shape)}")
+    refuse_tangent("sample_tokens", logits, uniforms)
     logits, uniforms = logits.detach(), uniforms.detach()
     top_k = 0 if top_k >= logits.shape[1] else top_k
     if choose_backend(backend, logits, _LOGITS, lacking=("cuda",)) == "reference":

@@ -143,6 +143,11 @@ def refuse_gradient(function: str, *tensors: Tensor | None) -> None:
     """Raise RuntimeError if one of the tensors asks for a gradient that a function does not have, or has a tangent."""
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         raise RuntimeError(f"{function} has no gradient: pass detached tensors, or call it under torch.no_grad()")
+    refuse_tangent(function, *tensors)
+
+
+def refuse_tangent(function: str, *tensors: Tensor | None) -> None:
+    """Raise RuntimeError if one of the tensors has a tangent, of a function that no backend differentiates that way."""
     if carries_tangent(*tensors):
         raise RuntimeError(f"{function} has no forward-mode derivative: pass detached tensors")
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from rlhf_kernels.arguments import has_data, require_tensors
+from rlhf_kernels.arguments import has_data, refuse_tangent, require_tensors
 from rlhf_kernels.native import asked_by_environment, differentiable_once, native_serves, shown_as
 
 native: Any
@@ -94,6 +94,7 @@ def sum_of_squares(x: Tensor) -> float:
 def sums_of_squares(tensors: Iterable[Tensor]) -> list[float]:
     """Return :func:`sum_of_squares` of each tensor, at the cost of one call."""
     tensors = list(tensors)
+    refuse_tangent("sums_of_squares", *tensors)
     if not serves((torch.float32,), *tensors):
         if not all(map(has_data, tensors)):
             raise ValueError("there are no squares to add up: a tensor is on the meta device, or fake")
