@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rlhf_kernels import ops, reference
 from rlhf_kernels.arguments import (
+    HUGE_TEMPERATURE,
     IGNORED,
     TOP_K,
     TOP_P,
@@ -165,6 +166,8 @@ def token_logprobs(
     require_number("ignore_index", ignore_index, IGNORED)
     if logits.shape[-1] == 0 and labels.numel() > 0:
         raise ValueError(f"logits have an empty vocabulary: shape {tuple(logits.shape)}")
+    if temperature >= HUGE_TEMPERATURE:
+        logits, temperature = 0.5 * logits, 0.5 * temperature
     entropy: Tensor | None
     if choose_backend(backend, logits, _LOGITS) == "reference":
         require_labels_in_range(labels, logits.shape[-1], ignore_index)
@@ -258,6 +261,8 @@ def linear_token_logprobs(
     require_number("ignore_index", ignore_index, IGNORED)
     if weight.shape[0] == 0 and labels.numel() > 0:
         raise ValueError(f"weight has an empty vocabulary: shape {tuple(weight.shape)}")
+    if temperature >= HUGE_TEMPERATURE:
+        hidden, bias, temperature = 0.5 * hidden, None if bias is None else 0.5 * bias, 0.5 * temperature
     entropy: Tensor | None
     if choose_backend(backend, hidden, _LOGITS, lacking=("cuda",)) == "reference":
         require_labels_in_range(labels, weight.shape[0], ignore_index)
@@ -330,6 +335,8 @@ def sample_tokens(
         raise ValueError(f"logits have an empty vocabulary: shape {tuple(logits.shape)}")
     refuse_tangent("sample_tokens", logits, uniforms)
     logits, uniforms = logits.detach(), uniforms.detach()
+    if temperature >= HUGE_TEMPERATURE:
+        logits, temperature = 0.5 * logits, 0.5 * temperature
     top_k = 0 if top_k >= logits.shape[1] else top_k
     if choose_backend(backend, logits, _LOGITS, lacking=("cuda",)) == "reference":
         require_distributions(logits)

@@ -13,6 +13,9 @@ from torch._subclasses import FakeTensor
 from rlhf_kernels.native import carries_tangent
 
 MIN_TEMPERATURE = 1e-30
+HUGE_TEMPERATURE = 1e36
+"""From here on logits may differ by more than float32 holds and neither have probability 0: softmax(x / T) is computed
+as softmax((x / 2) / (T / 2)), in which every difference is held, and no number that matters loses a bit."""
 
 
 class Rule(NamedTuple):
