@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rlhf_kernels import ops, reference
 from rlhf_kernels.arguments import (
+    HUGE_TEMPERATURE,
     IGNORED,
     TOP_K,
     TOP_P,
@@ -17,6 +18,7 @@ from rlhf_kernels.arguments import (
     has_data,
     per_token,
     refuse_gradient,
+    refuse_tangent,
     require_device,
     require_distributions,
     require_dtype,
@@ -164,6 +166,8 @@ def token_logprobs(
     require_number("ignore_index", ignore_index, IGNORED)
     if logits.shape[-1] == 0 and labels.numel() > 0:
         raise ValueError(f"logits have an empty vocabulary: shape {tuple(logits.shape)}")
+    if temperature >= HUGE_TEMPERATURE:
+        logits, temperature = 0.5 * logits, 0.5 * temperature
     entropy: Tensor | None
     if choose_backend(backend, logits, _LOGITS) == "reference":
         require_labels_in_range(labels, logits.shape[-1], ignore_index)
@@ -257,6 +261,8 @@ def linear_token_logprobs(
     require_number("ignore_index", ignore_index, IGNORED)
     if weight.shape[0] == 0 and labels.numel() > 0:
         raise ValueError(f"weight has an empty vocabulary: shape {tuple(weight.shape)}")
+    if temperature >= HUGE_TEMPERATURE:
+        hidden, bias, temperature = 0.5 * hidden, None if bias is None else 0.5 * bias, 0.5 * temperature
     entropy: Tensor | None
     if choose_backend(backend, hidden, _LOGITS, lacking=("cuda",)) == "reference":
         require_labels_in_range(labels, weight.shape[0], ignore_index)
@@ -314,6 +320,7 @@ def sample_tokens(
         ValueError: a shape or a range that does not fit, a uniform outside [0, 1), or a row that is no distribution
             (NaN, +inf, or nothing but −inf), with its position.
         TypeError: a dtype that does not fit.
+        RuntimeError: an input has a tangent of forward-mode differentiation.
     """
     require_tensors(logits=logits, uniforms=uniforms)
     require_rank("logits", logits, 2)
@@ -326,7 +333,10 @@ def sample_tokens(
     require_number("top_p", top_p, TOP_P)
     if logits.shape[1] == 0 and logits.shape[0] > 0:
         raise ValueError(f"logits have an empty vocabulary: shape {tuple(logits.shape)}")
+    refuse_tangent("sample_tokens", logits, uniforms)
     logits, uniforms = logits.detach(), uniforms.detach()
+    if temperature >= HUGE_TEMPERATURE:
+        logits, temperature = 0.5 * logits, 0.5 * temperature
     top_k = 0 if top_k >= logits.shape[1] else top_k
     if choose_backend(backend, logits, _LOGITS, lacking=("cuda",)) == "reference":
         require_distributions(logits)

@@ -13,6 +13,9 @@ from torch._subclasses import FakeTensor
 from rlhf_kernels.native import carries_tangent
 
 MIN_TEMPERATURE = 1e-30
+HUGE_TEMPERATURE = 1e36
+"""From here on logits may differ by more than float32 holds and neither have probability 0: softmax(x / T) is computed
+as softmax((x / 2) / (T / 2)), in which every difference is held, and no number that matters loses a bit."""
 
 
 class Rule(NamedTuple):
@@ -53,7 +56,7 @@ def require_rank(name: str, tensor: Tensor, rank: int) -> None:
         raise ValueError(f"{name} must have {rank} dimensions, got shape {tuple(tensor.shape)}")
 
 
-def require_shape(name: str, tensor: Tensor, shape: torch.Size) -> None:
+def require_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
     """Raise ValueError unless the tensor has this shape."""
     if tensor.shape != shape:
         raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(tensor.shape)}")
@@ -143,6 +146,11 @@ def refuse_gradient(function: str, *tensors: Tensor | None) -> None:
     """Raise RuntimeError if one of the tensors asks for a gradient that a function does not have, or has a tangent."""
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         raise RuntimeError(f"{function} has no gradient: pass detached tensors, or call it under torch.no_grad()")
+    refuse_tangent(function, *tensors)
+
+
+def refuse_tangent(function: str, *tensors: Tensor | None) -> None:
+    """Raise RuntimeError if one of the tensors has a tangent, of a function that no backend differentiates that way."""
     if carries_tangent(*tensors):
         raise RuntimeError(f"{function} has no forward-mode derivative: pass detached tensors")
 

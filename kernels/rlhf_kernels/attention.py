@@ -8,7 +8,7 @@ Shape suffixes: N tokens of all rows side by side, B rows, H heads, G key-value 
 cache.
 """
 
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor
@@ -21,7 +21,8 @@ from rlhf_kernels.arguments import (
     require_shape,
     require_tensors,
 )
-from rlhf_kernels.native import differentiable_once, native_serves
+from rlhf_kernels.dispatch import REMEDY, BackendUnavailableError
+from rlhf_kernels.native import ENVIRONMENT_VARIABLE, asked_by_environment, differentiable_once, native_serves
 
 _native: Any
 try:
@@ -54,20 +55,51 @@ def attend(query_NHK: Tensor, key_NGK: Tensor, value_NGK: Tensor, starts: Tensor
     Raises:
         ValueError: a shape, or ``starts``, that does not fit.
         TypeError: a tensor that is not float32 on the CPU, or a dtype of ``starts``.
+        BackendUnavailableError: native code is not built, or the environment asks for the reference: there is none.
     """
     _require_heads(query_NHK, key_NGK, value_NGK)
-    _require_starts(starts, len(query_NHK))
+    _require_starts(starts, query_NHK.shape[0])
     require_number("scale", scale, SCALE)
-    return cast("Tensor", _Attend.apply(query_NHK, key_NGK, value_NGK, starts, scale))
+    if torch.is_grad_enabled() and (query_NHK.requires_grad or key_NGK.requires_grad or value_NGK.requires_grad):
+        return cast("Tensor", _Attend.apply(query_NHK, key_NGK, value_NGK, starts, scale))
+    return _attended(query_NHK, key_NGK, value_NGK, starts, scale)[0]
 
 
 def _require_heads(query: Tensor, key: Tensor, value: Tensor) -> None:
     """Raise unless these are float32 on the CPU, [N, H, K] and twice [N, G, K], G a divisor of H."""
     require_tensors(query=query, key=key, value=value)
     if _native is None or not native_serves(query, key, value):  # asked once for the three
-        for name, x in (("query", query), ("key", key), ("value", value)):
-            if not attends(x):
-                raise TypeError(f"{name} is {x.dtype} on {x.device}; native attention takes float32 on the CPU")
+        _refuse(query=query, key=key, value=value)
+    if not _fit(query.shape, key.shape, value.shape):  # asked as a whole: it takes less than an attention of few tokens
+        _refuse_shapes(query, key, value)
+
+
+def _refuse(**heads: Tensor) -> NoReturn:
+    """Raise what keeps native code from serving one of these."""
+    for name, x in heads.items():
+        if x.dtype != torch.float32 or not x.is_cpu:
+            raise TypeError(f"{name} is {x.dtype} on {x.device}; native attention takes float32 on the CPU")
+    if _native is None:
+        raise BackendUnavailableError(f"attention has native code alone, which is not available; {REMEDY}")
+    if asked_by_environment() == "reference":
+        raise BackendUnavailableError(
+            f"attention has native code alone, and {ENVIRONMENT_VARIABLE} is 'reference', which turns it off;"
+            " set it to auto, or call torch.nn.functional.scaled_dot_product_attention"
+        )
+    kinds = ", ".join(f"{name} is a {type(x).__name__}" for name, x in heads.items())
+    raise TypeError(f"{kinds}; native attention takes plain tensors, neither traced nor negative by a flag")
+
+
+def _fit(query: torch.Size, key: torch.Size, value: torch.Size) -> bool:
+    """Whether these are [N, H, K] and twice [N, G, K], G a divisor of H."""
+    if not len(query) == len(key) == 3 or key != value:
+        return False
+    (tokens, heads, width), (key_tokens, shared, key_width) = query, key
+    return key_tokens == tokens and key_width == width and shared > 0 and heads % shared == 0
+
+
+def _refuse_shapes(query: Tensor, key: Tensor, value: Tensor) -> None:
+    """Raise what does not :func:`_fit`."""
     for name, x in (("query", query), ("key", key), ("value", value)):
         require_rank(name, x, 3)
     (tokens, heads, width), shared = query.shape, key.shape[1]
@@ -94,7 +126,7 @@ class Cache:
         """Hold those of rows that lie side by side, with room for ``more`` tokens each.
 
         Raises:
-            ValueError, TypeError: as :func:`attend`.
+            ValueError, TypeError, BackendUnavailableError: as :func:`attend`.
         """
         _require_heads(key_NGK, key_NGK, value_NGK)
         _require_starts(starts, len(key_NGK))
@@ -119,35 +151,55 @@ class Cache:
         Raises:
             ValueError: a shape that does not fit the cache, or a row without room.
             TypeError: a tensor that is not float32 on the CPU, or lengths that are not int64.
+            BackendUnavailableError: as :func:`attend`.
         """
         _require_heads(query_BHK, key_BGK, value_BGK)
-        require_shape("key", key_BGK, torch.Size((*self.values_BGSK.shape[:2], self.values_BGSK.shape[3])))
+        rows, shared, room, width = self.values_BGSK.shape
+        require_shape("key", key_BGK, (rows, shared, width))
         require_tensors(lengths=lengths_B)
-        require_shape("lengths", lengths_B, query_BHK.shape[:1])
+        require_shape("lengths", lengths_B, (rows,))
         require_dtype("lengths", lengths_B, (torch.int64,))
         if min(lengths := lengths_B.tolist(), default=0) < 0:
             raise ValueError(f"lengths is {lengths}; a row has no fewer than 0 tokens")
         require_number("scale", scale, SCALE)
-        rows, heads, width = query_BHK.shape
-        shared, room = self.values_BGSK.shape[1:3]
-        query_BHK, key_BGK, value_BGK = (_heads_side_by_side(x) for x in (query_BHK, key_BGK, value_BGK))
+        heads = query_BHK.shape[1]
+        query_BHK, query_stride = _heads_side_by_side(query_BHK)
+        key_BGK, key_stride = _heads_side_by_side(key_BGK)
+        value_BGK, value_stride = _heads_side_by_side(value_BGK)
         out_BHK = query_BHK.new_empty(rows, heads, width)
         _native.attend_cached(
             query_BHK.data_ptr(), key_BGK.data_ptr(), value_BGK.data_ptr(),
             launch.address(self.keys), launch.address(self.values_BGSK), launch.address(lengths_B), rows, room,
-            query_BHK.stride(0), key_BGK.stride(0), value_BGK.stride(0), heads, heads // shared, width, scale,
-            launch.address(out_BHK), launch.instruction_set(), launch.threads(),
+            query_stride, key_stride, value_stride, heads, heads // shared, width, scale,
+            out_BHK.data_ptr(), launch.instruction_set(), launch.threads(),
         )  # fmt: skip
         return out_BHK
 
 
-def _read_in_place(x_NHK: Tensor) -> bool:
-    """Whether the heads of a token lie without gaps, as attention reads them; tokens may have some between them."""
-    return x_NHK.stride(2) == 1 and x_NHK.stride(1) == x_NHK.shape[2]
+def _heads_side_by_side(x_NHK: Tensor) -> tuple[Tensor, int]:
+    """The tensor as attention reads it, the heads of a token without gaps, and how far the next token is."""
+    token, head, number = x_NHK.stride()
+    if number == 1 and head == x_NHK.shape[2]:
+        return x_NHK, token
+    x_NHK = x_NHK.contiguous()
+    return x_NHK, x_NHK.stride(0)
 
 
-def _heads_side_by_side(x_NHK: Tensor) -> Tensor:
-    return x_NHK if _read_in_place(x_NHK) else x_NHK.contiguous()
+def _attended(
+    query_NHK: Tensor, key_NGK: Tensor, value_NGK: Tensor, starts: Tensor, scale: float
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]:
+    """What :func:`attend` returns, the softmax's largest score and 1 / Σ [N, H, 2], and the three as read."""
+    query_NHK, query_stride = _heads_side_by_side(query_NHK)
+    key_NGK, key_stride = _heads_side_by_side(key_NGK)
+    value_NGK, value_stride = _heads_side_by_side(value_NGK)
+    (tokens, heads, width), shared = query_NHK.shape, key_NGK.shape[1]
+    out_NHK, softmax_NH2 = query_NHK.new_empty(tokens, heads, width), query_NHK.new_empty(tokens, heads, 2)
+    _native.attend_rows(
+        query_NHK.data_ptr(), key_NGK.data_ptr(), value_NGK.data_ptr(), launch.address(starts), starts.shape[0] - 1,
+        query_stride, key_stride, value_stride, heads, heads // shared, width, scale,
+        out_NHK.data_ptr(), softmax_NH2.data_ptr(), launch.instruction_set(), launch.threads(),
+    )  # fmt: skip
+    return out_NHK, softmax_NH2, (query_NHK, key_NGK, value_NGK)
 
 
 class _Attend(torch.autograd.Function):
@@ -155,16 +207,9 @@ class _Attend(torch.autograd.Function):
     def forward(
         ctx: Any, query_NHK: Tensor, key_NGK: Tensor, value_NGK: Tensor, starts: Tensor, scale: float
     ) -> Tensor:
-        query_NHK, key_NGK, value_NGK = (_heads_side_by_side(x) for x in (query_NHK, key_NGK, value_NGK))
-        (tokens, heads, width), shared = query_NHK.shape, key_NGK.shape[1]
-        out_NHK, softmax_NH2 = query_NHK.new_empty(tokens, heads, width), query_NHK.new_empty(tokens, heads, 2)
-        _native.attend_rows(
-            query_NHK.data_ptr(), key_NGK.data_ptr(), value_NGK.data_ptr(), launch.address(starts), len(starts) - 1,
-            query_NHK.stride(0), key_NGK.stride(0), value_NGK.stride(0), heads, heads // shared, width, scale,
-            launch.address(out_NHK), launch.address(softmax_NH2), launch.instruction_set(), launch.threads(),
-        )  # fmt: skip
+        out_NHK, softmax_NH2, read = _attended(query_NHK, key_NGK, value_NGK, starts, scale)
         ctx.scale = scale
-        ctx.save_for_backward(query_NHK, key_NGK, value_NGK, starts, softmax_NH2)
+        ctx.save_for_backward(*read, starts, softmax_NH2)
         return out_NHK
 
     @staticmethod

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from rlhf_kernels.arguments import has_data, require_tensors
-from rlhf_kernels.native import differentiable_once, native_serves, shown_as
+from rlhf_kernels.arguments import has_data, refuse_tangent, require_tensors
+from rlhf_kernels.native import asked_by_environment, differentiable_once, native_serves, shown_as
 
 native: Any
 try:
@@ -64,7 +64,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Te
     """
     require_tensors(x=x, weight=weight, bias=bias)
     fit = weight.shape == bias.shape == x.shape[-1:]
-    if not (fit and serves((torch.float32,), x, weight, bias)):  # torch says what does not fit
+    if not serves((torch.float32,), x, weight, bias, fit=fit):  # torch says what does not fit
         return functional.layer_norm(x, weight.shape, weight, bias, eps)
     return apply(Norm(eps, centered=True), x, weight, bias)
 
@@ -80,7 +80,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
         eps: ε.
     """
     require_tensors(x=x, weight=weight)
-    if not (weight.shape == x.shape[-1:] and serves((torch.float32,), x, weight)):
+    if not serves((torch.float32,), x, weight, fit=weight.shape == x.shape[-1:]):
         return functional.rms_norm(x, weight.shape, weight, eps)
     return apply(Norm(eps, centered=False), x, weight)
 
@@ -94,6 +94,7 @@ def sum_of_squares(x: Tensor) -> float:
 def sums_of_squares(tensors: Iterable[Tensor]) -> list[float]:
     """Return :func:`sum_of_squares` of each tensor, at the cost of one call."""
     tensors = list(tensors)
+    refuse_tangent("sums_of_squares", *tensors)
     if not serves((torch.float32,), *tensors):
         if not all(map(has_data, tensors)):
             raise ValueError("there are no squares to add up: a tensor is on the meta device, or fake")
@@ -117,9 +118,16 @@ def column_sums(x_MN: Tensor) -> Tensor:
     return out_N
 
 
-def serves(dtypes: tuple[torch.dtype, ...], *tensors: Tensor | None) -> bool:
-    """Whether native code is built and takes all of these tensors."""
-    return native is not None and native_serves(*tensors, dtypes=dtypes)
+def serves(dtypes: tuple[torch.dtype, ...], *tensors: Tensor | None, fit: bool = True) -> bool:
+    """Whether native code is built and takes all of these tensors, which fit each other.
+
+    Raises:
+        ValueError: the environment variable names no backend.
+    """
+    if fit and native is not None and native_serves(*tensors, dtypes=dtypes):
+        return True
+    asked_by_environment()  # which was not looked at if the tensors are not served anyway
+    return False
 
 
 def value(function: "Rowwise", x: Tensor, *parameters: Tensor) -> Tensor:

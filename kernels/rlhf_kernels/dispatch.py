@@ -1,20 +1,15 @@
 """Which backend runs a call: `auto` picks the fastest that is there, an explicit one that is missing raises."""
 
 import importlib
-import os
 import warnings
-from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from rlhf_kernels.cuda import extension
-from rlhf_kernels.native import ENVIRONMENT_VARIABLE
+from rlhf_kernels.native import BACKENDS, asked_by_environment
 
-Backend = Literal["auto", "reference", "cython", "cuda"]
-BACKENDS: tuple[str, ...] = get_args(Backend)
-
-_REMEDY = "build it with `pip install -e .` (a C compiler is needed)"
+REMEDY = "build it with `pip install -e .` (a C compiler is needed)"
 _NATIVE_FOR_DEVICE = {"cpu": "cython", "cuda": "cuda", "meta": "cython"}  # meta: shapes only
 
 
@@ -46,7 +41,7 @@ def _why_missing(name: str) -> str | None:
     if name == "cuda":
         return extension.why_missing()
     reason = _WHY_MISSING[name]
-    return None if reason is None else f"{reason}; {_REMEDY}"
+    return None if reason is None else f"{reason}; {REMEDY}"
 
 
 def available_backends() -> tuple[str, ...]:
@@ -67,14 +62,14 @@ def choose_backend(
         lacking: backends that have no kernel for this function.
 
     Raises:
-        ValueError: no such backend.
+        ValueError: no such backend, or none of the name in the environment, whatever the caller asked for.
         BackendUnavailableError: a backend that is not built, or is for another device.
         TypeError: a native backend was named and does not take this dtype.
     """
-    asked = (os.environ.get(ENVIRONMENT_VARIABLE) or "auto") if backend == "auto" else backend
-    if asked not in BACKENDS:
-        who = ENVIRONMENT_VARIABLE if backend == "auto" else "backend"
-        raise ValueError(f"{who} is {asked!r}; choose one of {', '.join(BACKENDS)}")
+    if backend not in BACKENDS:
+        raise ValueError(f"backend is {backend!r}; choose one of {', '.join(BACKENDS)}")
+    asked = asked_by_environment()
+    asked = asked if backend == "auto" else backend
     if asked == "reference":
         return asked
     native = _NATIVE_FOR_DEVICE.get(tensor.device.type)

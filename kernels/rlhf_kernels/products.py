@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from rlhf_kernels.arguments import require_tensors
 from rlhf_kernels.dense import Rowwise, column_sums, value
-from rlhf_kernels.native import differentiable_once, native_serves
+from rlhf_kernels.native import asked_by_environment, differentiable_once, native_serves
 
 _native: Any
 try:
@@ -68,6 +68,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     Returns:
         [..., N].
+
+    Raises:
+        ValueError: the environment variable RLHF_KERNELS_BACKEND names no backend.
     """
     require_tensors(x=x, weight=weight)
     if takes(x, weight, bias):
@@ -77,6 +80,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
             bias_N = None if bias is None else bias.to(torch.bfloat16)
             return cast("Tensor", _WidenedLinear.apply(x.to(torch.bfloat16), weight.to(torch.bfloat16), bias_N))
         return _widened_linear(x, weight, bias)
+    asked_by_environment()  # which was not looked at if the tensors are not served anyway
     return functional.linear(x, weight, bias)
 
 

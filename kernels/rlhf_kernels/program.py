@@ -26,7 +26,7 @@ from rlhf_kernels._operations import Attended, EachRow, Gated, Linear, Operation
 from rlhf_kernels.attention import Cache, attends
 from rlhf_kernels.dense import Rowwise
 from rlhf_kernels.memory import reusable
-from rlhf_kernels.native import differentiable_once, shown_as
+from rlhf_kernels.native import differentiable_once, refuse_tangents, shown_as
 from rlhf_kernels.products import multiplies
 
 __all__ = ["Matrix", "Program", "Step", "Turns", "heads_in", "programmable"]
@@ -186,9 +186,11 @@ class Program:
 
         Raises:
             IndexError: a token that is read is none of the N.
+            RuntimeError: the input or a parameter has a tangent of forward-mode differentiation.
         """
         layout = _Layout(starts, turns, torch.arange(len(x_ND), device="cpu") if read_M is None else read_M)
         parameters = self.parameters
+        refuse_tangents(x_ND, *parameters)
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x_ND, *parameters)):
             return cast("Tensor", _Run.apply(self, x_ND, layout, *parameters))
         code = self._passing()
@@ -202,6 +204,7 @@ class Program:
 
         Those have room for ``more`` tokens of a row.
         """
+        refuse_tangents(x_ND, *self.parameters)
         attended = [operation for operation in self._operations if isinstance(operation, Attended)]
         code = self._passing(frozenset(matrix.number for one in attended for matrix in one.inputs))
         tokens, caches = len(x_ND), []
@@ -337,6 +340,7 @@ class Step:
 
     def __call__(self, x_BD: Tensor, lengths_B: Tensor, turns: Turns | None = None) -> Tensor:
         """Return [B, D] the results, which the next call overwrites; ``lengths_B`` are from before."""
+        refuse_tangents(x_BD)  # which the arena would keep, and hand to others
         self._x_BD.copy_(x_BD)
         others = [tensor for cache in self._caches for tensor in (cache.keys, cache.values_BGSK)]
         room = self._caches[0].values_BGSK.shape[2]

@@ -47,7 +47,9 @@ def tempered(logits: Tensor, temperature: float) -> Tensor:
     """
     if temperature < 1.0 and logits.shape[-1] > 0:
         logits = logits - logits.detach().amax(-1, keepdim=True)
-    return logits / min(temperature, torch.finfo(logits.dtype).max)
+    largest = torch.finfo(logits.dtype).max
+    quotient = logits / min(temperature, largest)
+    return quotient if temperature <= largest else quotient / min(temperature / largest, largest)
 
 
 def token_logprobs(

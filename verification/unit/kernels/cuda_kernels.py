@@ -3,6 +3,7 @@
 import ctypes
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ EMULATED_DEVICE = "PrivateUse1"
 OPERATORS = torch.ops.rlhf_kernels
 MANY_ROWS, CHUNK = 1024, 2048  # gae.cu: from how many rows on, and up to which length, a row is not split
 SHORT_ROW_BYTES = 8192  # token_logprobs.cu: up to here a warp takes a row
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def compile_emulation(folder: Path) -> Path:
@@ -110,3 +112,14 @@ class EmulatedKernels(DeviceKernels):
 def why_no_device_kernels() -> str | None:
     """None where the built extension and a GPU are at hand, else the reason to skip."""
     return extension.why_missing()
+
+
+def random_case(shape, dtype=torch.float32, scale=4.0):
+    return (torch.randn(shape) * scale).to(dtype), torch.randint(0, shape[-1], shape[:-1])
+
+
+def run_script(script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """In a process of its own, which may die of what it does."""
+    preamble = f"import sys; sys.path[:0] = {[str(Path(__file__).parent), *sys.path]!r}\n"
+    command = [sys.executable, "-c", preamble + script, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)

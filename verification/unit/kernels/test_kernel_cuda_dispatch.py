@@ -8,7 +8,14 @@ import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 
-from rlhf_kernels import BackendUnavailableError, KernelFallbackWarning, available_backends, dispatch, token_logprobs
+from rlhf_kernels import (
+    BackendUnavailableError,
+    KernelFallbackWarning,
+    available_backends,
+    dispatch,
+    native,
+    token_logprobs,
+)
 from rlhf_kernels.cuda import extension
 from rlhf_kernels.dispatch import choose_backend
 
@@ -18,7 +25,7 @@ HALF, WIDE = (torch.float32, torch.bfloat16, torch.float16), (torch.float32, tor
 @pytest.fixture(autouse=True)
 def _no_warning_given_yet(monkeypatch):
     monkeypatch.setattr(dispatch, "_warned", set())
-    monkeypatch.delenv(dispatch.ENVIRONMENT_VARIABLE, raising=False)
+    monkeypatch.delenv(native.ENVIRONMENT_VARIABLE, raising=False)
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 from torch.nn import Parameter
 from torch.nn.functional import gelu, layer_norm, scaled_dot_product_attention, silu
 
@@ -14,6 +15,7 @@ if "cython" not in rlhf_kernels.available_backends():
 
 from rlhf_kernels import arenas
 from rlhf_kernels import program as module
+from rlhf_kernels.attention import Cache
 from rlhf_kernels.cpu import _program, launch
 from rlhf_kernels.dense import GELU, SILU, Norm
 from rlhf_kernels.products import available
@@ -272,6 +274,25 @@ def test_torchs_default_dtype_is_not_that_of_the_arena(monkeypatch):
     finally:
         torch.set_default_dtype(torch.float32)
     assert same(found, right)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # torch's own, where a tangent is made
+@pytest.mark.parametrize("with_grad", [False, True])
+def test_a_tangent_is_refused_and_stays_in_no_arena(with_grad):
+    program = Program(8)
+    program.linear(program.input, *weights((8, 8), (8,)))
+    x = torch.randn(TOKENS, 8)
+    step = program.over([Cache(*[torch.ones(2, 1, 4)] * 2, torch.tensor([0, 1, 2]), 1)], 2)
+    with torch.set_grad_enabled(with_grad), forward_ad.dual_level():
+        dual = forward_ad.make_dual(x, torch.ones_like(x))
+        for call in (
+            lambda: program.run(dual, STARTS),
+            lambda: program.run_into_caches(dual, STARTS, None, 1, READ),
+            lambda: step(dual[:2], torch.tensor([1, 1])),
+        ):
+            with pytest.raises(RuntimeError, match="no forward-mode derivative"):
+                call()
+        assert forward_ad.unpack_dual(program.run(x, STARTS)).tangent is None
 
 
 @pytest.mark.parametrize("frozen", [[0], [1], [2], [0, 1, 2]])

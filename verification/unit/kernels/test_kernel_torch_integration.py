@@ -156,6 +156,26 @@ def test_constants_of_the_loss_refuse_a_tangent(backend):
 
 
 @scripting
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_draw_and_a_sum_of_squares_refuse_a_tangent(backend, dtype, monkeypatch):
+    monkeypatch.setenv("RLHF_KERNELS_BACKEND", backend)
+    logits, uniforms = torch.randn(2, 3, dtype=dtype), torch.tensor([0.2, 0.9], dtype=dtype)
+    plain = rlhf_kernels.sample_tokens(logits, uniforms)
+    with forward_ad.dual_level():
+        duals = [forward_ad.make_dual(x, torch.ones_like(x)) for x in (logits, uniforms)]
+        for given in ((duals[0], uniforms), (logits, duals[1])):
+            with pytest.raises(
+                RuntimeError, match="sample_tokens has no forward-mode derivative: pass detached tensors"
+            ):
+                rlhf_kernels.sample_tokens(*given)
+        for one, other in zip(plain, rlhf_kernels.sample_tokens(duals[0].detach(), uniforms), strict=True):
+            assert same_bits(one, other)
+        with pytest.raises(RuntimeError, match="sums_of_squares has no forward-mode derivative: pass detached tensors"):
+            rlhf_kernels.sum_of_squares(duals[0])
+
+
+@scripting
 def test_the_reference_has_tangents():
     x, tangent = torch.randn(12, 50, dtype=torch.float64), torch.randn(12, 50, dtype=torch.float64)
 
