@@ -18,7 +18,8 @@ from typing import Any
 from rlhf_core import checkpoint, runlog
 from rlhf_core.alerting.thresholds import default_thresholds
 from rlhf_core.alerting.watch import WatchOptions
-from rlhf_core.config import RunConfig, TrainConfig, to_json
+from rlhf_core.config import RunConfig, TrainConfig
+from rlhf_core.config_files import to_json
 from rlhf_core.data.dataset import DataReport, fingerprint, read_examples
 from rlhf_core.data.dialogues import Chat
 from rlhf_core.data.tokenization import load_tokenizer, untrained_tokenizer

@@ -17,6 +17,8 @@ PARTS = {
 TORCH_FREE = (
     "algorithms",
     "config",
+    "config_checks",
+    "config_files",
     "metrics",
     "runlog",
     "alerts",

@@ -22,7 +22,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from rlhf_core import checkpoint, runlog
 from rlhf_core.checks import targets_again as again
 from rlhf_core.checks.metrics_check import MetricsWrong
-from rlhf_core.config import TrainConfig, read_config_file
+from rlhf_core.config import TrainConfig
+from rlhf_core.config_files import read_config_file
 from rlhf_core.data import reviews
 from rlhf_core.rollout_file import read_rollout, rollout_path
 from rlhf_core.seeding import permutation

@@ -12,7 +12,8 @@ from typing import Any, TypeGuard
 
 from rlhf_core import runlog
 from rlhf_core.checks.step_log import brief, rows_by_step
-from rlhf_core.config import TrainConfig, read_config_file
+from rlhf_core.config import TrainConfig
+from rlhf_core.config_files import read_config_file
 from rlhf_core.metrics import METRICS
 
 POSSIBLE: dict[str, tuple[float | None, float | None]] = {

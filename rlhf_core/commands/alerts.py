@@ -20,7 +20,8 @@ from rlhf_core.alerting.thresholds import default_thresholds, read_thresholds
 from rlhf_core.alerting.watch import number_in_words
 from rlhf_core.alerts import Alert, Monitor, worst_first
 from rlhf_core.commands.options import parse
-from rlhf_core.config import TrainConfig, read_config_file
+from rlhf_core.config import TrainConfig
+from rlhf_core.config_files import read_config_file
 from rlhf_core.file_age import file_age_s
 from rlhf_core.stage_config import require_training_run
 from rlhf_core.terminal import console, printable

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from rlhf_core import config as configuration
-from rlhf_core import runlog
+from rlhf_core import config_files, runlog
 from rlhf_core.commands.options import USAGE_ERROR, UsageError, complain, describe, parse
 from rlhf_core.config import RunConfig
 from rlhf_core.garbage import loading_for_good
@@ -43,7 +42,7 @@ class Job(Generic[C]):
     """A command that makes a run."""
 
     command: str
-    """Its name, and that of the field of its options that holds the configuration."""
+    """Its name, and that of the field of its options that holds the config_files."""
     options: type[RunOptions]
     """The command's options."""
     empty: Callable[[], C]
@@ -70,21 +69,21 @@ def make_run(job: Job[C], arguments: list[str]) -> int:
     file = Path(early["config"]) if early["config"] else None
     if early["resume"]:
         folder = runlog.find_run(early["name"] or "latest", runs).resolve()
-        recorded = configuration.read_config_file(folder / runlog.CONFIG_FILE, job.empty())
-        asked = configuration.read_config_file(file, recorded) if file else recorded
+        recorded = config_files.read_config_file(folder / runlog.CONFIG_FILE, job.empty())
+        asked = config_files.read_config_file(file, recorded) if file else recorded
         options = _parsed(job, arguments, asked)
         _refuse_changes(recorded, getattr(options, job.command))
         with runlog.writing(folder):
             return _do(job, located(recorded, working_directory(folder)), options, folder, lambda: folder)
     options = _parsed(job, arguments, job.defaults(early["data"], file))
     config: C = getattr(options, job.command)
-    configuration.check_sources(config)
+    check_sources(config)
     if job.reopens and (known := _known(job, config, runs, early["name"])):
-        again = configuration.to_json(config)
+        again = config_files.to_json(config)
         with runlog.writing(known):
             return _do(job, config, options, None, lambda: _rewritten(known, again), runs)
     runlog.check_new_name(runs, early["name"])
-    default_name, content = job.default_name(config), configuration.to_json(config)
+    default_name, content = job.default_name(config), config_files.to_json(config)
     with contextlib.ExitStack() as until_done:
 
         def create() -> Path:
@@ -104,13 +103,23 @@ def options_of(job: Job[C], arguments: list[str]) -> Any:
     return _parsed(job, arguments, job.defaults(early["data"], file))
 
 
+def check_sources(config: RunConfig) -> None:
+    """Raise FileNotFoundError when the data is missing, before anything is created or loaded."""
+    if config.data is not None and not config.data.startswith("hub:") and not Path(config.data).exists():
+        hub = f", and for the hub write hub:{config.data}" if config.data.count("/") == 1 else ""
+        raise FileNotFoundError(
+            f"no data folder {config.data!r}, nor a file of that name; give a folder with a *.pos and a *.neg file, or "
+            f"a data file (.jsonl .json .csv .tsv .parquet .txt){hub}"
+        )
+
+
 def _known(job: Job[C], config: C, runs: Path, name: str | None) -> Path | None:
     """Return the run of that name (or of the default one) if it is one of this command, else None."""
     folder = runs / (name or runlog.plain(job.default_name(config)))
     if not (folder / runlog.CONFIG_FILE).is_file():
         return None
     try:
-        configuration.read_config_file(folder / runlog.CONFIG_FILE, job.empty())
+        config_files.read_config_file(folder / runlog.CONFIG_FILE, job.empty())
     except ValueError:
         return None
     return folder
@@ -131,7 +140,7 @@ def _parsed(job: Job[C], arguments: list[str], base: C) -> Any:
 
 
 def _refuse_changes(recorded: RunConfig, asked: RunConfig) -> None:
-    changes = configuration.differences(recorded, asked)
+    changes = config_files.differences(recorded, asked)
     if changes:
         name, old, new = changes[0]
         raise UsageError(
@@ -278,7 +287,7 @@ def stage_job(
     """Return the job of a command whose defaults are its configuration's, changed by ``--config``."""
 
     def defaults(data: str | None, file: Path | None) -> C:
-        return empty() if file is None else configuration.read_config_file(file, empty())
+        return empty() if file is None else config_files.read_config_file(file, empty())
 
     def default_name(config: C) -> str:
         return f"{source_name(config)}-{command}-seed{config.seed}"

@@ -13,7 +13,8 @@ from rlhf_core.alerting.questions import METRICS_OF
 from rlhf_core.alerting.thresholds import default_thresholds
 from rlhf_core.alerts import Alert, Monitor, worst_first
 from rlhf_core.checks.metrics_check import is_number
-from rlhf_core.config import TrainConfig, read_config_file
+from rlhf_core.config import TrainConfig
+from rlhf_core.config_files import read_config_file
 from rlhf_core.metrics import METRICS, TIMINGS, Metric
 from rlhf_core.profiles.files import (
     OPERATOR_COLUMNS,

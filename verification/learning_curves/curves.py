@@ -24,7 +24,8 @@ import numpy as np
 from scipy import stats
 
 from rlhf_core import runlog
-from rlhf_core.config import TrainConfig, for_data, read_config_file, to_json
+from rlhf_core.config import TrainConfig, for_data
+from rlhf_core.config_files import read_config_file, to_json
 
 ROOT = Path(__file__).parents[2]
 TASKS = ("embedded", "sentences")

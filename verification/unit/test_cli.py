@@ -11,7 +11,7 @@ import pytest
 
 from rlhf_core import checkpoint, cli, experiment, runlog, training
 from rlhf_core.commands.options import UsageError
-from rlhf_core.config import to_json
+from rlhf_core.config_files import to_json
 from rlhf_core.stage_config import DPOConfig, EvalConfig, PipelineConfig, RewardConfig, SFTConfig
 from rlhf_core.testing.assertions import assert_runs_differ, assert_runs_identical
 from rlhf_core.testing.command import TINY_RUN, run_command
