@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from rlhf_core import runlog
+from rlhf_core import run_folder, runlog
 from rlhf_core.config import LARGEST_BATCH, LogConfig, ModelConfig, PPOConfig, RunConfig, SamplingConfig
 from rlhf_core.config_checks import (
     require,
@@ -177,8 +177,8 @@ def require_training_run(run: Path) -> None:
     A configuration that cannot be read is left to what reads it.
     """
     try:
-        config = runlog.parse_json((run / runlog.CONFIG_FILE).read_text(encoding="utf-8"))
+        config = runlog.parse_json((run / run_folder.CONFIG_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return
-    kind = runlog.kind_of(config) if isinstance(config, dict) else "train"
+    kind = run_folder.kind_of(config) if isinstance(config, dict) else "train"
     require(kind == "train", f"{run} is a run of rlhf {kind}; this command is for runs of rlhf train")

@@ -21,6 +21,8 @@ TORCH_FREE = (
     "config_files",
     "metrics",
     "runlog",
+    "run_folder",
+    "durable_files",
     "alerts",
     "terminal",
     "numerics",

@@ -13,7 +13,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from rlhf_core import runlog
+from rlhf_core import run_folder, runlog
 from rlhf_core.alerting import readers
 from rlhf_core.alerting.rules import BY_NAME, STALLED
 from rlhf_core.alerting.thresholds import default_thresholds, read_thresholds
@@ -56,7 +56,7 @@ def run(arguments: list[str]) -> int:
     thresholds = default_thresholds() if options.config is None else read_thresholds(options.config)
     monitor, age_s, unlogged = Monitor(thresholds), None, list[Alert]()
     if options.format == "rlhf":
-        folder = runlog.find_run(options.run, options.runs)
+        folder = run_folder.find_run(options.run, options.runs)
         require_training_run(folder)
         columns, unlogged = _read_run(folder)
         age_s = _age_s(folder, columns)
@@ -90,7 +90,7 @@ def _read_run(folder: Path) -> tuple[Mapping[str, np.ndarray], list[Alert]]:
 def _age_s(folder: Path, columns: Mapping[str, np.ndarray]) -> float | None:
     """Return how old a run's last row is; None for a run that has done its last step or has done none."""
     steps = columns["step"]
-    config = read_config_file(folder / runlog.CONFIG_FILE, TrainConfig())
+    config = read_config_file(folder / run_folder.CONFIG_FILE, TrainConfig())
     if not len(steps) or int(steps[-1]) >= config.ppo.steps:
         return None
     return file_age_s(folder / runlog.METRICS_FILE)

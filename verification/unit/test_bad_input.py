@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from rlhf_core import checkpoint, cli, runlog, training
+from rlhf_core import checkpoint, cli, run_folder, runlog, training
 from rlhf_core.data import reviews
 from rlhf_core.data.tokenization import word_tokenizer
 from rlhf_core.testing.assertions import assert_runs_identical
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("reviews_drawn_once")
 def runs(tmp_path, finished_run):
     """A folder of runs in which ``latest`` is a finished one."""
     shutil.copytree(finished_run, tmp_path / "runs" / "earlier")
-    runlog.point_latest(tmp_path / "runs" / "earlier")
+    run_folder.point_latest(tmp_path / "runs" / "earlier")
     return tmp_path / "runs"
 
 
@@ -407,7 +407,7 @@ class TestDisk:
             run_command("train", *TINY_RUN, "--runs", tmp_path)
 
     def test_a_run_that_another_process_writes_is_left_alone(self, runs):
-        script = "import sys; from pathlib import Path; from rlhf_core.runlog import writing\n"
+        script = "import sys; from pathlib import Path; from rlhf_core.run_folder import writing\n"
         script += "with writing(Path(sys.argv[1])): print('mine', flush=True); sys.stdin.read()"
         other = [sys.executable, "-c", script, str(runs / "earlier")]
         before = files_of(runs)

@@ -9,7 +9,7 @@ import tracemalloc
 
 import pytest
 
-from rlhf_core import checkpoint, cli, experiment, runlog, training
+from rlhf_core import checkpoint, cli, experiment, run_folder, runlog, training
 from rlhf_core.commands.options import UsageError
 from rlhf_core.config_files import to_json
 from rlhf_core.stage_config import DPOConfig, EvalConfig, PipelineConfig, RewardConfig, SFTConfig
@@ -28,7 +28,7 @@ def copied_run(finished_run, tmp_path):
     """A copy of the finished run that a test may spoil, named ``copy`` under its own ``runs``."""
     runs = tmp_path / "runs"
     shutil.copytree(finished_run, runs / "copy", symlinks=True)
-    runlog.point_latest(runs / "copy")
+    run_folder.point_latest(runs / "copy")
     return runs / "copy"
 
 
