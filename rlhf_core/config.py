@@ -292,7 +292,6 @@ class RunConfig(WholeConfig):
     """bfloat16: models under autocast, all else float32; slower on processors that have no bfloat16 products."""
 
     def __post_init__(self) -> None:
-        require_finite(self)
         require_field(self, "seed", lambda seed: 0 <= seed < 2**63, "lie in [0, 2**63)")
         require_field(self, "held_out", lambda share: 0 <= share < 1, "lie in [0, 1)")
         require_field(
@@ -307,6 +306,7 @@ class RunConfig(WholeConfig):
             lambda threads: threads is None or 0 < threads <= MOST_THREADS,
             f"be greater than 0 and at most {MOST_THREADS}",
         )
+        require_finite(self)  # last, as a field's own limits say more
         if self.numerics == "portable":
             attention = getattr(getattr(self, "model", None), "attention", "eager")
             require(self.threads in (None, 1), f"threads is {self.threads}; numerics 'portable' runs on 1")

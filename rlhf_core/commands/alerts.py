@@ -40,7 +40,6 @@ class Options:
     """A run: its name under --runs, or its folder. With another --format: the log, or the folder that holds it."""
     format: readers.Format = "rlhf"
     """Which trainer wrote the log: trl reads trainer_state.json, openrlhf and verl read JSONL or console output.
-
     Rows of these three that cannot be read are left out, and standard error says how many."""
     config: Path | None = None
     """A .toml file that changes severities and thresholds; the defaults are rlhf_core/alerts.toml."""

@@ -1,3 +1,4 @@
+import itertools
 import os
 import shlex
 import shutil
@@ -54,6 +55,11 @@ class TestHelp:
         assert outcome.err == ""
         assert f"usage: rlhf {command}" in outcome.out
         assert cli.command(command).Options.__doc__.split("\n")[0] in outcome.out
+
+    @pytest.mark.parametrize("command", COMMANDS)
+    def test_no_help_has_a_gap_of_two_lines(self, command):
+        lines = [line.strip("│ ") for line in run_command(command, "--help").out.splitlines()]
+        assert all(one or other for one, other in itertools.pairwise(lines))
 
     @pytest.mark.parametrize("command", ["train", "sft", "pipeline"])
     def test_a_seed_in_the_environment_that_is_no_number_hides_no_help(self, command, monkeypatch):

@@ -131,6 +131,9 @@ REFUSED = [
     (TrainConfig, "seed", -1),
     (TrainConfig, "seed", 2**63),
     (TrainConfig, "threads", 0),
+    (TrainConfig, "held_out", math.nan),
+    (TrainConfig, "reward_timeout_s", math.nan),
+    (TrainConfig, "reward_timeout_s", math.inf),
 ]
 
 
