@@ -13,7 +13,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from dashboard import folder, jsonl, kinds, store
-from rlhf_core import runlog
+from rlhf_core import run_folder, runlog
 from rlhf_core.alerting.thresholds import default_thresholds
 from rlhf_core.alerts import synthetic_alerts
 
@@ -89,7 +89,7 @@ def list_runs(request: Request) -> Response:
 
 def _summary(runs: store.Store, name: str) -> dict[str, Any]:
     path = runs.path / name
-    steps = kinds.planned_steps(path, folder.read_json(path, runlog.CONFIG_FILE))
+    steps = kinds.planned_steps(path, folder.read_json(path, run_folder.CONFIG_FILE))
     return {"name": name, "last_step": _last_step(path), "steps": steps}
 
 

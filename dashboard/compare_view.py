@@ -11,7 +11,7 @@ from dashboard.markup import labels, show, text
 from dashboard.metrics_view import verdict
 from dashboard.state import Choice
 from dashboard.store import Store
-from rlhf_core import runlog
+from rlhf_core import run_folder, runlog
 from rlhf_core.terminal import printable
 
 MOST_BYTES = 1 << 24
@@ -27,7 +27,7 @@ def draw(runs: Store, choice: Choice, examples: bool) -> None:
         st.text("Choose two or more runs above to see what they differ in.")
         return
     for title, file in (
-        ("Configuration: what differs", runlog.CONFIG_FILE),
+        ("Configuration: what differs", run_folder.CONFIG_FILE),
         ("Environment: what differs", "environment.json"),
     ):
         show(f'<div class="kit-question"><span>{text(title)}</span></div>')

@@ -5,10 +5,10 @@ import stat
 from pathlib import Path
 from typing import IO, Any
 
-from rlhf_core import runlog
+from rlhf_core import run_folder, runlog
 
 RUNS_VARIABLE = "RLHF_RUNS"
-MARKS = (runlog.CONFIG_FILE, runlog.METRICS_FILE)
+MARKS = (run_folder.CONFIG_FILE, runlog.METRICS_FILE)
 """A folder that holds one of these is a run; a run that has just begun has only the first."""
 JSON_BYTES = 1 << 20
 """A configuration that is longer is none of ours."""
@@ -58,7 +58,7 @@ def _is_text(name: str) -> bool:
 def _is_run(path: Path) -> bool:
     """Return whether a folder is not a pipeline's, which has a configuration and no log of its own."""
     logged = os.path.lexists(path / runlog.METRICS_FILE)
-    return logged or runlog.kind_of(read_json(path, runlog.CONFIG_FILE)) != "pipeline"
+    return logged or run_folder.kind_of(read_json(path, run_folder.CONFIG_FILE)) != "pipeline"
 
 
 def _stages(folder: Path, name: str) -> list[str]:

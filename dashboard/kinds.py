@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from dashboard.folder import plain_file, read_json
-from rlhf_core import runlog
+from rlhf_core import run_folder
 from rlhf_core.alerting.rules import EXACT, FAST, QUESTIONS, STABLE
 
 SUPERVISED = ("sft", "reward", "dpo")
@@ -16,11 +16,11 @@ DATA_REPORT = ("data", "report.json")
 def our_kind(config: dict[str, Any]) -> str | None:
     """Return the command that made a run, by its configuration; None where that is no configuration of ours.
 
-    :func:`rlhf_core.runlog.kind_of` takes one that says nothing for that of ``rlhf train``. Here such a folder may be
-    the log of another trainer.
+    :func:`rlhf_core.run_folder.kind_of` takes one that says nothing for that of ``rlhf train``. Here such a folder may
+    be the log of another trainer.
     """
     known = {"ppo", "training", "judging"} & config.keys()
-    return runlog.kind_of(config) if known else None
+    return run_folder.kind_of(config) if known else None
 
 
 def judged_questions(kind: str | None) -> tuple[str, ...]:
@@ -74,5 +74,5 @@ def ended(run: Path, kind: str | None, last_step: int | None, steps: int | None)
     if kind in SUPERVISED:
         return plain_file(run, "model", "config.json") is not None
     if kind == "eval":
-        return plain_file(run, runlog.EVALUATION_FILE) is not None
+        return plain_file(run, run_folder.EVALUATION_FILE) is not None
     return None if steps is None else last_step is not None and last_step >= steps

@@ -13,7 +13,7 @@ import numpy as np
 from dashboard import folder, jsonl, kinds, series
 from dashboard.jsonl import Columns
 from dashboard.series import Curve
-from rlhf_core import runlog
+from rlhf_core import run_folder, runlog
 from rlhf_core.alerting import readers, rules
 from rlhf_core.alerting.thresholds import default_thresholds
 from rlhf_core.alerts import Alert, Monitor, Thresholds, worst_first
@@ -292,7 +292,7 @@ class Run:
 
     def config(self) -> dict[str, Any]:
         """Return ``config.json``; empty when it is not there or is none."""
-        return folder.read_json(self.path, runlog.CONFIG_FILE)
+        return folder.read_json(self.path, run_folder.CONFIG_FILE)
 
 
 class Store:

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from rlhf_core.runlog import errors_name, parse_json, sync_folder
+from rlhf_core.durable_files import errors_name, sync_folder
+from rlhf_core.runlog import parse_json
 
 MANIFEST = "manifest.json"
 _STEP_FOLDER = re.compile(r"step_(\d{6,})")

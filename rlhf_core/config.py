@@ -5,24 +5,25 @@ configuration under two names have the same ``config.json`` and the same logs.
 """
 
 import dataclasses
-import json
 import os
-import sys
-import tomllib
-import types
-import typing
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Literal
 
 import tyro
 
 from rlhf_core.algorithms import ALGORITHMS, Advantage, Algorithm, AlgorithmName, KLEstimator, KLPlace, LossMean
+from rlhf_core.config_checks import (
+    WholeConfig,
+    require,
+    require_at_most,
+    require_divides,
+    require_field,
+    require_finite,
+    require_not_negative,
+    require_positive,
+)
 from rlhf_core.numerics import Numerics
 
-C = TypeVar("C", bound="RunConfig")
-LARGEST_FLOAT32 = 3.4028234663852886e38
 LONGEST_WAIT_S = 1e9
 """Thirty years; the system's timers take little more."""
 MOST_THREADS = 1024
@@ -41,56 +42,6 @@ def default_seed() -> int:
         return int(text)
     except ValueError:
         raise ValueError(f"SEED in the environment is {text!r}; give a whole number, as in SEED=7") from None
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
-
-
-def _section(owner: object) -> str:
-    """Return the prefix of a configuration's options, as in ``ppo.`` for :class:`PPOConfig`."""
-    return "" if isinstance(owner, RunConfig) else f"{type(owner).__name__.removesuffix('Config').lower()}."
-
-
-def _require_field(owner: object, name: str, holds: Callable[[Any], bool], wanted: str) -> None:
-    value = getattr(owner, name)
-    _require(holds(value), f"{_section(owner)}{name} is {value}; it must {wanted}")
-
-
-def _is_finite(value: float) -> bool:
-    return abs(value) <= LARGEST_FLOAT32  # not so NaN
-
-
-def _require_finite(owner: Any) -> None:
-    for item in dataclasses.fields(owner):
-        if isinstance(getattr(owner, item.name), float):
-            _require_field(owner, item.name, _is_finite, "be a finite number in float32")
-
-
-def _require_positive(owner: object, *names: str) -> None:
-    for name in names:
-        _require_field(owner, name, lambda value: value > 0, "be greater than 0")
-
-
-def _require_not_negative(owner: object, *names: str) -> None:
-    for name in names:
-        _require_field(owner, name, lambda value: value >= 0, "be 0 or more")
-
-
-def _require_at_most(owner: object, most: int, *names: str) -> None:
-    for name in names:
-        _require_field(owner, name, lambda value: value <= most, f"be at most {most}")
-
-
-def _require_divides(owner: object, part_name: str, whole_name: str) -> None:
-    part, whole = getattr(owner, part_name), getattr(owner, whole_name)
-    if whole % part:
-        divisors = ", ".join(str(n) for n in range(1, min(whole, 4096) + 1) if whole % n == 0)
-        raise ValueError(
-            f"{_section(owner)}{whole_name} {whole} is not divisible by {part_name} {part}; "
-            f"choose {part_name} from {divisors}"
-        )
 
 
 @dataclass(frozen=True)
@@ -117,8 +68,8 @@ class ModelConfig:
     """Attention code of transformers; eager is the one whose bits are the same on every processor."""
 
     def __post_init__(self) -> None:
-        _require_positive(self, "layers", "hidden_size", "heads", "context", "vocabulary")
-        _require(
+        require_positive(self, "layers", "hidden_size", "heads", "context", "vocabulary")
+        require(
             self.hidden_size % (2 * self.heads) == 0,
             f"model.hidden_size {self.hidden_size} does not divide into {self.heads} heads of an even width; "
             f"take a multiple of {2 * self.heads}",
@@ -137,9 +88,9 @@ class PretrainConfig:
     """Peak of AdamW's rate: linear warm-up over a twentieth of the steps, then linearly down to a tenth."""
 
     def __post_init__(self) -> None:
-        _require_finite(self)
-        _require_field(self, "steps", lambda steps: steps is None or steps >= 0, "be 0 or more")
-        _require_positive(self, "batch_size", "learning_rate")
+        require_finite(self)
+        require_field(self, "steps", lambda steps: steps is None or steps >= 0, "be 0 or more")
+        require_positive(self, "batch_size", "learning_rate")
 
 
 @dataclass(frozen=True)
@@ -154,8 +105,8 @@ class ClassifierConfig:
     """Peak of AdamW's rate, with the schedule of pre-training."""
 
     def __post_init__(self) -> None:
-        _require_finite(self)
-        _require_positive(self, "steps", "batch_size", "learning_rate")
+        require_finite(self)
+        require_positive(self, "steps", "batch_size", "learning_rate")
 
 
 @dataclass(frozen=True)
@@ -172,10 +123,10 @@ class SamplingConfig:
     """Draw from the smallest set of likeliest tokens that holds this probability; 1 draws from all."""
 
     def __post_init__(self) -> None:
-        _require_finite(self)
-        _require_positive(self, "max_new_tokens", "temperature")
-        _require_field(self, "top_k", lambda value: value >= 0, "be 0 (off) or more")
-        _require_field(self, "top_p", lambda value: 0 < value <= 1, "lie in (0, 1]")
+        require_finite(self)
+        require_positive(self, "max_new_tokens", "temperature")
+        require_field(self, "top_k", lambda value: value >= 0, "be 0 (off) or more")
+        require_field(self, "top_p", lambda value: 0 < value <= 1, "lie in (0, 1]")
 
 
 @dataclass(frozen=True)
@@ -242,20 +193,20 @@ class PPOConfig:
     """Taken from the score of a response that did not end within max_new_tokens."""
 
     def __post_init__(self) -> None:
-        _require_finite(self)
-        _require_positive(
+        require_finite(self)
+        require_positive(
             self, "steps", "batch_size", "minibatch_size", "micro_batch_size", "epochs", "learning_rate",
             "adam_eps", "max_grad_norm", "clip_range", "value_clip_range", "kl_target", "kl_horizon",
         )  # fmt: skip
-        _require_not_negative(self, "weight_decay", "value_coef", "kl_coef", "missing_eos_penalty")
+        require_not_negative(self, "weight_decay", "value_coef", "kl_coef", "missing_eos_penalty")
         for name in ("gamma", "lam"):
-            _require_field(self, name, lambda value: 0 <= value <= 1, "lie in [0, 1]")
-        _require_field(self, "adam_beta2", lambda value: 0 <= value < 1, "lie in [0, 1)")
-        _require_divides(self, "minibatch_size", "batch_size")
-        _require_divides(self, "micro_batch_size", "minibatch_size")
-        _require_at_most(self, LARGEST_BATCH, "batch_size")
+            require_field(self, name, lambda value: 0 <= value <= 1, "lie in [0, 1]")
+        require_field(self, "adam_beta2", lambda value: 0 <= value < 1, "lie in [0, 1)")
+        require_divides(self, "minibatch_size", "batch_size")
+        require_divides(self, "micro_batch_size", "minibatch_size")
+        require_at_most(self, LARGEST_BATCH, "batch_size")
         self._check_recipe()
-        _require(
+        require(
             self.kl_control != "adaptive" or self.batch_size < 5 * self.kl_horizon,
             f"ppo.kl_horizon is {self.kl_horizon}: the adaptive KL coefficient could become 0 or less in a step of "
             f"{self.batch_size} completions; take more than a fifth of ppo.batch_size",
@@ -264,22 +215,22 @@ class PPOConfig:
     def _check_recipe(self) -> None:
         recipe = self.recipe
         n, whole = recipe.group_size, self.batch_size
-        _require(n > 0, f"ppo.group_size is {n}; it must be greater than 0")
-        _require(
+        require(n > 0, f"ppo.group_size is {n}; it must be greater than 0")
+        require(
             n > 1 or not recipe.compares_groups,
             f"ppo.group_size is {n}; it must be 2 or more, as {recipe.advantage!r} compares a prompt's completions",
         )
-        _require(whole % n == 0, f"ppo.batch_size {whole} is not divisible by group_size {n}; take a multiple of {n}")
-        _require(
+        require(whole % n == 0, f"ppo.batch_size {whole} is not divisible by group_size {n}; take a multiple of {n}")
+        require(
             not self.whiten_rewards or not recipe.compares_groups,
             f"ppo.whiten_rewards scales rewards of tokens, which advantage {recipe.advantage!r} adds up; leave it out",
         )
-        _require(
+        require(
             (recipe.kl_place, recipe.kl_estimator) != ("loss", "k1"),
             "ppo.kl_estimator is k1 and kl_place loss: the gradient of k1 is the score function, whose expectation is "
             "zero, so nothing pulls towards the reference; take k3-weighted or k2, or kl_place reward",
         )
-        _require(
+        require(
             (recipe.kl_place, recipe.kl_estimator) != ("reward", "k3-weighted"),
             "ppo.kl_estimator is k3-weighted and kl_place reward: a reward has no importance weight; take k1",
         )
@@ -311,12 +262,12 @@ class LogConfig:
     """Held-out prompts on which the policy is judged before and after; 0 leaves that out."""
 
     def __post_init__(self) -> None:
-        _require_positive(self, "save_every", "keep")
-        _require_not_negative(self, "samples_per_step", "evaluation_prompts")
+        require_positive(self, "save_every", "keep")
+        require_not_negative(self, "samples_per_step", "evaluation_prompts")
 
 
 @dataclass(frozen=True)
-class RunConfig:
+class RunConfig(WholeConfig):
     """What every run has."""
 
     seed: int = field(default_factory=default_seed)
@@ -341,27 +292,27 @@ class RunConfig:
     """bfloat16: models under autocast, all else float32; slower on processors that have no bfloat16 products."""
 
     def __post_init__(self) -> None:
-        _require_finite(self)
-        _require_field(self, "seed", lambda seed: 0 <= seed < 2**63, "lie in [0, 2**63)")
-        _require_field(self, "held_out", lambda share: 0 <= share < 1, "lie in [0, 1)")
-        _require_field(
+        require_field(self, "seed", lambda seed: 0 <= seed < 2**63, "lie in [0, 2**63)")
+        require_field(self, "held_out", lambda share: 0 <= share < 1, "lie in [0, 1)")
+        require_field(
             self,
             "reward_timeout_s",
             lambda seconds: 0 < seconds <= LONGEST_WAIT_S,
             f"be greater than 0 and at most {LONGEST_WAIT_S:g}",
         )
-        _require_field(
+        require_field(
             self,
             "threads",
             lambda threads: threads is None or 0 < threads <= MOST_THREADS,
             f"be greater than 0 and at most {MOST_THREADS}",
         )
+        require_finite(self)  # last, as a field's own limits say more
         if self.numerics == "portable":
             attention = getattr(getattr(self, "model", None), "attention", "eager")
-            _require(self.threads in (None, 1), f"threads is {self.threads}; numerics 'portable' runs on 1")
-            _require(self.device != "cuda", "numerics 'portable' runs on the CPU; take --device cpu")
-            _require(self.dtype == "float32", "numerics 'portable' needs --dtype float32")
-            _require(attention == "eager", "numerics 'portable' needs --model.attention eager")
+            require(self.threads in (None, 1), f"threads is {self.threads}; numerics 'portable' runs on 1")
+            require(self.device != "cuda", "numerics 'portable' runs on the CPU; take --device cpu")
+            require(self.dtype == "float32", "numerics 'portable' needs --dtype float32")
+            require(attention == "eager", "numerics 'portable' needs --model.attention eager")
 
     @property
     def resolved_threads(self) -> int:
@@ -392,91 +343,6 @@ class TrainConfig(RunConfig):
         return self.model.value if self.ppo.recipe.has_value_model else None
 
 
-def to_json(config: RunConfig) -> str:
-    """Return the configuration as JSON with sorted keys."""
-    return json.dumps(dataclasses.asdict(config), sort_keys=True, indent=2) + "\n"
-
-
-def read_config_file(path: Path, base: C) -> C:
-    """Return ``base`` with the fields that a TOML file, or a run's ``config.json``, sets.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is not TOML or JSON, or it names an unknown option or gives one a value of the wrong type.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"no configuration file {str(path)!r}; give a .toml file or a run's config.json")
-    try:
-        text = path.read_text(encoding="utf-8")
-        tree = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
-    except (ValueError, RecursionError) as error:
-        kind = "JSON" if path.suffix == ".json" else "TOML"
-        raise ValueError(f"{path} is not valid {kind}: {error}; correct the file") from None
-    _require(isinstance(tree, dict), f"{path} holds a {type(tree).__name__}; it must hold a table of options")
-    replaced: C = _replace(base, tree, str(path), ())
-    return replaced
-
-
-def _replace(base: Any, tree: dict[str, Any], source: str, path: tuple[str, ...]) -> Any:
-    known = {item.name: item for item in dataclasses.fields(base)}
-    types_by_name = typing.get_type_hints(type(base))
-    changes: dict[str, Any] = {}
-    for name, value in tree.items():
-        dotted = ".".join((*path, name))
-        _require(name in known, f"{source}: unknown option {dotted!r}; known here: {', '.join(known)}")
-        current = getattr(base, name)
-        if dataclasses.is_dataclass(current):
-            _require(isinstance(value, dict), f"{source}: {dotted} is {value!r}; it must be a table")
-            changes[name] = _replace(current, value, source, (*path, name))
-        else:
-            changes[name] = _checked(value, types_by_name[name], f"{source}: {dotted}")
-    try:
-        return dataclasses.replace(base, **changes)
-    except ValueError as error:
-        raise ValueError(f"{source}: {error}") from None
-
-
-def _checked(value: Any, wanted: Any, where: str) -> Any:
-    """Return ``value`` when it is of the field's type; an int serves as a float."""
-    accepted = typing.get_args(wanted) if typing.get_origin(wanted) in (types.UnionType, typing.Union) else (wanted,)
-    choices = [choice for kind in accepted if typing.get_origin(kind) is Literal for choice in typing.get_args(kind)]
-    if choices:
-        named = ", ".join([*map(str, choices), *(["null"] if type(None) in accepted else [])])
-        allowed = value in choices or (value is None and type(None) in accepted)
-        _require(allowed, f"{where} is {value!r}; choose from {named}")
-        return value
-    if typing.get_origin(wanted) is tuple:
-        whole = isinstance(value, list | tuple) and all(type(one) is str for one in value)
-        _require(whole, f"{where} is {value!r}; it must be a list of strings")
-        return tuple(value)
-    if float in accepted and type(value) is int:
-        _require(abs(value) <= sys.float_info.max, f"{where} is {value}; it must be a finite number")
-        return float(value)
-    names = " or ".join("null" if kind is type(None) else kind.__name__ for kind in accepted)
-    _require(type(value) in accepted, f"{where} is {value!r}; it must be {names}")
-    return value
-
-
-def differences(a: Any, b: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
-    """Return the dotted name and both values of each field in which two configurations differ."""
-    found: list[tuple[str, Any, Any]] = []
-    for item in dataclasses.fields(a):
-        left, right = getattr(a, item.name), getattr(b, item.name)
-        if dataclasses.is_dataclass(left):
-            found += differences(left, right, f"{prefix}{item.name}.")
-        elif left != right:
-            found.append((f"{prefix}{item.name}", left, right))
-    return found
-
-
-def defaults(data: str | None, file: Path | None) -> TrainConfig:
-    """Return what the command line starts from: the defaults of the task, changed by a configuration file."""
-    if file is not None and data is None:
-        data = read_config_file(file, TrainConfig()).data
-    base = TrainConfig() if data is None else for_data(data)
-    return base if file is None else dataclasses.replace(read_config_file(file, base), data=data)
-
-
 def for_data(data: str) -> TrainConfig:
     """Return the defaults of ``rlhf train --data``: a larger model and vocabulary, a gentler rate."""
     return TrainConfig(
@@ -485,13 +351,3 @@ def for_data(data: str) -> TrainConfig:
         sampling=SamplingConfig(max_new_tokens=32),
         ppo=PPOConfig(steps=60, learning_rate=1e-4, kl_coef=0.05, kl_target=8.0),
     )
-
-
-def check_sources(config: RunConfig) -> None:
-    """Raise FileNotFoundError when the data is missing, before anything is created or loaded."""
-    if config.data is not None and not config.data.startswith("hub:") and not Path(config.data).exists():
-        hub = f", and for the hub write hub:{config.data}" if config.data.count("/") == 1 else ""
-        raise FileNotFoundError(
-            f"no data folder {config.data!r}, nor a file of that name; give a folder with a *.pos and a *.neg file, or "
-            f"a data file (.jsonl .json .csv .tsv .parquet .txt){hub}"
-        )

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from rlhf_core import checkpoint, runlog
+from rlhf_core import checkpoint, run_folder, runlog
 from rlhf_core.data.dataset import REPORT_FILE
 from rlhf_core.data.tokenization import load_tokenizer
 from rlhf_core.policy import load_model
@@ -33,10 +33,10 @@ def export(run: Path, out: Path) -> Path:
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"{str(out)!r} exists; give a new folder to export to")
-    config = _read_json(run / runlog.CONFIG_FILE)
-    kind = runlog.kind_of(config)
+    config = _read_json(run / run_folder.CONFIG_FILE)
+    kind = run_folder.kind_of(config)
     if kind == "pipeline":
-        if not (run / "ppo" / runlog.CONFIG_FILE).is_file():
+        if not (run / "ppo" / run_folder.CONFIG_FILE).is_file():
             raise FileNotFoundError(f"{run} has no stage ppo yet; continue it with rlhf pipeline --resume")
         return export(run / "ppo", out)
     if kind == "eval":
@@ -110,8 +110,8 @@ def model_card(run: Path, kind: str, config: dict[str, Any], source: Path) -> st
         lines += ["", "## Metrics", "", f"| | step {rows[0]['step']} | step {rows[-1]['step']} |", "|---|---|---|"]
         names = sorted(rows[0].keys() - {"step", "nonfinite"})
         lines += [f"| {name} | {_cell(rows[0].get(name))} | {_cell(rows[-1].get(name))} |" for name in names]
-    if (run / runlog.EVALUATION_FILE).is_file():
-        found = _flat(_read_json(run / runlog.EVALUATION_FILE))
+    if (run / run_folder.EVALUATION_FILE).is_file():
+        found = _flat(_read_json(run / run_folder.EVALUATION_FILE))
         lines += ["", "## Evaluation", "", "| | |", "|---|---|"]
         lines += [f"| {name} | {_cell(value)} |" for name, value in found if "reliability" not in name]
     shown = json.dumps(_without_paths(config), indent=2, sort_keys=True)

@@ -33,7 +33,11 @@ METRICS = (
     Metric("reward_mean", "reward", "mean over sequences of the task's reward, before any penalty"),
     Metric("reward_var", "reward²", "unbiased variance over sequences of the task's reward", (1e-6, None)),
     Metric("score_mean", "reward", "mean over sequences of the reward after the missing-EOS penalty"),
-    Metric("policy_loss", "1", "clipped surrogate, and the KL penalty if it is in the loss, averaged over epochs"),
+    Metric(
+        "policy_loss", "1",
+        "clipped surrogate, and the KL penalty if it is in the loss, mean over the minibatches of all epochs; with "
+        "loss_mean token each is weighted by its tokens, else all are equal",
+    ),
     Metric(
         "value_loss", "reward²", "half the clipped squared error, averaged likewise", (0.0, None), logged="with values"
     ),

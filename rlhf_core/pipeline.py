@@ -15,13 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlhf_core import checkpoint, runlog
+from rlhf_core import checkpoint, run_folder, runlog
 from rlhf_core.alerting.thresholds import default_thresholds
 from rlhf_core.alerting.watch import WatchOptions
-from rlhf_core.config import RunConfig, TrainConfig, to_json
+from rlhf_core.config import RunConfig, TrainConfig
+from rlhf_core.config_files import to_json
 from rlhf_core.data.dataset import DataReport, fingerprint, read_examples
 from rlhf_core.data.dialogues import Chat
 from rlhf_core.data.tokenization import load_tokenizer, untrained_tokenizer
+from rlhf_core.durable_files import write_atomically
 from rlhf_core.experiment import load_inputs
 from rlhf_core.judging import load_judging, run_judging
 from rlhf_core.policy import model_folder, model_source
@@ -34,7 +36,7 @@ from rlhf_core.terminal import console
 from rlhf_core.training import run_training
 
 STAGE_FILE = "stage.json"
-NOT_OUTPUTS = (STAGE_FILE, runlog.TIMINGS_FILE, runlog.ENVIRONMENT_FILE)
+NOT_OUTPUTS = (STAGE_FILE, runlog.TIMINGS_FILE, run_folder.ENVIRONMENT_FILE)
 
 
 @dataclass(frozen=True)
@@ -151,7 +153,7 @@ def do_stage(stage: Stage, folder: Path, run: Path, key: str, *, resumed: bool) 
             # What is done again stays until what it needs has been loaded: an option that cannot be used costs nothing.
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()
-            runlog.write_atomically(folder / runlog.CONFIG_FILE, to_json(stage.config).encode())
+            write_atomically(folder / run_folder.CONFIG_FILE, to_json(stage.config).encode())
             _note(folder, {"key": key})
         place.hand_over(folder)
     stage.execute(config, inputs, folder, resumed=resumed)
@@ -160,7 +162,7 @@ def do_stage(stage: Stage, folder: Path, run: Path, key: str, *, resumed: bool) 
 
 def _note(folder: Path, content: dict[str, Any]) -> None:
     data = json.dumps(content, sort_keys=True, indent=2) + "\n"
-    runlog.write_atomically(folder / STAGE_FILE, data.encode())
+    write_atomically(folder / STAGE_FILE, data.encode())
 
 
 def key_of(config: RunConfig, sources: dict[str, Any], models: dict[str, Any]) -> str:

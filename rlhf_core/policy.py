@@ -80,7 +80,13 @@ def load_model(path: str | Path, attention: str) -> PreTrainedModel:
             those at random.
     """
     model = load_pretrained(AutoModelForCausalLM, path, attention)
-    classifiers = [name for name in model.config.architectures or [] if name.endswith("ForSequenceClassification")]
+    names = [] if model.config.architectures is None else model.config.architectures
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(
+            f"cannot load model {str(path)!r}: architectures in its config.json is {names!r}; it must be a list of "
+            "names; correct it or save it again"
+        )
+    classifiers = [name for name in names if name.endswith("ForSequenceClassification")]
     if classifiers:  # with tied embeddings no weight of a language model is missing in it
         raise ValueError(
             f"model {str(path)!r} is a {classifiers[0]}, a reward model; give a language model, as rlhf sft makes one"

@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from rlhf_core.durable_files import errors_name, write_atomically
 from rlhf_core.garbage import garbage_left_alone
 from rlhf_core.profiles.files import (
     GPU,
@@ -39,7 +40,6 @@ from rlhf_core.profiles.files import (
 )
 from rlhf_core.profiles.operators import Operator, OperatorRecorder, OperatorTotals, Recording, add_operators
 from rlhf_core.profiling import Kind, PeakMemory, Span, StageClock, now_ns, peak_memory_bytes
-from rlhf_core.runlog import errors_name, write_atomically
 
 
 def powers_of_100(number: int) -> bool:

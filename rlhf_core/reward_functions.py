@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from rlhf_core.config import LARGEST_FLOAT32
+from rlhf_core.config_checks import LARGEST_FLOAT32
 
 RewardFunction = Callable[[list[str], list[str]], Sequence[float]]
 

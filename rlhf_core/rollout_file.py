@@ -6,8 +6,8 @@ import torch
 from safetensors.torch import save
 
 from rlhf_core import checkpoint
+from rlhf_core.durable_files import write_atomically
 from rlhf_core.ppo import StepResult
-from rlhf_core.runlog import write_atomically
 
 ROLLOUTS_FOLDER = "rollouts"
 

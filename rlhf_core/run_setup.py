@@ -11,9 +11,10 @@ from pathlib import Path
 import torch
 import transformers
 
-from rlhf_core import checkpoint, runlog
+from rlhf_core import checkpoint, run_folder
 from rlhf_core.config import RunConfig
 from rlhf_core.data.dataset import DataReport
+from rlhf_core.durable_files import write_atomically
 from rlhf_core.environment import environment
 from rlhf_core.seeding import set_all_seeds
 from rlhf_core.terminal import console
@@ -45,7 +46,7 @@ def begin_run(config: RunConfig, run: Path, *, resumed: bool) -> torch.device:
     device = choose_device(config)
     if not resumed:
         content = json.dumps(environment(device), indent=2) + "\n"
-        runlog.write_atomically(run / runlog.ENVIRONMENT_FILE, content.encode())
+        write_atomically(run / run_folder.ENVIRONMENT_FILE, content.encode())
     return device
 
 
@@ -77,7 +78,7 @@ class DataPlace:
         """Let ``build`` write the data into the scratch folder, and say what became of its rows."""
         folder = self.scratch / DATA_FOLDER
         folder.mkdir(parents=True)
-        self.holding.enter_context(runlog.writing(self.scratch))
+        self.holding.enter_context(run_folder.writing(self.scratch))
         console.print(str(build(folder)), markup=False, soft_wrap=True)
 
     def hand_over(self, run: Path) -> None:
@@ -98,7 +99,7 @@ def data_place(runs: Path, run: Path | None) -> Iterator[DataPlace]:
     scratch = runs / f".preparing-{os.getpid()}"
     made = not runs.exists()
     for left in sorted(runs.glob(".preparing-*")):
-        with suppress(FileNotFoundError, ValueError), runlog.writing(left):  # a killed command's: nobody holds it
+        with suppress(FileNotFoundError, ValueError), run_folder.writing(left):  # a killed command's: nobody holds it
             shutil.rmtree(left, ignore_errors=True)
     try:
         with ExitStack() as holding:

@@ -4,20 +4,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from rlhf_core import runlog
-from rlhf_core.config import (
-    LARGEST_BATCH,
-    LogConfig,
-    ModelConfig,
-    PPOConfig,
-    RunConfig,
-    SamplingConfig,
-    _require,
-    _require_at_most,
-    _require_field,
-    _require_finite,
-    _require_not_negative,
-    _require_positive,
+from rlhf_core import run_folder, runlog
+from rlhf_core.config import LARGEST_BATCH, LogConfig, ModelConfig, PPOConfig, RunConfig, SamplingConfig
+from rlhf_core.config_checks import (
+    require,
+    require_at_most,
+    require_field,
+    require_finite,
+    require_not_negative,
+    require_positive,
 )
 
 
@@ -47,13 +42,13 @@ class TrainingConfig:
     """Newest checkpoints that stay."""
 
     def __post_init__(self) -> None:
-        _require_finite(self)
-        _require_positive(
+        require_finite(self)
+        require_positive(
             self, "epochs", "batch_size", "max_length", "micro_batch_size", "max_grad_norm", "save_every", "keep"
         )
         for name in ("steps", "learning_rate"):
-            _require_field(self, name, lambda value: value is None or value > 0, "be greater than 0")
-        _require_not_negative(self, "weight_decay")
+            require_field(self, name, lambda value: value is None or value > 0, "be greater than 0")
+        require_not_negative(self, "weight_decay")
 
 
 @dataclass(frozen=True)
@@ -66,8 +61,8 @@ class PreferenceConfig:
     """Weight of the mean (chosen + rejected reward)², which keeps rewards around 0; 0 leaves it out."""
 
     def __post_init__(self) -> None:
-        _require_finite(self)
-        _require_not_negative(self, "margin_scale", "centering")
+        require_finite(self)
+        require_not_negative(self, "margin_scale", "centering")
 
 
 @dataclass(frozen=True)
@@ -104,11 +99,11 @@ class DPOLossConfig:
     """Probability that a label is wrong (sigmoid alone); below 0.5."""
 
     def __post_init__(self) -> None:
-        _require_finite(self)
-        _require(self.beta > 0, f"dpo.beta is {self.beta}; it must be greater than 0")
+        require_finite(self)
+        require(self.beta > 0, f"dpo.beta is {self.beta}; it must be greater than 0")
         wrong = self.label_smoothing
-        _require(0 <= wrong < 0.5, f"dpo.label_smoothing is {wrong}; it must lie in [0, 0.5)")
-        _require(self.loss == "sigmoid" or wrong == 0, "dpo.label_smoothing belongs to the loss sigmoid; leave it out")
+        require(0 <= wrong < 0.5, f"dpo.label_smoothing is {wrong}; it must lie in [0, 0.5)")
+        require(self.loss == "sigmoid" or wrong == 0, "dpo.label_smoothing belongs to the loss sigmoid; leave it out")
 
 
 @dataclass(frozen=True)
@@ -135,9 +130,9 @@ class JudgingConfig:
     """Completions at a time."""
 
     def __post_init__(self) -> None:
-        _require_positive(self, "best_of", "batch_size")
-        _require_at_most(self, LARGEST_BATCH, "best_of")
-        _require_not_negative(self, "prompts")
+        require_positive(self, "best_of", "batch_size")
+        require_at_most(self, LARGEST_BATCH, "best_of")
+        require_not_negative(self, "prompts")
 
 
 @dataclass(frozen=True)
@@ -182,8 +177,8 @@ def require_training_run(run: Path) -> None:
     A configuration that cannot be read is left to what reads it.
     """
     try:
-        config = runlog.parse_json((run / runlog.CONFIG_FILE).read_text(encoding="utf-8"))
+        config = runlog.parse_json((run / run_folder.CONFIG_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return
-    kind = runlog.kind_of(config) if isinstance(config, dict) else "train"
-    _require(kind == "train", f"{run} is a run of rlhf {kind}; this command is for runs of rlhf train")
+    kind = run_folder.kind_of(config) if isinstance(config, dict) else "train"
+    require(kind == "train", f"{run} is a run of rlhf {kind}; this command is for runs of rlhf train")

@@ -11,11 +11,12 @@ from rich import box
 from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf_core import checkpoint, runlog
+from rlhf_core import checkpoint, run_folder
 from rlhf_core.data.dataset import DataReport, Rows, build_store, open_rows, texts_of, to_train_on
 from rlhf_core.data.examples import Need
 from rlhf_core.data.tokenization import byte_pair_tokenizer, check_vocabulary, load_tokenizer, saved_tokenizer
 from rlhf_core.dpo import DPOObjective
+from rlhf_core.durable_files import write_atomically
 from rlhf_core.policy import build_model, context_length, load_model
 from rlhf_core.reward_model import PairObjective, new_reward_model, save_reward_model
 from rlhf_core.reward_report import pair_report
@@ -203,7 +204,7 @@ def _with_bar(total: int, judge: Callable[[Callable[[int], None]], Any]) -> Any:
 def write_evaluation(run: Path, summary: dict[str, Any]) -> None:
     """Write ``evaluation.json``."""
     content = json.dumps(summary, sort_keys=True, indent=2) + "\n"
-    runlog.write_atomically(run / runlog.EVALUATION_FILE, content.encode())
+    write_atomically(run / run_folder.EVALUATION_FILE, content.encode())
 
 
 def print_pair_report(summary: dict[str, Any]) -> None:

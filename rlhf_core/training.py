@@ -9,10 +9,11 @@ from pathlib import Path
 
 import torch
 
-from rlhf_core import checkpoint, runlog
+from rlhf_core import checkpoint, run_folder, runlog
 from rlhf_core.alerting.watch import Watch, WatchOptions, in_words
 from rlhf_core.config import TrainConfig
 from rlhf_core.data import batches
+from rlhf_core.durable_files import write_atomically
 from rlhf_core.evaluation import Evaluation, evaluate
 from rlhf_core.experiment import Experiment, Inputs, prepare
 from rlhf_core.metrics import log_row
@@ -163,9 +164,7 @@ def report(state: PPOState, experiment: Experiment, config: TrainConfig, run: Pa
                 advance=lambda done: bar.advance(by=done),
             )
     summary = evaluation_summary(results["before"], results["after"], config.seed)
-    runlog.write_atomically(
-        run / runlog.EVALUATION_FILE, (json.dumps(summary, sort_keys=True, indent=2) + "\n").encode()
-    )
+    write_atomically(run / run_folder.EVALUATION_FILE, (json.dumps(summary, sort_keys=True, indent=2) + "\n").encode())
     completions = {name: decode(experiment.task.tokenizer, one.response_ids[:5]) for name, one in results.items()}
     shown = zip(decode(experiment.task.tokenizer, prompts[:5]), *completions.values(), strict=False)
     print_evaluation(summary, list(shown))

@@ -17,8 +17,12 @@ PARTS = {
 TORCH_FREE = (
     "algorithms",
     "config",
+    "config_checks",
+    "config_files",
     "metrics",
     "runlog",
+    "run_folder",
+    "durable_files",
     "alerts",
     "terminal",
     "numerics",

@@ -12,6 +12,7 @@ from typing import Any
 from rlhf_core import runlog
 from rlhf_core.alerting import readers
 from rlhf_core.alerts import SEVERITIES, Alert, Monitor, Severity, Thresholds, nonfinite_alert
+from rlhf_core.durable_files import write_atomically
 from rlhf_core.terminal import console
 
 
@@ -36,7 +37,7 @@ class Watch:
         self._options = options
         self._monitor = Monitor(options.thresholds)
         raised = self._monitor.extend(readers.columns_of(readers.run_rows(run))) if _has_rows(run) else []
-        runlog.write_atomically(self._path, "".join(runlog.encode(alert.to_json()) for alert in raised).encode())
+        write_atomically(self._path, "".join(runlog.encode(alert.to_json()) for alert in raised).encode())
 
     def after_step(self, metrics: Mapping[str, Any], timings: Mapping[str, Any]) -> Alert | None:
         """Take the rows that a step has logged; return the worst alert that it raised and that stops the run."""

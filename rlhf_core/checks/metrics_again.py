@@ -19,10 +19,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rlhf_core import checkpoint, runlog
+from rlhf_core import checkpoint, run_folder
 from rlhf_core.checks import targets_again as again
 from rlhf_core.checks.metrics_check import MetricsWrong
-from rlhf_core.config import TrainConfig, read_config_file
+from rlhf_core.config import TrainConfig
+from rlhf_core.config_files import read_config_file
 from rlhf_core.data import reviews
 from rlhf_core.rollout_file import read_rollout, rollout_path
 from rlhf_core.seeding import permutation
@@ -123,7 +124,7 @@ def metrics_again(run: Path, step: int) -> dict[str, float]:
     Raises:
         ValueError: the rollout, the checkpoint or the base model is damaged.
     """
-    config = read_config_file(run / runlog.CONFIG_FILE, TrainConfig())
+    config = read_config_file(run / run_folder.CONFIG_FILE, TrainConfig())
     weights = Weights(run, step - 1, config)
     rows = read_rows(rollout_path(run, step), weights)
     if config.data is None and not config.reward:
@@ -365,7 +366,7 @@ def check_again(run: Path, step: int, row: dict[str, Any]) -> str:
         MetricsWrong: they differ by more than rounding.
         ValueError: what they are computed from is damaged.
     """
-    config = read_config_file(run / runlog.CONFIG_FILE, TrainConfig())
+    config = read_config_file(run / run_folder.CONFIG_FILE, TrainConfig())
     largest: dict[str, float] = {}
     found = metrics_again(run, step)
     for name, value in sorted(found.items()):

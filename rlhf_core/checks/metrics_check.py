@@ -10,9 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from rlhf_core import runlog
+from rlhf_core import run_folder, runlog
 from rlhf_core.checks.step_log import brief, rows_by_step
-from rlhf_core.config import TrainConfig, read_config_file
+from rlhf_core.config import TrainConfig
+from rlhf_core.config_files import read_config_file
 from rlhf_core.metrics import METRICS
 
 POSSIBLE: dict[str, tuple[float | None, float | None]] = {
@@ -69,7 +70,7 @@ def check_log(run: Path) -> Iterator[str]:
         MetricsWrong: a check does not hold.
         FileNotFoundError, ValueError: a file is missing or malformed.
     """
-    config = read_config_file(run / runlog.CONFIG_FILE, TrainConfig())
+    config = read_config_file(run / run_folder.CONFIG_FILE, TrainConfig())
     steps = [row["step"] for row in runlog.read(run / runlog.METRICS_FILE)]
     if not steps:
         raise MetricsWrong(f"{run / runlog.METRICS_FILE} has no rows; the run has done no step")

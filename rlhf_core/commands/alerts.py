@@ -13,14 +13,15 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from rlhf_core import runlog
+from rlhf_core import run_folder, runlog
 from rlhf_core.alerting import readers
 from rlhf_core.alerting.rules import BY_NAME, STALLED
 from rlhf_core.alerting.thresholds import default_thresholds, read_thresholds
 from rlhf_core.alerting.watch import number_in_words
 from rlhf_core.alerts import Alert, Monitor, worst_first
 from rlhf_core.commands.options import parse
-from rlhf_core.config import TrainConfig, read_config_file
+from rlhf_core.config import TrainConfig
+from rlhf_core.config_files import read_config_file
 from rlhf_core.file_age import file_age_s
 from rlhf_core.stage_config import require_training_run
 from rlhf_core.terminal import console, printable
@@ -39,7 +40,6 @@ class Options:
     """A run: its name under --runs, or its folder. With another --format: the log, or the folder that holds it."""
     format: readers.Format = "rlhf"
     """Which trainer wrote the log: trl reads trainer_state.json, openrlhf and verl read JSONL or console output.
-
     Rows of these three that cannot be read are left out, and standard error says how many."""
     config: Path | None = None
     """A .toml file that changes severities and thresholds; the defaults are rlhf_core/alerts.toml."""
@@ -55,7 +55,7 @@ def run(arguments: list[str]) -> int:
     thresholds = default_thresholds() if options.config is None else read_thresholds(options.config)
     monitor, age_s, unlogged = Monitor(thresholds), None, list[Alert]()
     if options.format == "rlhf":
-        folder = runlog.find_run(options.run, options.runs)
+        folder = run_folder.find_run(options.run, options.runs)
         require_training_run(folder)
         columns, unlogged = _read_run(folder)
         age_s = _age_s(folder, columns)
@@ -89,7 +89,7 @@ def _read_run(folder: Path) -> tuple[Mapping[str, np.ndarray], list[Alert]]:
 def _age_s(folder: Path, columns: Mapping[str, np.ndarray]) -> float | None:
     """Return how old a run's last row is; None for a run that has done its last step or has done none."""
     steps = columns["step"]
-    config = read_config_file(folder / runlog.CONFIG_FILE, TrainConfig())
+    config = read_config_file(folder / run_folder.CONFIG_FILE, TrainConfig())
     if not len(steps) or int(steps[-1]) >= config.ppo.steps:
         return None
     return file_age_s(folder / runlog.METRICS_FILE)

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import tyro
 
-from rlhf_core import runlog
+from rlhf_core import run_folder, runlog
 from rlhf_core.checks.metrics_check import check_log
 from rlhf_core.commands.options import parse
 from rlhf_core.garbage import loading_for_good
@@ -27,7 +27,7 @@ class Options:
 def run(arguments: list[str]) -> int:
     """Print each check with its figures; return the exit code."""
     options = parse(Options, arguments, "check-metrics")
-    folder = runlog.find_run(options.run, options.runs)
+    folder = run_folder.find_run(options.run, options.runs)
     require_training_run(folder)
     try:
         for line in check_log(folder):

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import tyro
 
-from rlhf_core import runlog
+from rlhf_core import run_folder
 from rlhf_core.commands.options import parse
 from rlhf_core.profiles.check import check_profile
 from rlhf_core.profiles.files import SUMMARY_FILE
@@ -27,7 +27,7 @@ def run(arguments: list[str]) -> int:
     """Print each check with its figure; return the exit code."""
     options = parse(Options, arguments, "check-profile")
     for name in options.run:
-        folder = Path(name) if (Path(name) / SUMMARY_FILE).is_file() else runlog.find_run(name, options.runs)
+        folder = Path(name) if (Path(name) / SUMMARY_FILE).is_file() else run_folder.find_run(name, options.runs)
         print(printable(f"{folder}"))
         try:
             for line in check_profile(folder):

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import tyro
 
-from rlhf_core import runlog
+from rlhf_core import run_folder, runlog
 from rlhf_core.commands.options import parse
 from rlhf_core.terminal import printable
 
@@ -26,7 +26,7 @@ class Options:
 def run(arguments: list[str]) -> int:
     """Compare two runs; return the exit code."""
     options = parse(Options, arguments, "compare")
-    folders = [runlog.find_run(name, options.runs) for name in (options.a, options.b)]
+    folders = [run_folder.find_run(name, options.runs) for name in (options.a, options.b)]
     difference = runlog.compare(*folders)
     if difference is None:
         print("identical")

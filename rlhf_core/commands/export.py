@@ -6,7 +6,7 @@ from typing import Annotated
 
 import tyro
 
-from rlhf_core import runlog
+from rlhf_core import run_folder
 from rlhf_core.commands.options import parse
 from rlhf_core.garbage import loading_for_good
 
@@ -26,7 +26,7 @@ class Options:
 def run(arguments: list[str]) -> int:
     """Export a run; return the exit code."""
     options = parse(Options, arguments, "export")
-    folder = runlog.find_run(options.run, options.runs)
+    folder = run_folder.find_run(options.run, options.runs)
     with loading_for_good():
         from rlhf_core.export import export
 

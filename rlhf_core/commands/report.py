@@ -6,7 +6,7 @@ from typing import Annotated
 
 import tyro
 
-from rlhf_core import runlog
+from rlhf_core import run_folder
 from rlhf_core.commands.options import UsageError, parse
 from rlhf_core.stage_config import require_training_run
 
@@ -26,7 +26,7 @@ class Options:
 def run(arguments: list[str]) -> int:
     """Write the report; return the exit code."""
     options = parse(Options, arguments, "report")
-    folder = runlog.find_run(options.run, options.runs)
+    folder = run_folder.find_run(options.run, options.runs)
     require_training_run(folder)
     try:
         from rlhf_core.reporting.page import write_report

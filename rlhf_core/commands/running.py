@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from rlhf_core import config as configuration
-from rlhf_core import runlog
+from rlhf_core import config_files, run_folder, runlog
 from rlhf_core.commands.options import USAGE_ERROR, UsageError, complain, describe, parse
 from rlhf_core.config import RunConfig
+from rlhf_core.durable_files import write_atomically
 from rlhf_core.garbage import loading_for_good
 from rlhf_core.numerics import apply_environment
 from rlhf_core.stopping import Stopped
@@ -43,7 +43,7 @@ class Job(Generic[C]):
     """A command that makes a run."""
 
     command: str
-    """Its name, and that of the field of its options that holds the configuration."""
+    """Its name, and that of the field of its options that holds the config_files."""
     options: type[RunOptions]
     """The command's options."""
     empty: Callable[[], C]
@@ -69,27 +69,27 @@ def make_run(job: Job[C], arguments: list[str]) -> int:
     runs = Path(early["runs"] or "runs").absolute()
     file = Path(early["config"]) if early["config"] else None
     if early["resume"]:
-        folder = runlog.find_run(early["name"] or "latest", runs).resolve()
-        recorded = configuration.read_config_file(folder / runlog.CONFIG_FILE, job.empty())
-        asked = configuration.read_config_file(file, recorded) if file else recorded
+        folder = run_folder.find_run(early["name"] or "latest", runs).resolve()
+        recorded = config_files.read_config_file(folder / run_folder.CONFIG_FILE, job.empty())
+        asked = config_files.read_config_file(file, recorded) if file else recorded
         options = _parsed(job, arguments, asked)
         _refuse_changes(recorded, getattr(options, job.command))
-        with runlog.writing(folder):
+        with run_folder.writing(folder):
             return _do(job, located(recorded, working_directory(folder)), options, folder, lambda: folder)
     options = _parsed(job, arguments, job.defaults(early["data"], file))
     config: C = getattr(options, job.command)
-    configuration.check_sources(config)
+    check_sources(config)
     if job.reopens and (known := _known(job, config, runs, early["name"])):
-        again = configuration.to_json(config)
-        with runlog.writing(known):
+        again = config_files.to_json(config)
+        with run_folder.writing(known):
             return _do(job, config, options, None, lambda: _rewritten(known, again), runs)
-    runlog.check_new_name(runs, early["name"])
-    default_name, content = job.default_name(config), configuration.to_json(config)
+    run_folder.check_new_name(runs, early["name"])
+    default_name, content = job.default_name(config), config_files.to_json(config)
     with contextlib.ExitStack() as until_done:
 
         def create() -> Path:
-            folder = runlog.create_run(runs, early["name"], default_name, content)
-            until_done.enter_context(runlog.writing(folder))
+            folder = run_folder.create_run(runs, early["name"], default_name, content)
+            until_done.enter_context(run_folder.writing(folder))
             return folder
 
         return _do(job, config, options, None, create, runs)
@@ -100,25 +100,35 @@ def options_of(job: Job[C], arguments: list[str]) -> Any:
     early = early_options(arguments)
     file = Path(early["config"]) if early["config"] else None
     if early["resume"]:
-        file = runlog.find_run(early["name"] or "latest", Path(early["runs"] or "runs")) / runlog.CONFIG_FILE
+        file = run_folder.find_run(early["name"] or "latest", Path(early["runs"] or "runs")) / run_folder.CONFIG_FILE
     return _parsed(job, arguments, job.defaults(early["data"], file))
+
+
+def check_sources(config: RunConfig) -> None:
+    """Raise FileNotFoundError when the data is missing, before anything is created or loaded."""
+    if config.data is not None and not config.data.startswith("hub:") and not Path(config.data).exists():
+        hub = f", and for the hub write hub:{config.data}" if config.data.count("/") == 1 else ""
+        raise FileNotFoundError(
+            f"no data folder {config.data!r}, nor a file of that name; give a folder with a *.pos and a *.neg file, or "
+            f"a data file (.jsonl .json .csv .tsv .parquet .txt){hub}"
+        )
 
 
 def _known(job: Job[C], config: C, runs: Path, name: str | None) -> Path | None:
     """Return the run of that name (or of the default one) if it is one of this command, else None."""
-    folder = runs / (name or runlog.plain(job.default_name(config)))
-    if not (folder / runlog.CONFIG_FILE).is_file():
+    folder = runs / (name or run_folder.plain(job.default_name(config)))
+    if not (folder / run_folder.CONFIG_FILE).is_file():
         return None
     try:
-        configuration.read_config_file(folder / runlog.CONFIG_FILE, job.empty())
+        config_files.read_config_file(folder / run_folder.CONFIG_FILE, job.empty())
     except ValueError:
         return None
     return folder
 
 
 def _rewritten(folder: Path, content: str) -> Path:
-    runlog.write_atomically(folder / runlog.CONFIG_FILE, content.encode())
-    runlog.point_latest(folder)
+    write_atomically(folder / run_folder.CONFIG_FILE, content.encode())
+    run_folder.point_latest(folder)
     return folder
 
 
@@ -131,7 +141,7 @@ def _parsed(job: Job[C], arguments: list[str], base: C) -> Any:
 
 
 def _refuse_changes(recorded: RunConfig, asked: RunConfig) -> None:
-    changes = configuration.differences(recorded, asked)
+    changes = config_files.differences(recorded, asked)
     if changes:
         name, old, new = changes[0]
         raise UsageError(
@@ -199,7 +209,9 @@ def _out_of_memory(error: Exception) -> bool:
 def working_directory(run: Path) -> Path | None:
     """Return the directory that a run was begun in, as its ``environment.json`` has it; None when it is not there."""
     try:
-        found = runlog.parse_json((run / runlog.ENVIRONMENT_FILE).read_text(encoding="utf-8")).get("working_directory")
+        found = runlog.parse_json((run / run_folder.ENVIRONMENT_FILE).read_text(encoding="utf-8")).get(
+            "working_directory"
+        )
     except (OSError, ValueError, AttributeError):
         return None
     return Path(found) if isinstance(found, str) and Path(found).is_dir() else None
@@ -278,7 +290,7 @@ def stage_job(
     """Return the job of a command whose defaults are its configuration's, changed by ``--config``."""
 
     def defaults(data: str | None, file: Path | None) -> C:
-        return empty() if file is None else configuration.read_config_file(file, empty())
+        return empty() if file is None else config_files.read_config_file(file, empty())
 
     def default_name(config: C) -> str:
         return f"{source_name(config)}-{command}-seed{config.seed}"

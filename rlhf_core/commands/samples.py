@@ -8,7 +8,7 @@ import tyro
 from rich.table import Table
 from rich.text import Text
 
-from rlhf_core import runlog
+from rlhf_core import run_folder, runlog
 from rlhf_core.commands.options import parse
 from rlhf_core.terminal import console, printable
 
@@ -34,7 +34,7 @@ class Options:
 def run(arguments: list[str]) -> int:
     """Print completions; return the exit code."""
     options = parse(Options, arguments, "samples")
-    folder = runlog.find_run(options.run, options.runs)
+    folder = run_folder.find_run(options.run, options.runs)
     steps = sorted({row["step"] for row in runlog.read_samples(folder)})
     if not steps:
         raise ValueError(f"{folder} has no samples; it has done no step, or was run with --log.samples-per-step 0")

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from rlhf_core import config as configuration
 from rlhf_core.alerting.thresholds import default_thresholds, read_thresholds
 from rlhf_core.alerting.watch import WatchOptions
-from rlhf_core.commands.running import Job, RunOptions, make_run, options_of, source_name
+from rlhf_core.commands.running import Job, RunOptions, check_sources, make_run, options_of, source_name
 from rlhf_core.config import TrainConfig
+from rlhf_core.config_files import defaults
 from rlhf_core.memory_advice import parse_size
 from rlhf_core.numerics import apply_environment
 from rlhf_core.reporting.trackers import Destination, require_installed
@@ -56,7 +56,7 @@ def run(arguments: list[str]) -> int:
         command="train",
         options=Options,
         empty=TrainConfig,
-        defaults=configuration.defaults,
+        defaults=defaults,
         load=_load,
         execute=_execute,
         default_name=lambda config: f"{source_name(config)}-seed{config.seed}",
@@ -70,7 +70,7 @@ def run(arguments: list[str]) -> int:
 
 def _explain(options: Options) -> int:
     limit = None if options.memory_limit is None else parse_size(options.memory_limit)
-    configuration.check_sources(options.train)
+    check_sources(options.train)
     apply_environment(options.train.numerics, options.train.resolved_threads)
     import rlhf_core.training  # noqa: F401 - what a run loads is a part of its memory
     from rlhf_core.commands.explain_memory import explain

@@ -21,7 +21,8 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf_core.data.dialogues import Chat
 from rlhf_core.data.examples import Example, Need, example_of, held_out, need_of
-from rlhf_core.data.records import RowError, is_hub_name, read_records, source_files
+from rlhf_core.data.records import RowError
+from rlhf_core.data.sources import is_hub_name, read_records, source_files
 from rlhf_core.data.token_store import Column, TokenWriter, mapped, read_numbers
 from rlhf_core.data.tokenization import encode_text, untrained_tokenizer
 

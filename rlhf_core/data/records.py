@@ -1,4 +1,4 @@
-"""Rows of data files, one after the other: JSON lines, JSON, CSV, Parquet and text, gzipped or not, and the hub.
+"""Rows of a data file, one after the other: JSON lines, JSON, CSV, Parquet and text, gzipped or not.
 
 Nothing here holds more of a file than a row, or a batch of rows of a Parquet file: a file may be larger than memory.
 A row that cannot be read is a record too, whose value is a :class:`RowError`; who reads decides whether that stops.
@@ -20,7 +20,6 @@ LONGEST_ROW = 64 * 2**20
 """Bytes; what has no end within them is no row of text but some other file."""
 CHUNK = 2**20
 PARQUET_ROWS = 256
-HUB = "hub:"
 
 
 class RowError(ValueError):
@@ -44,68 +43,29 @@ class Record:
     value: dict[str, Any] | RowError
 
 
-def is_hub_name(source: str) -> bool:
-    """Return whether a source is ``hub:NAME`` or ``hub:NAME:SPLIT``."""
-    return source.startswith(HUB)
-
-
-def source_files(source: str) -> list[Path]:
-    """Return the data files of a source: the file itself, or those of a folder by their names.
-
-    Raises:
-        FileNotFoundError: there is no such file, or no data file in the folder.
-        ValueError: the file's name says no form that can be read.
-    """
-    path = Path(source)
-    if path.is_dir():
-        if not (files := data_files(path)):
-            inside = next((one for one in sorted(path.iterdir()) if one.is_dir() and data_files(one)), None)
-            hint = f"; its folder {str(inside)!r} has: give that one" if inside else ""
-            raise FileNotFoundError(
-                f"data folder {source!r} has neither *.pos and *.neg files nor a data file ({', '.join(FORMS)}){hint}"
-            )
-        return files
-    if not path.is_file():
-        hint = f"; for the hub write {HUB}{source}" if re.fullmatch(r"[\w.-]+/[\w.-]+", source) else ""
-        raise FileNotFoundError(f"no data file or folder {source!r}{hint}")
-    if _form(path) is None:
-        raise ValueError(
-            f"data file {source!r}: its name must end in one of {', '.join(FORMS)} (all but Parquet + .gz)"
-        )
-    return [path]
-
-
-def data_files(folder: Path) -> list[Path]:
-    """Return the data files of a folder, by their names."""
-    return sorted(one for one in folder.iterdir() if one.is_file() and _form(one) and not one.name.startswith("."))
-
-
-def _form(path: Path) -> str | None:
+def form_of(path: Path) -> str | None:
+    """Return the key of :data:`FORMS` by which a file is read; None where its name says no form."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     zipped = suffixes[-1:] == [".gz"]
     form = next(iter(suffixes[-2:-1] if zipped else suffixes[-1:]), "")
     return form if form in FORMS and not (zipped and form == ".parquet") else None
 
 
-def read_records(source: str) -> Iterator[Record]:
-    """Yield the rows of a file, of a folder's files in the order of their names, or of a hub data set.
+def read_file(path: Path) -> Iterator[Record]:
+    """Yield the rows of a file whose name says a form.
 
     Raises:
-        FileNotFoundError, ValueError: the source is missing, or a whole file is damaged; the message names it.
+        ValueError: the whole file is damaged; the message names it.
     """
-    if is_hub_name(source):
-        yield from _read_hub(source.removeprefix(HUB))
-        return
-    for path in source_files(source):
-        form = _form(path)
-        assert form is not None
-        rows = 0
-        try:
-            for record in FORMS[form](path):
-                rows += 1
-                yield record
-        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-            raise ValueError(f"{path}: damaged gzip file after row {rows} ({error}); copy it again") from None
+    form = form_of(path)
+    assert form is not None
+    rows = 0
+    try:
+        for record in FORMS[form](path):
+            rows += 1
+            yield record
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise ValueError(f"{path}: damaged gzip file after row {rows} ({error}); copy it again") from None
 
 
 def _open(path: Path) -> IO[bytes]:
@@ -371,28 +331,13 @@ def _parquet_row(batch: Any, row: int) -> dict[str, Any]:
     return _without_nulls(value)
 
 
+def table_record(where: str, row: Any) -> Record:
+    """Return the record of a table's row, without its empty cells: tables have every column in every row."""
+    return _attempt(where, _without_nulls, row)
+
+
 def _without_nulls(row: Any) -> dict[str, Any]:
-    """Return a row without its empty cells: tables have every column in every row."""
     return {name: cell for name, cell in _object(row).items() if cell is not None}
-
-
-def _read_hub(name: str) -> Iterator[Record]:
-    try:
-        import datasets
-    except ImportError:
-        raise ValueError(
-            f"{HUB}{name} needs the package datasets; install it with: pip install 'rlhf-systems-kit[hub]'"
-        ) from None
-    name, _, split = name.partition(":")
-    split = split or "train"
-    try:
-        rows = iter(datasets.load_dataset(name, split=split, streaming=True))
-    except Exception as error:  # whatever the hub, the network or the data set's files have to say
-        text = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{HUB}{name}:{split} cannot be loaded ({type(error).__name__}: {text})") from None
-    for number, row in enumerate(rows, start=1):
-        where = f"{HUB}{name}:{split}: row {number}"
-        yield _attempt(where, _without_nulls, row)
 
 
 FORMS: dict[str, Callable[[Path], Iterator[Record]]] = {

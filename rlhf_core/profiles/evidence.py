@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlhf_core import runlog
+from rlhf_core import run_folder, runlog
 from rlhf_core.checks.step_log import brief, rows_by_step
 from rlhf_core.profiles.files import (
     LARGEST,
@@ -51,7 +51,7 @@ class Profile:
 
 def read_profile(folder: Path) -> Profile:
     """Return the profile of a run, or of a folder with the three files alone."""
-    is_run = (folder / runlog.CONFIG_FILE).is_file()
+    is_run = (folder / run_folder.CONFIG_FILE).is_file()
     profiles = folder / PROFILES_FOLDER if is_run else folder
     logs = [rows_by_step(folder / name) if is_run else None for name in (runlog.TIMINGS_FILE, runlog.METRICS_FILE)]
     summary = read_table(profiles / SUMMARY_FILE, SUMMARY_COLUMNS)

@@ -7,13 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from rlhf_core import runlog
+from rlhf_core import run_folder, runlog
 from rlhf_core.alerting import readers
 from rlhf_core.alerting.questions import METRICS_OF
 from rlhf_core.alerting.thresholds import default_thresholds
 from rlhf_core.alerts import Alert, Monitor, worst_first
 from rlhf_core.checks.metrics_check import is_number
-from rlhf_core.config import TrainConfig, read_config_file
+from rlhf_core.config import TrainConfig
+from rlhf_core.config_files import read_config_file
 from rlhf_core.metrics import METRICS, TIMINGS, Metric
 from rlhf_core.profiles.files import (
     OPERATOR_COLUMNS,
@@ -66,7 +67,7 @@ def read_content(run: Path) -> Content:
     monitor.extend(columns)
     problems: list[str] = []
     summary, profiled = _summary(run, problems)
-    config = read_config_file(run / runlog.CONFIG_FILE, TrainConfig())
+    config = read_config_file(run / run_folder.CONFIG_FILE, TrainConfig())
     return Content(
         name=run.resolve().name,
         steps=int(columns["step"][-1]),
@@ -77,9 +78,9 @@ def read_content(run: Path) -> Content:
         operators=_operators(run, problems) if profiled else [],
         advice=memory_advice(summary, config, _json(run / "models" / "base" / "config.json")) if profiled else [],
         samples=last_samples(runlog.read_samples(run)) if (run / runlog.SAMPLES_FILE).is_file() else [],
-        config=_json(run / runlog.CONFIG_FILE),
-        environment=_json(run / runlog.ENVIRONMENT_FILE),
-        evaluation=_json(run / runlog.EVALUATION_FILE),
+        config=_json(run / run_folder.CONFIG_FILE),
+        environment=_json(run / run_folder.ENVIRONMENT_FILE),
+        evaluation=_json(run / run_folder.EVALUATION_FILE),
         problems=problems,
     )
 

@@ -7,9 +7,9 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
+from rlhf_core.durable_files import write_atomically
 from rlhf_core.reporting.content import MIB, Content, peak, read_content, shown_metrics
 from rlhf_core.reporting.figures import bars, curves
-from rlhf_core.runlog import write_atomically
 from rlhf_core.terminal import printable
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")

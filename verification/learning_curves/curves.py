@@ -23,8 +23,10 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from rlhf_core import runlog
-from rlhf_core.config import TrainConfig, for_data, read_config_file, to_json
+from rlhf_core import run_folder, runlog
+from rlhf_core.config import TrainConfig, for_data
+from rlhf_core.config_files import read_config_file, to_json
+from rlhf_core.durable_files import write_atomically
 
 ROOT = Path(__file__).parents[2]
 TASKS = ("embedded", "sentences")
@@ -74,9 +76,9 @@ def kept() -> Path:
 def result(cell: Cell) -> dict[str, Any]:
     """Return the cell's evaluation, and its curve of training rewards where it has one; run it if that is not done."""
     folder = cell.folder()
-    if not (folder / runlog.EVALUATION_FILE).is_file():
+    if not (folder / run_folder.EVALUATION_FILE).is_file():
         run(cell, folder)
-    found = json.loads((folder / runlog.EVALUATION_FILE).read_text(encoding="utf-8"))
+    found = json.loads((folder / run_folder.EVALUATION_FILE).read_text(encoding="utf-8"))
     if (folder / runlog.METRICS_FILE).is_file():
         rewards = [row["reward_mean"] for row in runlog.read(folder / runlog.METRICS_FILE)]
         found["curve"] = [float(part.mean()) for part in np.array_split(np.array(rewards), PARTS)]
@@ -90,9 +92,9 @@ def run(cell: Cell, folder: Path) -> None:
         command = [sys.executable, str(Path(__file__)), *map(str, dataclasses.astuple(cell))]
     else:
         arguments = ["train", "--runs", str(folder.parent), "--name", folder.name]
-        if cell.method != "ppo" and not (folder / runlog.CONFIG_FILE).is_file():
+        if cell.method != "ppo" and not (folder / run_folder.CONFIG_FILE).is_file():
             begin_with_models_of_ppo(cell, folder)
-        if (folder / runlog.CONFIG_FILE).is_file():
+        if (folder / run_folder.CONFIG_FILE).is_file():
             arguments.append("--resume")
         else:
             folder.parent.mkdir(parents=True, exist_ok=True)
@@ -115,8 +117,8 @@ def begin_with_models_of_ppo(cell: Cell, folder: Path) -> None:
     partial = folder.with_suffix(".partial")
     shutil.rmtree(partial, ignore_errors=True)
     shutil.copytree(origin.folder() / "models", partial / "models")
-    shutil.copy(origin.folder() / runlog.ENVIRONMENT_FILE, partial)
-    (partial / runlog.CONFIG_FILE).write_text(to_json(cell.config()), encoding="utf-8")
+    shutil.copy(origin.folder() / run_folder.ENVIRONMENT_FILE, partial)
+    (partial / run_folder.CONFIG_FILE).write_text(to_json(cell.config()), encoding="utf-8")
     partial.rename(folder)
 
 
@@ -128,7 +130,7 @@ def run_from_base(cell: Cell) -> None:
     from rlhf_core.numerics import apply_environment
 
     origin = dataclasses.replace(cell, method="ppo").folder()
-    config = read_config_file(origin / runlog.CONFIG_FILE, TrainConfig())
+    config = read_config_file(origin / run_folder.CONFIG_FILE, TrainConfig())
     apply_environment(config.numerics, config.resolved_threads)
     import copy
 
@@ -159,8 +161,8 @@ def run_from_base(cell: Cell) -> None:
     summary = evaluation_summary(before, after, config.seed)
     folder = cell.folder()
     folder.mkdir(parents=True, exist_ok=True)
-    runlog.write_atomically(
-        folder / runlog.EVALUATION_FILE, (json.dumps(summary, sort_keys=True, indent=2) + "\n").encode()
+    write_atomically(
+        folder / run_folder.EVALUATION_FILE, (json.dumps(summary, sort_keys=True, indent=2) + "\n").encode()
     )
 
 

@@ -173,7 +173,8 @@ def set_environment(arguments: list[str]) -> None:
     """Do what ``rlhf train`` does before it loads torch."""
     from pathlib import Path
 
-    from rlhf_core.config import TrainConfig, read_config_file
+    from rlhf_core.config import TrainConfig
+    from rlhf_core.config_files import read_config_file
     from rlhf_core.numerics import apply_environment
 
     config = read_config_file(Path(arguments[arguments.index("--config") + 1]), TrainConfig())

@@ -1,3 +1,4 @@
+import itertools
 import os
 import shlex
 import shutil
@@ -9,9 +10,9 @@ import tracemalloc
 
 import pytest
 
-from rlhf_core import checkpoint, cli, experiment, runlog, training
+from rlhf_core import checkpoint, cli, experiment, run_folder, runlog, training
 from rlhf_core.commands.options import UsageError
-from rlhf_core.config import to_json
+from rlhf_core.config_files import to_json
 from rlhf_core.stage_config import DPOConfig, EvalConfig, PipelineConfig, RewardConfig, SFTConfig
 from rlhf_core.testing.assertions import assert_runs_differ, assert_runs_identical
 from rlhf_core.testing.command import TINY_RUN, run_command
@@ -28,7 +29,7 @@ def copied_run(finished_run, tmp_path):
     """A copy of the finished run that a test may spoil, named ``copy`` under its own ``runs``."""
     runs = tmp_path / "runs"
     shutil.copytree(finished_run, runs / "copy", symlinks=True)
-    runlog.point_latest(runs / "copy")
+    run_folder.point_latest(runs / "copy")
     return runs / "copy"
 
 
@@ -54,6 +55,11 @@ class TestHelp:
         assert outcome.err == ""
         assert f"usage: rlhf {command}" in outcome.out
         assert cli.command(command).Options.__doc__.split("\n")[0] in outcome.out
+
+    @pytest.mark.parametrize("command", COMMANDS)
+    def test_no_help_has_a_gap_of_two_lines(self, command):
+        lines = [line.strip("│ ") for line in run_command(command, "--help").out.splitlines()]
+        assert all(one or other for one, other in itertools.pairwise(lines))
 
     @pytest.mark.parametrize("command", ["train", "sft", "pipeline"])
     @pytest.mark.parametrize("seed", ["abc", "-1"])

@@ -285,6 +285,8 @@ def test_a_config_that_is_no_causal_language_model_is_one_line(saved, text, kind
         ({"num_attention_heads": 0}, "its config.json makes no model .*; correct it or save it again"),
         ({"hidden_act": "nonsense"}, "its config.json makes no model .*nonsense"),
         ({"vocab_size": "many"}, "its config.json makes no model .*many"),
+        ({"architectures": 3}, "architectures in its config.json is 3; it must be a list of names"),
+        ({"architectures": [1]}, r"architectures in its config.json is \[1\]; it must be a list of names"),
         ({"model_type": "x", "auto_map": {"AutoConfig": "code.X", "AutoModelForCausalLM": "code.Y"}}, "custom code"),
     ],
 )

@@ -6,7 +6,7 @@ import shutil
 import pytest
 from pipeline_data import COMMON, MODEL, TRAINING, preferences, write_rows
 
-from rlhf_core import checkpoint, runlog
+from rlhf_core import checkpoint, run_folder, runlog
 from rlhf_core.testing.assertions import assert_runs_identical
 from rlhf_core.testing.command import run_command
 
@@ -88,12 +88,12 @@ def test_a_kill_between_a_checkpoint_and_the_row_of_its_time_is_no_loss(finished
 
 def test_a_resumed_latest_goes_on_in_its_own_folder_when_latest_moves_on(finished_run, run, monkeypatch):
     shutil.rmtree(run / "checkpoints" / "step_000005")
-    runlog.point_latest(run)
+    run_folder.point_latest(run)
     append, other = runlog.append, run.parent / "other"
 
     def append_as_another_run_begins(path, rows):
         other.mkdir(exist_ok=True)
-        runlog.point_latest(other)
+        run_folder.point_latest(other)
         append(path, rows)
 
     monkeypatch.setattr(runlog, "append", append_as_another_run_begins)

@@ -115,7 +115,7 @@ class TestDisk:
             run_command("train", *TINY_RUN, "--runs", tmp_path)
 
     def test_a_run_that_another_process_writes_is_left_alone(self, runs):
-        script = "import sys; from pathlib import Path; from rlhf_core.runlog import writing\n"
+        script = "import sys; from pathlib import Path; from rlhf_core.run_folder import writing\n"
         script += "with writing(Path(sys.argv[1])): print('mine', flush=True); sys.stdin.read()"
         other = [sys.executable, "-c", script, str(runs / "earlier")]
         before = files_of(runs)

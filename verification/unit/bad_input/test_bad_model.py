@@ -51,6 +51,7 @@ class TestModel:
             (lambda folder: (folder / "model.safetensors").unlink(), "cannot load model '.*model': "),
             (lambda folder: os.truncate(folder / "model.safetensors", 999), "cannot load model '.*': .* are damaged"),
             (lambda folder: change_json(folder / "config.json", n_positions=12), "cannot load model '.*model': .*wpe"),
+            (lambda folder: change_json(folder / "config.json", architectures=3), "is 3; it must be a list of names"),
         ],
     )  # fmt: skip
     def test_is_named_with_the_remedy(self, runs, model, spoil, message):

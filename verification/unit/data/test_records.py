@@ -5,14 +5,12 @@ import gzip
 import io
 import itertools
 import json
-import sys
-import types
 
 import pyarrow
 import pyarrow.parquet
 import pytest
 
-from rlhf_core.data.records import RowError, read_records, source_files
+from rlhf_core.data.records import RowError, read_file
 
 ROWS = [{"prompt": "a, b", "completion": 'say "c"\nand d'}, {"prompt": "ü", "completion": "e"}]
 
@@ -47,13 +45,11 @@ def write(folder, form):
 
 
 def values(path):
-    return [record.value for record in read_records(str(path))]
+    return [record.value for record in read_file(path)]
 
 
 def reasons(path):
-    return [
-        (record.where, record.value.reason) for record in read_records(str(path)) if isinstance(record.value, RowError)
-    ]
+    return [(record.where, record.value.reason) for record in read_file(path) if isinstance(record.value, RowError)]
 
 
 @pytest.mark.parametrize("form", ["jsonl", "ndjson", "jsonl.gz", "json", "csv", "csv.gz", "tsv", "parquet"])
@@ -72,13 +68,6 @@ def test_a_file_named_json_may_hold_json_lines(tmp_path):
     path = tmp_path / "a.json"
     path.write_text('{"prompt": "a"}\n{"prompt": "b"}\n')
     assert values(path) == [{"prompt": "a"}, {"prompt": "b"}]
-
-
-def test_a_folder_gives_its_data_files_by_name_and_nothing_else(tmp_path):
-    for name in ("b.jsonl", "a.jsonl"):
-        (tmp_path / name).write_text(json.dumps({"prompt": name}) + "\n")
-    (tmp_path / "README.md").write_text("no data")
-    assert values(tmp_path) == [{"prompt": "a.jsonl"}, {"prompt": "b.jsonl"}]
 
 
 class TestDamage:
@@ -153,7 +142,7 @@ class TestDamage:
     def test_an_array_is_read_up_to_its_damage(self, tmp_path, text, rows, message):
         path = tmp_path / "a.json"
         path.write_text(text)
-        found = list(read_records(str(path)))
+        found = list(read_file(path))
         assert [record.value for record in found[:rows]] == [{"p": number + 1} for number in range(rows)]
         assert isinstance(found[rows].value, RowError)
         assert found[rows].where == f"{path}: row {rows + 1}"
@@ -184,19 +173,6 @@ class TestDamage:
         pyarrow.parquet.write_table(pyarrow.table({"prompt": ["a", None], "x": [None, 1.5]}), tmp_path / "a.parquet")
         assert values(tmp_path / "a.parquet") == [{"prompt": "a"}, {"x": 1.5}]
 
-    def test_what_cannot_be_a_source_is_named_with_the_remedy(self, tmp_path):
-        (tmp_path / "a.docx").write_text("x")
-        with pytest.raises(ValueError, match=r"a\.docx': its name must end in one of \.jsonl"):
-            source_files(str(tmp_path / "a.docx"))
-        with pytest.raises(FileNotFoundError, match=r"neither \*\.pos and \*\.neg files nor a data file"):
-            source_files(str(tmp_path))
-        (tmp_path / "train").mkdir()
-        (tmp_path / "train" / "a.jsonl").write_text("{}")
-        with pytest.raises(FileNotFoundError, match=r"nor a data file .*; its folder '.*/train' has: give that one"):
-            source_files(str(tmp_path))
-        with pytest.raises(FileNotFoundError, match="no data file or folder 'org/set'; for the hub write hub:org/set"):
-            source_files("org/set")
-
 
 class TestSize:
     def test_the_first_rows_of_a_file_of_ten_gigabytes_come_at_once(self, tmp_path):
@@ -204,7 +180,7 @@ class TestSize:
         with path.open("wb") as file:
             file.write(b'{"prompt": "a"}\n{"prompt": "b"}\n')
             file.truncate(10 * 2**30)  # sparse: it takes no room
-        assert [record.value for record in itertools.islice(read_records(str(path)), 2)] == [
+        assert [record.value for record in itertools.islice(read_file(path), 2)] == [
             {"prompt": "a"},
             {"prompt": "b"},
         ]
@@ -215,31 +191,3 @@ class TestSize:
         path.write_bytes(b'{"prompt": "a"}\n' + b"x" * 1000 + b'\n{"prompt": "b"}\n')
         assert reasons(path) == [(f"{path}:2", "too long to be a row")]
         assert values(path)[-1] == {"prompt": "b"}
-
-
-class TestHub:
-    def test_without_the_package_it_is_refused_with_the_remedy(self, monkeypatch):
-        monkeypatch.setitem(sys.modules, "datasets", None)
-        with pytest.raises(ValueError, match=r"hub:org/set needs the package datasets; install it with: pip install"):
-            list(read_records("hub:org/set"))
-
-    def test_rows_are_streamed_with_their_number(self, monkeypatch):
-        asked = []
-        fake = types.ModuleType("datasets")
-
-        def load_dataset(name, split, streaming):
-            asked.append((name, split, streaming))
-            return iter([{"prompt": "a", "margin": None}])
-
-        fake.load_dataset = load_dataset
-        monkeypatch.setitem(sys.modules, "datasets", fake)
-        [record] = read_records("hub:org/set:test")
-        assert (record.where, record.value) == ("hub:org/set:test: row 1", {"prompt": "a"})
-        assert asked == [("org/set", "test", True)]
-
-    def test_what_the_hub_says_becomes_one_line(self, monkeypatch):
-        fake = types.ModuleType("datasets")
-        fake.load_dataset = lambda *a, **k: (_ for _ in ()).throw(ConnectionError("no route\nto host"))
-        monkeypatch.setitem(sys.modules, "datasets", fake)
-        with pytest.raises(ValueError, match=r"hub:org/set:train cannot be loaded \(ConnectionError: no route\)"):
-            list(read_records("hub:org/set"))
