@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command and exit with its code; what a user did wrong is one line on standard error, and code 2."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        code = runcommand(arguments)
+        code = carry_out(arguments)
         sys.stdout.flush()
     except KeyboardInterrupt:
         code = complain("interrupted", 128 + signal.SIGINT)
@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sys.exit(code)
 
 
-def runcommand(arguments: list[str]) -> int:
+def carry_out(arguments: list[str]) -> int:
     """Run one command and return its exit code."""
     if not arguments or arguments[0] in ("-h", "--help"):
         print("usage: rlhf COMMAND [OPTIONS]\n")

@@ -56,7 +56,7 @@ class TestHelp:
         assert f"usage: rlhf {command}" in outcome.out
         assert cli.command(command).Options.__doc__.split("\n")[0] in outcome.out
 
-    @pytest.mark.parametrize("command", COMMANDS)
+    @pytest.mark.parametrize("command", cli.COMMANDS)
     def test_no_help_has_a_gap_of_two_lines(self, command):
         lines = [line.strip("│ ") for line in run_command(command, "--help").out.splitlines()]
         assert all(one or other for one, other in itertools.pairwise(lines))
