@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from rlhf_core.durable_files import errors_name, sync_folder
+from rlhf_core.durable_files import errors_name, sync
 from rlhf_core.runlog import parse_json
 
 MANIFEST = "manifest.json"
@@ -40,17 +40,17 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
         manifest = {path.relative_to(partial).as_posix(): sha256(path) for path in files}
         (partial / MANIFEST).write_text(json.dumps(manifest, sort_keys=True, indent=2) + "\n", encoding="utf-8")
         for path in (*files, partial / MANIFEST):
-            _sync(path)
+            sync(path)
         for path in sorted(partial.rglob("*")):
             if path.is_dir():
-                sync_folder(path)
-        sync_folder(partial)
+                sync(path)
+        sync(partial)
         _put_in_place(partial, folder)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
         _raise_as_os_error(error, folder)
         raise
-    sync_folder(folder.parent)
+    sync(folder.parent)
 
 
 def _put_in_place(partial: Path, folder: Path) -> None:
@@ -151,14 +151,6 @@ def sha256(path: Path) -> str:
     """Return the SHA-256 of a file as hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def save_optimizer(optimizer: torch.optim.Optimizer, names: Mapping[torch.Tensor, str], path: Path) -> None:

@@ -68,8 +68,8 @@ def choose_backend(
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}; choose one of {', '.join(BACKENDS)}")
-    asked = asked_by_environment()
-    asked = asked if backend == "auto" else backend
+    named = asked_by_environment()  # looked at whatever the caller asked for
+    asked = named if backend == "auto" else backend
     if asked == "reference":
         return asked
     native = _NATIVE_FOR_DEVICE.get(tensor.device.type)

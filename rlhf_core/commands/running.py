@@ -43,7 +43,7 @@ class Job(Generic[C]):
     """A command that makes a run."""
 
     command: str
-    """Its name, and that of the field of its options that holds the config_files."""
+    """Its name, and that of the field of its options that holds the configuration."""
     options: type[RunOptions]
     """The command's options."""
     empty: Callable[[], C]
